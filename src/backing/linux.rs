@@ -1,0 +1,1 @@
+//! The Linux file system calls behind [`super::Backing`].
