@@ -37,3 +37,6 @@ pub mod vault;
 pub mod vfs;
 
 pub use error::{Error, Kind, Result};
+
+#[global_allocator]
+static ALLOCATOR: sys::alloc::ZeroOnFree = sys::alloc::ZeroOnFree;
