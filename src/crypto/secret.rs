@@ -18,7 +18,7 @@ pub struct Secret<const N: usize>(Locked<[u8; N]>);
 impl<const N: usize> Secret<N> {
     pub fn random() -> Result<Secret<N>> {
         let mut secret = Secret::zero()?;
-        random::fill(secret.0.as_mut())?;
+        random::fill(secret.0.get_mut())?;
         Ok(secret)
     }
 
@@ -26,7 +26,7 @@ impl<const N: usize> Secret<N> {
     pub fn from_slice_wiping(bytes: &mut [u8]) -> Result<Option<Secret<N>>> {
         let secret = if bytes.len() == N {
             let mut secret = Secret::zero()?;
-            secret.0.as_mut().copy_from_slice(bytes);
+            secret.0.get_mut().copy_from_slice(bytes);
             Some(secret)
         } else {
             None
@@ -38,7 +38,7 @@ impl<const N: usize> Secret<N> {
     /// Lets `fill` write the bytes in place.
     pub fn new_with(fill: impl FnOnce(&mut [u8; N])) -> Result<Secret<N>> {
         let mut secret = Secret::zero()?;
-        fill(secret.0.as_mut());
+        fill(secret.0.get_mut());
         Ok(secret)
     }
 
@@ -99,7 +99,7 @@ impl SecretBytes {
                 .context(|| "no memory for a secret".into())?,
             len,
         };
-        fill(&mut secret.bytes.as_mut()[..len]);
+        fill(&mut secret.bytes.get_mut()[..len]);
         Ok(secret)
     }
 

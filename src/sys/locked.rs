@@ -50,7 +50,7 @@ impl<T> Locked<T> {
         })
     }
 
-    pub fn as_mut(&mut self) -> &mut T {
+    pub fn get_mut(&mut self) -> &mut T {
         // SAFETY: the place holds a valid T and `&mut self` is the only access to it.
         unsafe { self.place.as_mut() }
     }
@@ -137,7 +137,7 @@ mod tests {
     #[test]
     fn memory_is_overwritten_on_drop_and_reused() {
         let mut secret = Locked::new_with(|| [0x5a_u8; 2000]).unwrap();
-        secret.as_mut()[7] = 1;
+        secret.get_mut()[7] = 1;
         let place = secret.place;
         drop(secret);
         // SAFETY: regions are never unmapped; no other test uses slots of this class.
