@@ -1,1 +1,358 @@
-//! One validated configuration.
+//! One validated [`Config`] from the TOML file, the environment and the command line, in that
+//! order of precedence from low to high.
+//!
+//! `config/byokfs.toml` lists every key with its default. An unknown key, a bad unit and a
+//! contradiction are refused with the file and line, or the variable or flag, that has it. The
+//! environment variable of `watcher.interval` is `BYOKFS_WATCHER_INTERVAL`, and so on.
+//!
+//! No secret is in here: only the paths of the files that hold them.
+
+pub mod units;
+mod validate;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result};
+use units::{duration, optional_path, optional_text};
+
+pub const DEFAULT_PATH: &str = "/etc/byokfs/byokfs.toml";
+pub const PATH_VARIABLE: &str = "BYOKFS_CONFIG";
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub key: Key,
+    pub watcher: Watcher,
+    pub fence: Fence,
+    pub mount: Mount,
+    pub audit: Audit,
+    pub log: Log,
+    pub run: Run,
+    /// Where volume pins live (`volumes.d/`): the directory of the file this came from.
+    #[serde(skip)]
+    pub dir: Dir,
+}
+
+/// How to reach the key service and as whom; which key it is, the volume says.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Key {
+    pub identity: Identity,
+    /// None: the environment's IDENTITY_ENDPOINT.
+    #[serde(with = "optional_text")]
+    pub identity_endpoint: Option<String>,
+    /// None: the environment's IDENTITY_HEADER.
+    #[serde(with = "optional_path")]
+    pub identity_header_file: Option<PathBuf>,
+    /// Of a user-assigned identity; None: the system-assigned one.
+    #[serde(with = "optional_text")]
+    pub client_id: Option<String>,
+    /// Extra trusted certificates (PEM); None: the system's store alone.
+    #[serde(with = "optional_path")]
+    pub ca_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Identity {
+    /// A managed identity over the App Service style endpoint.
+    #[default]
+    AppService,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Watcher {
+    /// From the start of one probe to the start of the next.
+    #[serde(with = "duration")]
+    pub interval: Duration,
+    /// Of one whole probe, however slowly the service answers.
+    #[serde(with = "duration")]
+    pub deadline: Duration,
+    /// A denial that may be a slip is tried again after this.
+    #[serde(with = "duration")]
+    pub confirm_after: Duration,
+    /// Such a denial counts when no success came within this.
+    #[serde(with = "duration")]
+    pub confirm_within: Duration,
+    /// From the start of the last full success to the gate shut, fence included.
+    #[serde(with = "duration")]
+    pub max_staleness: Duration,
+    pub on_expired: OnExpired,
+    /// A revocation heals by itself for this long after it; 0: only `revalidate` brings it back.
+    #[serde(with = "duration")]
+    pub auto_heal_window: Duration,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnExpired {
+    #[default]
+    Inaccessible,
+    /// The service still unwraps with an expired key: serve on, warn.
+    Warn,
+}
+
+impl Default for Watcher {
+    fn default() -> Watcher {
+        Watcher {
+            interval: Duration::from_secs(30),
+            deadline: Duration::from_secs(10),
+            confirm_after: Duration::from_secs(5),
+            confirm_within: Duration::from_secs(60),
+            max_staleness: Duration::from_secs(9 * 60),
+            on_expired: OnExpired::default(),
+            auto_heal_window: Duration::ZERO,
+        }
+    }
+}
+
+/// The stop of the database server when the volume is cut off.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Fence {
+    pub enabled: bool,
+    /// The server's unix socket.
+    #[serde(with = "optional_path")]
+    pub socket: Option<PathBuf>,
+    #[serde(with = "optional_path")]
+    pub pid_file: Option<PathBuf>,
+    /// `[client]` with user and password of the account that may shut the server down.
+    #[serde(with = "optional_path")]
+    pub option_file: Option<PathBuf>,
+    #[serde(with = "duration")]
+    pub timeout: Duration,
+}
+
+impl Default for Fence {
+    fn default() -> Fence {
+        Fence {
+            enabled: false,
+            socket: None,
+            pid_file: None,
+            option_file: None,
+            timeout: Duration::from_secs(20),
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Mount {
+    pub errno: CutOffErrno,
+    pub transport: Transport,
+    /// Worker threads; 0: chosen by the daemon.
+    pub threads: u16,
+}
+
+/// What every operation answers while the volume is Inaccessible.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CutOffErrno {
+    #[default]
+    Eio,
+    /// EKEYREVOKED, EKEYEXPIRED, ENOKEY.
+    Key,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    #[default]
+    Auto,
+    Uring,
+    Dev,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Audit {
+    /// None: no trail of its own; events still reach the log.
+    #[serde(with = "optional_path")]
+    pub file: Option<PathBuf>,
+}
+
+impl Default for Audit {
+    fn default() -> Audit {
+        Audit { file: Some("/var/log/byokfs/audit.jsonl".into()) }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// Of a daemon in the background; in the foreground the log is standard error.
+    #[serde(with = "optional_path")]
+    pub file: Option<PathBuf>,
+    pub level: Level,
+}
+
+impl Default for Log {
+    fn default() -> Log {
+        Log { file: Some("/var/log/byokfs/byokfs.log".into()), level: Level::default() }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    Error,
+    Warn,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+impl From<Level> for log::LevelFilter {
+    fn from(level: Level) -> log::LevelFilter {
+        match level {
+            Level::Error => log::LevelFilter::Error,
+            Level::Warn => log::LevelFilter::Warn,
+            Level::Info => log::LevelFilter::Info,
+            Level::Debug => log::LevelFilter::Debug,
+            Level::Trace => log::LevelFilter::Trace,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Run {
+    /// Control sockets; made with mode 0700.
+    pub dir: PathBuf,
+}
+
+impl Default for Run {
+    fn default() -> Run {
+        Run { dir: "/run/byokfs".into() }
+    }
+}
+
+/// The directory of the configuration file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dir(pub PathBuf);
+
+impl Default for Dir {
+    fn default() -> Dir {
+        let dir = Path::new(DEFAULT_PATH).parent();
+        Dir(dir.unwrap_or(Path::new("/")).to_owned())
+    }
+}
+
+/// Where a value that overrides the file comes from, for messages.
+#[derive(Clone, Debug)]
+pub struct Override {
+    pub section: String,
+    pub key: String,
+    pub value: String,
+    pub origin: String,
+}
+
+impl Config {
+    /// Reads the file (`path`, else the environment's, else the default one if it exists), then
+    /// the environment, then `flags` on top.
+    pub fn load(path: Option<&Path>, flags: &[Override]) -> Result<Config> {
+        let from_environment = std::env::var_os(PATH_VARIABLE).filter(|value| !value.is_empty());
+        let chosen = path.map(Path::to_owned).or(from_environment.map(PathBuf::from));
+        let file = chosen.clone().unwrap_or_else(|| DEFAULT_PATH.into());
+        let text = match std::fs::read_to_string(&file) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && chosen.is_none() => {
+                String::new()
+            }
+            Err(error) => {
+                let message = format!("cannot read the configuration {}", file.display());
+                return Err(Error::new(Kind::Config, message).with_source(error));
+            }
+        };
+        let mut overrides = from_variables(std::env::vars_os().filter_map(|(name, value)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        }))?;
+        overrides.extend_from_slice(flags);
+        let mut config = Config::parse(&text, &file, &overrides)?;
+        let file = std::path::absolute(&file)
+            .map_err(|error| Error::io(format!("cannot resolve {}", file.display()), error))?;
+        if let Some(dir) = file.parent() {
+            config.dir = Dir(dir.to_owned());
+        }
+        Ok(config)
+    }
+
+    /// As [`Config::load`], from text.
+    pub fn parse(text: &str, file: &Path, overrides: &[Override]) -> Result<Config> {
+        let mut config: Config =
+            toml::from_str(text).map_err(|error| located(&error, text, file))?;
+        let mut table: toml::Table =
+            toml::from_str(text).map_err(|error| located(&error, text, file))?;
+        for over in overrides {
+            let section = table
+                .entry(over.section.clone())
+                .or_insert_with(|| toml::Value::Table(toml::Table::new()));
+            let toml::Value::Table(section) = section else {
+                return Err(refused(&over.origin, "the file has no such section"));
+            };
+            section.insert(over.key.clone(), loose_value(&over.value));
+            config = Config::deserialize(table.clone())
+                .map_err(|error| refused(&over.origin, error.message()))?;
+        }
+        validate::check(&config).map_err(|message| {
+            Error::new(Kind::Config, format!("{}: {message}", file.display()))
+        })?;
+        Ok(config)
+    }
+}
+
+/// `BYOKFS_<SECTION>_<KEY>`; other variables of byokfs (`BYOKFS_CONFIG`, `BYOKFS_VAULT`) have
+/// no section's name.
+fn from_variables(vars: impl Iterator<Item = (String, String)>) -> Result<Vec<Override>> {
+    let sections = toml::Table::try_from(Config::default())
+        .map_err(|error| Error::new(Kind::Config, "cannot list the keys").with_source(error))?;
+    let mut found: Vec<Override> = vars
+        .filter_map(|(name, value)| {
+            let rest = name.strip_prefix("BYOKFS_")?.to_ascii_lowercase();
+            let (section, key) = rest.split_once('_')?;
+            sections.contains_key(section).then(|| Override {
+                section: section.to_owned(),
+                key: key.to_owned(),
+                value,
+                origin: format!("environment variable {name}"),
+            })
+        })
+        .collect();
+    found.sort_by(|a, b| a.origin.cmp(&b.origin));
+    Ok(found)
+}
+
+/// A variable or flag has no quotes: what is not a TOML number or boolean is a string.
+fn loose_value(value: &str) -> toml::Value {
+    if let Ok(flag) = value.parse::<bool>() {
+        return toml::Value::Boolean(flag);
+    }
+    if let Ok(number) = value.parse::<i64>() {
+        return toml::Value::Integer(number);
+    }
+    toml::Value::String(value.to_owned())
+}
+
+fn refused(origin: &str, message: &str) -> Error {
+    Error::new(Kind::Config, format!("{origin}: {message}"))
+}
+
+fn located(error: &toml::de::Error, text: &str, file: &Path) -> Error {
+    let message = error.message();
+    let place = match error.span() {
+        Some(span) => {
+            let line = text.bytes().take(span.start).filter(|byte| *byte == b'\n').count() + 1;
+            format!("{}:{line}", file.display())
+        }
+        None => file.display().to_string(),
+    };
+    Error::new(Kind::Config, format!("{place}: {message}"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,78 @@
+//! The command line: one file per verb. A verb returns a [`Result`]; this module alone turns an
+//! error into a message on standard error and an exit code.
 
+pub mod args;
+mod info;
+mod init;
+mod mount;
+pub mod mount_options;
+pub mod output;
+mod revalidate;
+mod status;
+mod sync;
+mod umount;
+pub mod vault;
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::error::{Error, Kind, Result};
+use args::{Cli, Verb};
+
+/// The binary's whole life: `mount.byokfs` by its own name, else the verb of the arguments.
+pub fn main() -> ExitCode {
+    let argv: Vec<OsString> = std::env::args_os().collect();
+    let result = if called_as_mount_helper(&argv) {
+        mount_options::parse_helper(&argv[1..]).and_then(mount::run)
+    } else {
+        match Cli::try_parse_from(&argv) {
+            Ok(cli) => run(cli.verb),
+            Err(error) => return clap_exit(&error),
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::error(&error);
+            ExitCode::from(error.kind.exit_code())
+        }
+    }
+}
+
+fn run(verb: Verb) -> Result<()> {
+    match verb {
+        Verb::Init(args) => init::run(args),
+        Verb::Mount(args) => mount::run(args.try_into()?),
+        Verb::Umount(args) => umount::run(args),
+        Verb::Status(args) => status::run(args),
+        Verb::Revalidate(args) => revalidate::run(args),
+        Verb::Sync(args) => sync::run(args),
+        Verb::Info(args) => info::run(args),
+        Verb::Vault(args) => vault::run(args),
+        Verb::Guard | Verb::Daemon => Err(Error::usage("an internal verb")),
+    }
+}
+
+/// mount(8) calls `mount.byokfs`, or `mount.fuse.byokfs` for the type that /proc/mounts shows.
+fn called_as_mount_helper(argv: &[OsString]) -> bool {
+    argv.first()
+        .and_then(|name| Path::new(name).file_name())
+        .is_some_and(|name| name == "mount.byokfs" || name == "mount.fuse.byokfs")
+}
+
+/// Help and version go to standard output with exit 0; wrong arguments are exit 2.
+fn clap_exit(error: &clap::Error) -> ExitCode {
+    if error.use_stderr() {
+        let text = error.render().to_string();
+        let text = text.strip_prefix("error: ").unwrap_or(&text);
+        output::error(&Error::usage(text.trim_end()));
+        return ExitCode::from(Kind::Usage.exit_code());
+    }
+    match output::text(&error.render().to_string()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => ExitCode::from(error.kind.exit_code()),
+    }
+}

@@ -1,0 +1,152 @@
+//! The verbs and their arguments.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+   0  done
+   1  the disk, the kernel or the network failed
+   2  wrong arguments
+   3  the configuration has an unknown key, a bad unit or a contradiction
+   4  not a byokfs volume
+   5  a newer format, or features this version does not know
+   6  something on disk fails its authentication
+   7  the key service, or a requirement on the key, says no
+   8  the key service cannot be reached or trusted now
+   9  mounted elsewhere, not empty, or in use
+  10  nothing is mounted there, or no daemon answers
+  11  the volume is mounted and its key is lost";
+
+/// Encrypted MySQL and MariaDB data directories whose key stays with its owner
+#[derive(Debug, Parser)]
+#[command(name = "byokfs", version, after_help = EXIT_CODES, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Create a volume in an empty directory
+    Init(InitArgs),
+    /// Mount a volume; returns when the mount serves
+    Mount(MountArgs),
+    /// Unmount, and wait for the daemon to end
+    Umount(TargetArgs),
+    /// State of a mounted volume: Available, Degraded or Inaccessible, and why
+    Status(ReportArgs),
+    /// Check the key again, and bring an Inaccessible volume back
+    Revalidate(ReportArgs),
+    /// Make everything acknowledged so far durable
+    Sync(TargetArgs),
+    /// What a volume says about itself, without its key
+    Info(InfoArgs),
+    /// The embedded key vault
+    Vault(super::vault::VaultArgs),
+    /// The keyless parent of a mount's daemon
+    #[command(name = "__guard", hide = true)]
+    Guard,
+    /// The daemon of a mount
+    #[command(name = "__daemon", hide = true)]
+    Daemon,
+}
+
+#[derive(Debug, Args)]
+pub struct ConfigArg {
+    /// Configuration file [default: /etc/byokfs/byokfs.toml, if it exists]
+    #[arg(long, env = crate::config::PATH_VARIABLE, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct InitArgs {
+    /// The backing directory: missing or empty
+    pub back: PathBuf,
+    /// The customer's key: its URL in the key vault, with or without a version
+    #[arg(long, value_name = "URL")]
+    pub kek: String,
+    /// Do not refuse a key that misses a requirement that byokfs could do without
+    #[arg(long)]
+    pub no_requirements: bool,
+    #[command(flatten)]
+    pub config: ConfigArg,
+}
+
+#[derive(Debug, Args)]
+pub struct MountArgs {
+    /// The backing directory
+    pub back: PathBuf,
+    /// The mount point: an empty directory
+    pub mnt: PathBuf,
+    /// Mount options, as in fstab
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    pub options: Vec<String>,
+    /// Stay in the foreground and log to standard error, as a service does
+    #[arg(long)]
+    pub foreground: bool,
+    /// fence.socket: the database server's unix socket; turns the fence on
+    #[arg(long, value_name = "PATH")]
+    pub fence_socket: Option<PathBuf>,
+    /// fence.pid_file: the server's pid file; turns the fence on
+    #[arg(long, value_name = "PATH")]
+    pub fence_pid_file: Option<PathBuf>,
+    /// fence.option_file: [client] user and password of the fence's account
+    #[arg(long, value_name = "PATH")]
+    pub option_file: Option<PathBuf>,
+    /// mount.transport: auto, dev or uring
+    #[arg(long, value_name = "NAME")]
+    pub transport: Option<String>,
+    #[command(flatten)]
+    pub config: ConfigArg,
+}
+
+#[derive(Debug, Args)]
+pub struct TargetArgs {
+    /// The mount point, or the backing directory
+    #[arg(value_name = "MNT|BACK")]
+    pub target: PathBuf,
+    #[command(flatten)]
+    pub config: ConfigArg,
+}
+
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct InfoArgs {
+    /// The backing directory
+    pub back: PathBuf,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_parser_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_exit_code_is_listed() {
+        for kind in Kind::ALL {
+            let listed = EXIT_CODES
+                .lines()
+                .any(|line| line.split_whitespace().next() == Some(&kind.exit_code().to_string()));
+            assert!(listed, "{kind:?}");
+        }
+    }
+}

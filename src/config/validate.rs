@@ -1,0 +1,106 @@
+//! Contradictions that parse: each is refused with the keys that cause it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::{Config, units::format_duration as text};
+
+/// What byokfs promises: a refused key is cut off within this.
+const CUT_OFF_PROMISE: Duration = Duration::from_secs(600);
+const MIN_FENCE: Duration = Duration::from_secs(1);
+const MAX_THREADS: u16 = 512;
+
+pub(super) fn check(config: &Config) -> Result<(), String> {
+    watcher(config)?;
+    fence(config)?;
+    if config.mount.threads > MAX_THREADS {
+        return Err(format!("mount.threads is {}: at most {MAX_THREADS}", config.mount.threads));
+    }
+    if let Some(endpoint) = &config.key.identity_endpoint {
+        let url = url::Url::parse(endpoint)
+            .map_err(|error| format!("key.identity_endpoint \"{endpoint}\": {error}"))?;
+        if !matches!(url.scheme(), "http" | "https") {
+            return Err(format!("key.identity_endpoint \"{endpoint}\" is not an http(s) URL"));
+        }
+    }
+    // The daemon works in /: a relative path would mean another file there.
+    absolute("run.dir", Some(&config.run.dir))?;
+    absolute("audit.file", config.audit.file.as_deref())?;
+    absolute("log.file", config.log.file.as_deref())?;
+    absolute("key.ca_file", config.key.ca_file.as_deref())?;
+    absolute("key.identity_header_file", config.key.identity_header_file.as_deref())?;
+    absolute("fence.socket", config.fence.socket.as_deref())?;
+    absolute("fence.pid_file", config.fence.pid_file.as_deref())?;
+    absolute("fence.option_file", config.fence.option_file.as_deref())
+}
+
+fn watcher(config: &Config) -> Result<(), String> {
+    let watcher = &config.watcher;
+    for (name, value) in [
+        ("interval", watcher.interval),
+        ("deadline", watcher.deadline),
+        ("confirm_after", watcher.confirm_after),
+        ("confirm_within", watcher.confirm_within),
+    ] {
+        if value.is_zero() {
+            return Err(format!("watcher.{name} is 0s: it must be longer"));
+        }
+    }
+    if watcher.max_staleness > CUT_OFF_PROMISE {
+        return Err(format!(
+            "watcher.max_staleness is {}: a lost key must be cut off within {}",
+            text(watcher.max_staleness),
+            text(CUT_OFF_PROMISE)
+        ));
+    }
+    if watcher.confirm_after >= watcher.confirm_within {
+        return Err(format!(
+            "watcher.confirm_after ({}) must be shorter than watcher.confirm_within ({})",
+            text(watcher.confirm_after),
+            text(watcher.confirm_within)
+        ));
+    }
+    // Otherwise the volume would be cut off between two healthy probes.
+    let round = watcher.interval.saturating_add(watcher.deadline);
+    if round >= watcher.max_staleness {
+        return Err(format!(
+            "watcher.interval + watcher.deadline ({}) must be shorter than watcher.max_staleness ({})",
+            text(round),
+            text(watcher.max_staleness)
+        ));
+    }
+    Ok(())
+}
+
+fn fence(config: &Config) -> Result<(), String> {
+    let fence = &config.fence;
+    if fence.timeout < MIN_FENCE {
+        return Err(format!(
+            "fence.timeout is {}: at least {}",
+            text(fence.timeout),
+            text(MIN_FENCE)
+        ));
+    }
+    // Staleness counts to the gate shut, the fence included.
+    let tail = fence.timeout.saturating_add(config.watcher.deadline);
+    if tail >= config.watcher.max_staleness {
+        return Err(format!(
+            "fence.timeout + watcher.deadline ({}) must be shorter than watcher.max_staleness ({})",
+            text(tail),
+            text(config.watcher.max_staleness)
+        ));
+    }
+    if fence.enabled && fence.socket.is_none() && fence.pid_file.is_none() {
+        return Err("fence.enabled needs fence.socket or fence.pid_file to know the server".into());
+    }
+    Ok(())
+}
+
+fn absolute(key: &str, path: Option<&Path>) -> Result<(), String> {
+    match path {
+        Some(path) if !path.is_absolute() => {
+            Err(format!("{key} \"{}\" is not an absolute path", path.display()))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,270 @@
+//! The audit trail: one JSON object per line, appended with a single write.
+//!
+//! `event` and `status` are stable names ([`Name`], [`Status`]); `time` is RFC 3339 in UTC.
+//! Events that do not go through stages have no `status`. No event holds a secret or a token.
+//! A trail that cannot be written is reported in the log and never stops an operation.
+//!
+//! The file must not lie on a byokfs mount of this process: the daemon may not touch its own
+//! mount. `daemon::start` refuses such a path.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+use parking_lot::Mutex;
+use serde_json::{Map, Value};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::error::{Context, IntegrityFailure, Result};
+
+/// Identical integrity failures within this time are counted, not written again.
+const REPEAT_AFTER: Duration = Duration::from_secs(60);
+/// Distinct integrity failures written within [`REPEAT_AFTER`]; the rest are counted.
+const DISTINCT_LIMIT: usize = 1000;
+
+/// What happened. The names are stable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Name {
+    VolumeCreated,
+    VolumeMounted,
+    VolumeUnmounted,
+    /// The volume is being cut off, or was.
+    MakeInaccessible,
+    /// The volume is being brought back, or was.
+    MakeAccessible,
+    /// A stop of the database server.
+    Fence,
+    /// One step of it.
+    FenceStep,
+    /// The daemon ended without unmounting; its guard takes over.
+    DaemonDied,
+    /// The guard ended; the daemon serves on without one.
+    GuardDied,
+    /// The key service cannot be reached or trusted; the volume still serves.
+    KeyDegraded,
+    KeyRecovered,
+    KeyExpiryWarning,
+    KekRotated,
+    DekRotated,
+    IntegrityFailure,
+    UnmountRefused,
+}
+
+impl Name {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Name::VolumeCreated => "VolumeCreated",
+            Name::VolumeMounted => "VolumeMounted",
+            Name::VolumeUnmounted => "VolumeUnmounted",
+            Name::MakeInaccessible => "MakeInaccessible",
+            Name::MakeAccessible => "MakeAccessible",
+            Name::Fence => "Fence",
+            Name::FenceStep => "FenceStep",
+            Name::DaemonDied => "DaemonDied",
+            Name::GuardDied => "GuardDied",
+            Name::KeyDegraded => "KeyDegraded",
+            Name::KeyRecovered => "KeyRecovered",
+            Name::KeyExpiryWarning => "KeyExpiryWarning",
+            Name::KekRotated => "KekRotated",
+            Name::DekRotated => "DekRotated",
+            Name::IntegrityFailure => "IntegrityFailure",
+            Name::UnmountRefused => "UnmountRefused",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    Started,
+    Succeeded,
+    Failed,
+}
+
+impl Status {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Status::Started => "Started",
+            Status::Succeeded => "Succeeded",
+            Status::Failed => "Failed",
+        }
+    }
+}
+
+/// One line of the trail.
+#[derive(Clone, Debug)]
+pub struct Event {
+    name: Name,
+    fields: Map<String, Value>,
+}
+
+impl Event {
+    pub fn new(name: Name) -> Event {
+        Event { name, fields: Map::new() }
+    }
+
+    pub fn status(self, status: Status) -> Event {
+        self.with("status", status.as_str())
+    }
+
+    pub fn with(mut self, field: &'static str, value: impl Into<Value>) -> Event {
+        self.fields.insert(field.to_owned(), value.into());
+        self
+    }
+}
+
+/// Where the trail goes, and what every line of it carries.
+struct Trail {
+    file: File,
+    path: String,
+    context: Map<String, Value>,
+}
+
+#[derive(Default)]
+struct Repeats {
+    since: Option<Instant>,
+    seen: HashMap<(&'static str, String, Option<u64>), u64>,
+    dropped: u64,
+}
+
+static TRAIL: Mutex<Option<Trail>> = Mutex::new(None);
+static REPEATS: Mutex<Option<Repeats>> = Mutex::new(None);
+
+/// Opens the trail at `path` (created with mode 0600) for this process. `context` is added to
+/// every line: the volume and its mount point.
+pub fn install(path: &Path, context: &[(&'static str, String)]) -> Result<()> {
+    let file = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+        .context(|| format!("cannot open the audit log {}", path.display()))?;
+    let context =
+        context.iter().map(|(key, value)| ((*key).to_owned(), value.clone().into())).collect();
+    *TRAIL.lock() = Some(Trail { file, path: path.display().to_string(), context });
+    Ok(())
+}
+
+/// Writes one event, to the trail if there is one, and to the log.
+pub fn emit(event: Event) {
+    let mut line = Map::new();
+    line.insert("time".into(), timestamp(SystemTime::now()).into());
+    line.insert("event".into(), event.name.as_str().into());
+    line.extend(event.fields);
+    let mut trail = TRAIL.lock();
+    if let Some(trail) = trail.as_ref() {
+        line.extend(trail.context.clone());
+    }
+    let mut text = Value::Object(line).to_string();
+    ::log::info!(target: "audit", "{text}");
+    let Some(trail) = trail.as_mut() else { return };
+    text.push('\n');
+    // One write, so that lines of several processes never mix; a short one is a failure.
+    match trail.file.write(text.as_bytes()) {
+        Ok(written) if written == text.len() => {}
+        Ok(_) => ::log::error!("the audit log {} took only part of an event", trail.path),
+        Err(error) => ::log::error!("cannot write the audit log {}: {error}", trail.path),
+    }
+}
+
+/// Bytes on the backing storage failed their authentication. `path` is the logical name where
+/// one is known. The same failure again within a minute is only counted.
+pub fn integrity_failure(failure: &IntegrityFailure, path: Option<&str>) {
+    let Some((repeated, dropped)) = admit(failure, Instant::now()) else { return };
+    let mut event = Event::new(Name::IntegrityFailure)
+        .with("what", failure.what)
+        .with("file_id", failure.file_id.as_str())
+        .with("detail", failure.detail.as_str());
+    if let Some(index) = failure.index {
+        event = event.with("index", index);
+    }
+    if let Some(path) = path {
+        event = event.with("path", path);
+    }
+    if repeated > 0 {
+        event = event.with("repeated", repeated);
+    }
+    if dropped > 0 {
+        event = event.with("not_written", dropped);
+    }
+    emit(event);
+}
+
+/// Whether to write this failure: with how often it was seen, and how many others were dropped,
+/// in the window that has just ended.
+fn admit(failure: &IntegrityFailure, now: Instant) -> Option<(u64, u64)> {
+    let mut guard = REPEATS.lock();
+    let repeats = guard.get_or_insert_with(Repeats::default);
+    let key = (failure.what, failure.file_id.clone(), failure.index);
+    let mut ended = (0, 0);
+    if repeats.since.is_none_or(|since| now.duration_since(since) >= REPEAT_AFTER) {
+        ended = (repeats.seen.get(&key).map_or(0, |count| count - 1), repeats.dropped);
+        *repeats = Repeats { since: Some(now), ..Repeats::default() };
+    }
+    if let Some(count) = repeats.seen.get_mut(&key) {
+        *count += 1;
+        return None;
+    }
+    if repeats.seen.len() >= DISTINCT_LIMIT {
+        repeats.dropped += 1;
+        return None;
+    }
+    repeats.seen.insert(key, 1);
+    Some(ended)
+}
+
+/// RFC 3339 in UTC; the epoch for a time that has no such form.
+pub fn timestamp(time: SystemTime) -> String {
+    OffsetDateTime::from(time)
+        .format(&Rfc3339)
+        .unwrap_or_else(|_| "1970-01-01T00:00:00Z".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn failure(index: u64) -> IntegrityFailure {
+        IntegrityFailure {
+            what: "block",
+            file_id: "ab".into(),
+            index: Some(index),
+            detail: String::new(),
+        }
+    }
+
+    #[test]
+    fn lines_are_json_with_stable_fields_and_the_file_is_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.jsonl");
+        install(&path, &[("volume", "v-1".into())]).unwrap();
+        emit(Event::new(Name::MakeInaccessible).status(Status::Started).with("reason", "x"));
+        let text = std::fs::read_to_string(&path).unwrap();
+        let line: Value = serde_json::from_str(
+            text.lines().find(|line| line.contains("MakeInaccessible")).unwrap(),
+        )
+        .unwrap();
+        assert_eq!(line["event"], "MakeInaccessible");
+        assert_eq!(line["status"], "Started");
+        assert_eq!(line["volume"], "v-1");
+        OffsetDateTime::parse(line["time"].as_str().unwrap(), &Rfc3339).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn identical_failures_are_counted_and_distinct_ones_bounded() {
+        let now = Instant::now();
+        *REPEATS.lock() = None;
+        assert_eq!(admit(&failure(1), now), Some((0, 0)));
+        assert_eq!(admit(&failure(1), now), None);
+        assert_eq!(admit(&failure(1), now), None);
+        for index in 2..=DISTINCT_LIMIT as u64 + 5 {
+            admit(&failure(index), now);
+        }
+        assert_eq!(admit(&failure(1), now + REPEAT_AFTER), Some((2, 5)));
+    }
+}
