@@ -8,6 +8,7 @@
 //! `fdatasync(2)` and `fsync(2)`, [`Node::sync`] is `fsync(2)` of a directory. A failed sync is
 //! final for that file: the caller must not retry it as if nothing had happened.
 
+pub mod fault;
 pub mod linux;
 
 use std::any::Any;

@@ -3,3 +3,4 @@
 pub mod alloc;
 pub mod locked;
 pub mod stack;
+pub mod writeout;
