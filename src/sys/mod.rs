@@ -2,5 +2,7 @@
 
 pub mod alloc;
 pub mod locked;
+pub mod peer;
+pub mod signals;
 pub mod stack;
 pub mod writeout;

@@ -1,0 +1,76 @@
+//! Against real processes; a directory's own file system stands for the mount.
+
+use super::*;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Child, Command};
+
+fn device_of(path: &Path) -> Device {
+    let dev = fs::metadata(path).unwrap().dev();
+    Device { major: rustix::fs::major(dev), minor: rustix::fs::minor(dev) }
+}
+
+fn fence(pid_file: &Path, device: Device, timeout: Duration) -> Fence {
+    let pid_file = Some(pid_file.to_owned());
+    Fence::new(config::Fence { enabled: true, pid_file, timeout, ..Default::default() }, device)
+}
+
+fn shell(script: &str, dir: &str) -> Child {
+    Command::new("bash").args(["-c", script]).current_dir(dir).spawn().unwrap()
+}
+
+#[test]
+fn an_innocent_process_named_by_a_stale_pid_file_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let pid_file = dir.path().join("pid");
+    let mut innocent = shell("sleep 60", "/");
+    fs::write(&pid_file, innocent.id().to_string()).unwrap();
+    let elsewhere = device_of(Path::new("/proc/self"));
+    // The working directory of the process is not on /proc, and no file of it is.
+    let fence = fence(&pid_file, elsewhere, Duration::from_secs(2));
+    assert_eq!(fence.stop_server(), Outcome::NoServer);
+    assert!(innocent.try_wait().unwrap().is_none());
+    innocent.kill().unwrap();
+    innocent.wait().unwrap();
+}
+
+#[test]
+fn sigterm_then_sigkill() {
+    let dir = tempfile::tempdir().unwrap();
+    let pid_file = dir.path().join("pid");
+    let device = device_of(Path::new("/proc/self"));
+    for (script, outcome) in [
+        ("exec sleep 60", Outcome::Stopped("SIGTERM")),
+        ("trap '' TERM; while :; do sleep 0.1; done", Outcome::Stopped("SIGKILL")),
+        ("kill -STOP $$", Outcome::Stopped("SIGKILL")),
+    ] {
+        let mut server = shell(script, "/proc");
+        fs::write(&pid_file, server.id().to_string()).unwrap();
+        // Time for the trap to be set.
+        std::thread::sleep(Duration::from_millis(300));
+        let start = Instant::now();
+        let fence = fence(&pid_file, device, Duration::from_secs(2));
+        assert_eq!(fence.stop_server(), outcome, "{script}");
+        assert!(start.elapsed() < Duration::from_secs(3));
+        server.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_restarted_server_is_stopped_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let pid_file = dir.path().join("pid");
+    let device = device_of(Path::new("/proc/self"));
+    let mut server = shell("exec sleep 60", "/proc");
+    fs::write(&pid_file, server.id().to_string()).unwrap();
+    let fence = fence(&pid_file, device, Duration::from_secs(2));
+    fence.linger(Duration::from_secs(1), || false);
+    assert!(server.try_wait().unwrap().is_some());
+}
+
+#[test]
+fn without_a_fence_nothing_is_looked_for() {
+    let device = device_of(Path::new("/proc/self"));
+    assert_eq!(Fence::new(config::Fence::default(), device).stop_server(), Outcome::Off);
+}
