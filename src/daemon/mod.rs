@@ -1,5 +1,14 @@
 //! The process behind a mount: start order, readiness, control socket, cut-off, fence, guard.
 
+pub mod control;
 pub mod fence;
+pub mod guard;
+pub mod harden;
+pub mod hex;
+pub mod keeper;
 pub mod mountinfo;
+pub mod notify;
+pub mod pins;
+pub mod plan;
+pub mod report;
 pub mod users;

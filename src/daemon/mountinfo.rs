@@ -7,13 +7,15 @@ use std::fmt;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Context, Result};
 
 pub const FS_TYPE: &str = "fuse.byokfs";
 const TABLE: &str = "/proc/self/mountinfo";
 
 /// Number of a file system, the same in every mount namespace and for every bind mount of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
     pub major: u32,
     pub minor: u32,

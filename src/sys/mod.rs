@@ -2,7 +2,9 @@
 
 pub mod alloc;
 pub mod locked;
+pub mod mount;
 pub mod peer;
 pub mod signals;
 pub mod stack;
+pub mod stdio;
 pub mod writeout;

@@ -1,0 +1,24 @@
+//! What the kernel may do with a process that holds keys, or guards one that does.
+
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
+};
+
+use crate::error::{Context, Result};
+
+/// No core dump, no debugger without privileges, no new privileges; works in `/`, so that it keeps
+/// no mount busy; takes as many descriptors as it may. To be called before threads are started.
+pub fn process() -> Result<()> {
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })
+        .context(|| "cannot turn core dumps off".to_owned())?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .context(|| "cannot keep other processes out of this one's memory".to_owned())?;
+    rustix::thread::set_no_new_privs(true)
+        .context(|| "cannot give up new privileges".to_owned())?;
+    rustix::process::chdir("/").context(|| "cannot change to /".to_owned())?;
+    // Modes on the backing storage are those that callers asked for, their umask already applied.
+    rustix::process::umask(rustix::fs::Mode::empty());
+    let files = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files })
+        .context(|| "cannot raise the limit of open files".to_owned())
+}
