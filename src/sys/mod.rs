@@ -1,6 +1,7 @@
 //! Every `unsafe` of byokfs, each with its reason. Nothing here knows of files, keys or formats.
 
 pub mod alloc;
+pub mod fuse;
 pub mod locked;
 pub mod mount;
 pub mod peer;
