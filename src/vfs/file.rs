@@ -1,0 +1,150 @@
+//! Open files: open, read, write, fsync, release.
+
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::filesystem::Filesystem;
+use super::handle::{Handle, OpenFile};
+use super::inode::Inode;
+use super::types::{Caller, WriteRequest};
+use crate::backing::{Access, FileKind, SetTime};
+use crate::error::{FsError, FsResult};
+use crate::store::{Durability, WriteMode};
+
+/// `O_*` as the kernel sends them.
+const ACCESS_MODE: u32 = libc::O_ACCMODE as u32;
+const TRUNCATE: u32 = libc::O_TRUNC as u32;
+const APPEND: u32 = libc::O_APPEND as u32;
+const DIRECT: u32 = libc::O_DIRECT as u32;
+/// `O_SYNC` holds this bit too.
+const DSYNC: u32 = libc::O_DSYNC as u32;
+
+impl Filesystem {
+    /// Works on any file that is known, whether or not it has a name. `flags` are those of
+    /// open(2), with O_TRUNC.
+    pub fn open(&self, caller: Caller, node: u64, flags: u32) -> FsResult<u64> {
+        self.gate.check()?;
+        let truncate = flags & TRUNCATE != 0;
+        if truncate || flags & ACCESS_MODE != libc::O_RDONLY as u32 {
+            self.writable()?;
+        }
+        let inode = self.inodes.get(node)?;
+        let open = self.open_content(&inode)?;
+        if truncate {
+            self.audited(&inode, open.file.truncate(0))?;
+            inode.node.set_times(SetTime::Keep, SetTime::Now)?;
+            if !caller.is_root() {
+                self.drop_set_id(&inode)?;
+            }
+        }
+        self.gate.check()?;
+        Ok(self.handles.insert(Handle::File(open)))
+    }
+
+    /// Bytes read; fewer than asked for only at the end of the file.
+    pub fn read(&self, handle: u64, offset: u64, buf: &mut [u8]) -> FsResult<usize> {
+        self.gate.check()?;
+        let open = self.handles.file(handle)?;
+        let read = self.audited(&open.inode, open.file.read_at(buf, offset))?;
+        if let Err(cut_off) = self.gate.check() {
+            buf.fill(0);
+            return Err(cut_off.into());
+        }
+        Ok(read)
+    }
+
+    /// All of it or an error. With O_APPEND it goes to the end of the file, atomically.
+    pub fn write(&self, handle: u64, request: &WriteRequest<'_>) -> FsResult<usize> {
+        self.writable()?;
+        let open = self.handles.file(handle)?;
+        if request.drop_set_id {
+            self.drop_set_id(&open.inode)?;
+        }
+        let mode = write_mode(request);
+        self.audited(&open.inode, open.file.write_at(request.data, request.offset, mode))?;
+        Ok(request.data.len())
+    }
+
+    /// What was written through any handle, and the file's attributes unless `data_only`, are on
+    /// stable storage afterwards.
+    pub fn fsync(&self, handle: u64, data_only: bool) -> FsResult<()> {
+        self.gate.check()?;
+        let open = self.handles.file(handle)?;
+        self.audited(&open.inode, open.file.sync(data_only))
+    }
+
+    /// Closes a file or directory handle. Never fails, also while cut off.
+    pub fn release(&self, handle: u64) {
+        self.handles.remove(handle);
+    }
+
+    pub(super) fn open_content(&self, inode: &Arc<Inode>) -> FsResult<OpenFile> {
+        match inode.kind {
+            FileKind::Regular => {}
+            FileKind::Directory => return Err(FsError::Os(Errno::ISDIR)),
+            _ => return Err(FsError::Os(Errno::INVAL)),
+        }
+        let mut content = inode.content.lock();
+        let file = match &content.file {
+            Some(file) => Arc::clone(file),
+            None => {
+                let access = if self.read_only() { Access::Read } else { Access::ReadWrite };
+                let opened = inode
+                    .node
+                    .open(access)
+                    .map_err(FsError::from)
+                    .and_then(|f| self.store.open_file(f));
+                match opened {
+                    Ok(file) => file,
+                    Err(error) => {
+                        drop(content);
+                        return self.audited(inode, Err(error));
+                    }
+                }
+            }
+        };
+        content.file = Some(Arc::clone(&file));
+        content.opens += 1;
+        Ok(OpenFile { inode: Arc::clone(inode), file })
+    }
+}
+
+fn write_mode(request: &WriteRequest<'_>) -> WriteMode {
+    if request.from_cache {
+        return WriteMode::default();
+    }
+    let durability = if request.flags & DSYNC != 0 {
+        Durability::Flushed
+    } else if request.flags & DIRECT != 0 {
+        Durability::OnDevice
+    } else {
+        Durability::Handed
+    };
+    WriteMode { append: request.flags & APPEND != 0, durability }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mode(flags: i32, from_cache: bool) -> WriteMode {
+        let flags = flags.cast_unsigned();
+        write_mode(&WriteRequest { offset: 0, data: &[], flags, from_cache, drop_set_id: false })
+    }
+
+    #[test]
+    fn each_write_says_how_durable_it_is() {
+        assert_eq!(mode(0, false).durability, Durability::Handed);
+        assert_eq!(mode(libc::O_DIRECT, false).durability, Durability::OnDevice);
+        assert_eq!(mode(libc::O_DSYNC, false).durability, Durability::Flushed);
+        assert_eq!(mode(libc::O_SYNC | libc::O_DIRECT, false).durability, Durability::Flushed);
+        assert!(mode(libc::O_APPEND, false).append);
+    }
+
+    #[test]
+    fn a_page_of_a_mapping_goes_where_it_belongs() {
+        let mode = mode(libc::O_APPEND | libc::O_DSYNC, true);
+        assert_eq!(mode, WriteMode { append: false, durability: Durability::Handed });
+    }
+}

@@ -1,0 +1,187 @@
+//! The inodes that the kernel or an open handle knows.
+//!
+//! Invariants:
+//! - A node id is given out once. A backing inode that is known has one id, whatever its names.
+//! - An inode stays as long as its lookups are not all forgotten; a handle keeps it beyond that.
+//! - An inode without a name is not found by its backing identity any more: the disk may give
+//!   that identity to a new file as soon as nothing holds the old one.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+use rustix::io::Errno;
+
+use super::types::ROOT;
+use crate::backing::{FileKind, NodeId, NodeRef};
+use crate::error::{FsError, FsResult};
+use crate::store::File;
+
+#[derive(Debug)]
+pub(super) struct Inode {
+    pub(super) id: u64,
+    pub(super) node: NodeRef,
+    pub(super) key: NodeId,
+    pub(super) kind: FileKind,
+    pub(super) content: Mutex<Content>,
+    /// Changed only under the table's lock.
+    lookups: AtomicU64,
+    place: Mutex<Option<Place>>,
+    set_id: AtomicU8,
+}
+
+/// Where an inode was last seen, for messages: a node id and a name of the disk.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub(super) parent: u64,
+    pub(super) entry: Box<[u8]>,
+}
+
+/// The content of a regular file, while it is open and between.
+#[derive(Debug, Default)]
+pub(super) struct Content {
+    /// There as long as `opens` is not 0.
+    pub(super) file: Option<Arc<File>>,
+    pub(super) opens: u32,
+    /// Of a file that is not open. This mount is the only writer, so it stays true.
+    pub(super) size: Option<u64>,
+}
+
+/// Whether a write has set-id bits to drop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SetId {
+    Unknown,
+    None,
+    Some,
+}
+
+impl Inode {
+    pub(super) fn place(&self) -> Option<Place> {
+        self.place.lock().clone()
+    }
+
+    pub(super) fn set_place(&self, parent: u64, entry: &[u8]) {
+        *self.place.lock() = Some(Place { parent, entry: entry.into() });
+    }
+
+    pub(super) fn set_id(&self) -> SetId {
+        match self.set_id.load(Ordering::Relaxed) {
+            1 => SetId::None,
+            2 => SetId::Some,
+            _ => SetId::Unknown,
+        }
+    }
+
+    /// Remembers the mode that the disk has.
+    pub(super) fn note_mode(&self, mode: u32) {
+        let set_id = if mode & 0o6000 == 0 { 1 } else { 2 };
+        self.set_id.store(set_id, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct InodeTable {
+    maps: RwLock<Maps>,
+    next: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Maps {
+    by_id: HashMap<u64, Arc<Inode>>,
+    by_key: HashMap<NodeId, u64>,
+}
+
+impl InodeTable {
+    pub(super) fn new(root: NodeRef) -> InodeTable {
+        let inode = new_inode(ROOT, root, FileKind::Directory);
+        let mut maps = Maps::default();
+        maps.by_key.insert(inode.key, ROOT);
+        maps.by_id.insert(ROOT, Arc::new(inode));
+        InodeTable { maps: RwLock::new(maps), next: AtomicU64::new(ROOT + 1) }
+    }
+
+    /// ESTALE for an id that was forgotten or never given.
+    pub(super) fn get(&self, id: u64) -> FsResult<Arc<Inode>> {
+        self.maps.read().by_id.get(&id).cloned().ok_or(FsError::Os(Errno::STALE))
+    }
+
+    /// The inode of `node`, new or known, with one more lookup to forget.
+    pub(super) fn reference(&self, node: NodeRef, kind: FileKind) -> Arc<Inode> {
+        let key = node.id();
+        {
+            let maps = self.maps.read();
+            if let Some(inode) = maps.by_key.get(&key).and_then(|id| maps.by_id.get(id)) {
+                inode.lookups.fetch_add(1, Ordering::Relaxed);
+                return Arc::clone(inode);
+            }
+        }
+        let mut maps = self.maps.write();
+        if let Some(inode) = maps.by_key.get(&key).and_then(|id| maps.by_id.get(id)) {
+            inode.lookups.fetch_add(1, Ordering::Relaxed);
+            return Arc::clone(inode);
+        }
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let inode = Arc::new(new_inode(id, node, kind));
+        maps.by_key.insert(key, id);
+        maps.by_id.insert(id, Arc::clone(&inode));
+        inode
+    }
+
+    /// Gives `count` lookups back. The root stays.
+    pub(super) fn forget(&self, id: u64, count: u64) {
+        if id == ROOT {
+            return;
+        }
+        let mut maps = self.maps.write();
+        let Some(inode) = maps.by_id.get(&id) else { return };
+        let left = inode.lookups.load(Ordering::Relaxed).saturating_sub(count);
+        inode.lookups.store(left, Ordering::Relaxed);
+        if left == 0 {
+            let key = inode.key;
+            // The last reference to a node closes a descriptor: not under the lock.
+            let gone = maps.by_id.remove(&id);
+            if maps.by_key.get(&key) == Some(&id) {
+                maps.by_key.remove(&key);
+            }
+            drop(maps);
+            drop(gone);
+        }
+    }
+
+    /// The inode has lost its last name.
+    pub(super) fn unnamed(&self, key: NodeId) {
+        self.maps.write().by_key.remove(&key);
+    }
+
+    /// An inode without a name was given one (`O_TMPFILE`, then linked).
+    pub(super) fn named(&self, inode: &Inode) {
+        let mut maps = self.maps.write();
+        if maps.by_id.contains_key(&inode.id) {
+            maps.by_key.insert(inode.key, inode.id);
+        }
+    }
+
+    pub(super) fn known(&self, key: NodeId) -> Option<Arc<Inode>> {
+        let maps = self.maps.read();
+        maps.by_key.get(&key).and_then(|id| maps.by_id.get(id)).cloned()
+    }
+
+    /// Every id the kernel may have something cached for.
+    pub(super) fn ids(&self) -> Vec<u64> {
+        self.maps.read().by_id.keys().copied().collect()
+    }
+}
+
+fn new_inode(id: u64, node: NodeRef, kind: FileKind) -> Inode {
+    Inode {
+        id,
+        key: node.id(),
+        node,
+        kind,
+        content: Mutex::new(Content::default()),
+        lookups: AtomicU64::new(1),
+        place: Mutex::new(None),
+        set_id: AtomicU8::new(0),
+    }
+}
