@@ -1,1 +1,24 @@
+//! The FUSE protocol: decode, call [`vfs`](crate::vfs), reply. No policy lives here.
+//!
+//! - [`wire`] takes requests apart and puts replies together: bytes in, bytes out.
+//! - [`adapter`] calls one operation for each request.
+//! - [`reply`] is the one place that picks an errno.
+//! - [`session`] mounts, agrees on the protocol and runs the workers, whose buffers are its own:
+//!   [`purge`] has them overwritten when the volume is cut off.
+//!
+//! Spoken directly over /dev/fuse, with no library between: the number of a node must be one
+//! thing and the inode number that `stat` shows another, a cut-off must reach every buffer that
+//! held plaintext, and the io_uring transport needs the same requests from another source.
+//!
+//! The daemon must never touch its own mount: it would wait for itself.
 
+mod adapter;
+mod purge;
+mod reply;
+mod session;
+mod wire;
+mod worker;
+
+pub use purge::Purge;
+pub use reply::CutOffErrno;
+pub use session::{MountOptions, Mounted, Transport, mount};

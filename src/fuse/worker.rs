@@ -1,0 +1,243 @@
+//! The threads that serve: read a request, have it served, write the reply.
+//!
+//! A worker's two buffers hold plaintext. It overwrites them when asked to ([`Workers::wipe`]),
+//! and after every request that it refuses while the volume is cut off.
+
+use std::io::IoSlice;
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use rustix::io::Errno as OsErrno;
+use zeroize::Zeroize;
+
+use super::adapter::{Adapter, Outcome};
+use super::reply::Errno;
+use super::wire::{Header, IN_HEADER_LEN, OUT_HEADER_LEN, Reader};
+use crate::error::{Context, Result};
+use crate::sys::fuse::Waiter;
+
+/// The largest write that is asked for, and so the largest request but for its header.
+pub(super) const MAX_WRITE: usize = 1 << 20;
+/// Room for headers and fixed arguments beside the largest payload.
+const HEADROOM: usize = 4096;
+
+/// What the workers of one session share.
+#[derive(Debug)]
+pub(super) struct Workers {
+    adapter: Adapter,
+    /// Counts the wipes that were asked for.
+    wipes: AtomicU64,
+    states: Vec<State>,
+    running: Mutex<usize>,
+    ended: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiter: OnceLock<Waiter>,
+    /// Waits for a request, or is about to.
+    idle: AtomicBool,
+    ended: AtomicBool,
+    wiped: AtomicU64,
+}
+
+impl Workers {
+    /// Starts one worker on each device.
+    pub(super) fn start(adapter: Adapter, devices: Vec<Arc<OwnedFd>>) -> Result<Arc<Workers>> {
+        let workers = Arc::new(Workers {
+            adapter,
+            wipes: AtomicU64::new(0),
+            states: devices.iter().map(|_| State::default()).collect(),
+            running: Mutex::new(0),
+            ended: Condvar::new(),
+        });
+        for (index, device) in devices.into_iter().enumerate() {
+            *workers.running.lock() += 1;
+            let shared = Arc::clone(&workers);
+            let started = thread::Builder::new().name(format!("fuse-{index}")).spawn(move || {
+                let _end = End { workers: &shared, index };
+                Worker::new(&shared, &shared.states[index], device).run();
+            });
+            if let Err(error) = started {
+                *workers.running.lock() -= 1;
+                workers.states[index].ended.store(true, Ordering::SeqCst);
+                return Err(error).context(|| "cannot start a worker thread".into());
+            }
+        }
+        Ok(workers)
+    }
+
+    pub(super) fn adapter(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    /// Waits until every worker has ended, which they do when the mount is gone.
+    pub(super) fn join(&self, limit: Option<Duration>) -> bool {
+        let limit = limit.map(|limit| Instant::now() + limit);
+        let mut running = self.running.lock();
+        while *running > 0 {
+            match limit {
+                None => self.ended.wait(&mut running),
+                Some(limit) if self.ended.wait_until(&mut running, limit).timed_out() => {
+                    return *running == 0;
+                }
+                Some(_) => {}
+            }
+        }
+        true
+    }
+
+    /// Has every worker overwrite its buffers; false if one does not come to it in time.
+    pub(super) fn wipe(&self, limit: Instant) -> bool {
+        let asked = self.wipes.fetch_add(1, Ordering::SeqCst) + 1;
+        loop {
+            let mut left = false;
+            for state in &self.states {
+                if state.ended.load(Ordering::SeqCst) || state.wiped.load(Ordering::SeqCst) >= asked
+                {
+                    continue;
+                }
+                left = true;
+                if state.idle.load(Ordering::SeqCst)
+                    && let Some(waiter) = state.waiter.get()
+                {
+                    waiter.interrupt();
+                }
+            }
+            if !left || Instant::now() >= limit {
+                return !left;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// Counts a worker out, however it ends.
+struct End<'a> {
+    workers: &'a Workers,
+    index: usize,
+}
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.workers.states[self.index].ended.store(true, Ordering::SeqCst);
+        *self.workers.running.lock() -= 1;
+        self.workers.ended.notify_all();
+    }
+}
+
+struct Worker<'a> {
+    workers: &'a Workers,
+    state: &'a State,
+    device: Arc<OwnedFd>,
+    request: Buffer,
+    reply: Buffer,
+}
+
+/// A buffer that remembers how much of it has been used since it was last overwritten.
+struct Buffer {
+    bytes: Vec<u8>,
+    used: usize,
+}
+
+impl Buffer {
+    fn new() -> Buffer {
+        Buffer { bytes: vec![0; MAX_WRITE + HEADROOM], used: 0 }
+    }
+
+    fn wipe(&mut self) {
+        self.bytes[..self.used].zeroize();
+        self.used = 0;
+    }
+}
+
+impl<'a> Worker<'a> {
+    fn new(workers: &'a Workers, state: &'a State, device: Arc<OwnedFd>) -> Worker<'a> {
+        Worker { workers, state, device, request: Buffer::new(), reply: Buffer::new() }
+    }
+
+    fn run(&mut self) {
+        // Only this thread sets it.
+        let _ = self.state.waiter.set(Waiter::current());
+        loop {
+            let asked = self.workers.wipes.load(Ordering::SeqCst);
+            if self.state.wiped.load(Ordering::SeqCst) < asked {
+                self.wipe();
+                self.state.wiped.store(asked, Ordering::SeqCst);
+            }
+            self.state.idle.store(true, Ordering::SeqCst);
+            let read = rustix::io::read(self.device.as_fd(), &mut self.request.bytes[..]);
+            self.state.idle.store(false, Ordering::SeqCst);
+            match read {
+                Ok(len) => {
+                    self.request.used = self.request.used.max(len);
+                    self.handle(len);
+                }
+                // NOENT: the request was given up before it was read.
+                Err(OsErrno::INTR | OsErrno::NOENT | OsErrno::AGAIN) => {}
+                Err(OsErrno::NODEV) => break,
+                Err(error) => {
+                    log::error!("cannot read from /dev/fuse: {error}; a worker ends");
+                    break;
+                }
+            }
+        }
+        self.wipe();
+    }
+
+    fn handle(&mut self, len: usize) {
+        let request = &self.request.bytes[..len];
+        let Some(header) = Header::parse(request) else {
+            log::error!("the kernel sent {len} bytes that are no request");
+            return;
+        };
+        let args = Reader::new(&request[IN_HEADER_LEN..], &[]);
+        let body = &mut self.reply.bytes[OUT_HEADER_LEN..];
+        // The operations hold no lock of their own across a panic that would not be released:
+        // parking_lot's are released as the stack unwinds, and none is poisoned.
+        let served = panic::catch_unwind(AssertUnwindSafe(|| {
+            self.workers.adapter.serve(&header, args, body)
+        }));
+        let outcome = served.unwrap_or_else(|_| {
+            log::error!("request {} on node {} panicked", header.opcode, header.node);
+            Outcome::Error(Errno::IO)
+        });
+        let reply_len = match outcome {
+            Outcome::Silent => 0,
+            Outcome::Reply(body_len) => self.send(&header, 0, body_len),
+            Outcome::Error(errno) => self.send(&header, -errno.raw(), 0),
+        };
+        self.reply.used = self.reply.used.max(reply_len);
+        if self.workers.adapter.filesystem().check_open().is_err() {
+            self.wipe();
+        }
+    }
+
+    /// Returns how much of the reply buffer was used.
+    fn send(&mut self, header: &Header, error: i32, body_len: usize) -> usize {
+        let len = OUT_HEADER_LEN + body_len;
+        let reply = &mut self.reply.bytes[..len];
+        reply[..4].copy_from_slice(&(len as u32).to_ne_bytes());
+        reply[4..8].copy_from_slice(&error.to_ne_bytes());
+        reply[8..16].copy_from_slice(&header.unique.to_ne_bytes());
+        match rustix::io::writev(self.device.as_fd(), &[IoSlice::new(reply)]) {
+            Ok(_) => {}
+            // The mount went away, and with it whoever waited for this.
+            Err(OsErrno::NOENT | OsErrno::NODEV | OsErrno::NOTCONN) => {}
+            Err(error) => {
+                log::error!("cannot reply to request {}: {error}", header.opcode);
+            }
+        }
+        len
+    }
+
+    fn wipe(&mut self) {
+        self.request.wipe();
+        self.reply.wipe();
+    }
+}
