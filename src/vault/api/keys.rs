@@ -1,0 +1,271 @@
+//! Keys and versions: create, get, list, update, rotate, delete.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_lc_rs::rsa::KeySize;
+use rusqlite::Transaction;
+
+use super::paging::Page;
+use super::{Call, Reply, Vault};
+use crate::vault::audit::Event;
+use crate::vault::codec;
+use crate::vault::material::{PrivateKey, key_size};
+use crate::vault::refusal::Refusal;
+use crate::vault::store::keys::{self, Attributes, DeletedState, KeyRecord, VersionRecord};
+use crate::vault::wire::{
+    CreateRequest, KeyOperation, KeyType, UpdateRequest, check_tags, key_operations,
+};
+
+/// As the real service.
+const DEFAULT_KEY_SIZE: u64 = 2048;
+const PUBLIC_EXPONENT: u64 = 65537;
+const SECONDS_PER_DAY: i64 = 86400;
+/// How long a request waits for other keys to be made first.
+const GENERATION_WAIT: Duration = Duration::from_secs(20);
+
+/// A version to be made, all but its material.
+struct Blueprint {
+    kty: KeyType,
+    size: KeySize,
+    operations: Vec<KeyOperation>,
+    attributes: Attributes,
+    tags: std::collections::BTreeMap<String, String>,
+}
+
+/// The key, which must be there and not deleted.
+pub(super) fn live_key(tx: &Transaction<'_>, name: &str) -> Result<KeyRecord, Refusal> {
+    keys::find(tx, name)?
+        .filter(|key| key.deleted.is_none())
+        .ok_or_else(|| Refusal::key_not_found(name))
+}
+
+/// A version of it, or the newest.
+pub(super) fn live_version(
+    tx: &Transaction<'_>,
+    name: &str,
+    version: Option<&str>,
+) -> Result<(KeyRecord, VersionRecord), Refusal> {
+    let key = live_key(tx, name)?;
+    let record = keys::find_version(tx, &key, version)?.ok_or_else(|| {
+        Refusal::key_not_found(&match version {
+            Some(version) => format!("{name}/{version}"),
+            None => name.to_owned(),
+        })
+    })?;
+    Ok((key, record))
+}
+
+impl Vault {
+    pub(super) fn create_key(
+        &self,
+        call: &Call<'_>,
+        name: &str,
+        event: &mut Event,
+    ) -> Result<Reply, Refusal> {
+        let blueprint = blueprint(call.body()?)?;
+        self.add_version(call, name, event, blueprint, |tx| match keys::find(tx, name)? {
+            None => Ok(None),
+            Some(key) if key.deleted.is_none() => Ok(Some(key)),
+            Some(_) => Err(Refusal::deleted_but_recoverable(name)),
+        })
+    }
+
+    /// A new version like the newest one; dates are not carried over.
+    pub(super) fn rotate_key(
+        &self,
+        call: &Call<'_>,
+        name: &str,
+        event: &mut Event,
+    ) -> Result<Reply, Refusal> {
+        let (_, newest) = self.store.read(|tx| live_version(tx, name, None))?;
+        let size = key_size(newest.public.modulus.len() as u64 * 8).ok_or_else(|| {
+            log::error!("the key {name} has an unknown size");
+            Refusal::internal()
+        })?;
+        let blueprint = Blueprint {
+            kty: newest.kty,
+            size,
+            operations: newest.operations,
+            attributes: Attributes { enabled: true, nbf: None, exp: None },
+            tags: newest.tags,
+        };
+        self.add_version(call, name, event, blueprint, |tx| live_key(tx, name).map(Some))
+    }
+
+    /// `find` says, before the work and again when it is to be committed, which key gets the
+    /// version: None for a new one.
+    fn add_version(
+        &self,
+        call: &Call<'_>,
+        name: &str,
+        event: &mut Event,
+        blueprint: Blueprint,
+        find: impl Fn(&Transaction<'_>) -> Result<Option<KeyRecord>, Refusal>,
+    ) -> Result<Reply, Refusal> {
+        let existing = self.store.read(|tx| find(tx))?;
+        let version = codec::new_version()?;
+        let (private, pkcs8) = {
+            let _one_at_a_time =
+                self.generating.try_lock_for(GENERATION_WAIT).ok_or_else(|| {
+                    Refusal::new(429, "Throttled", "Too many keys are being made at once.")
+                })?;
+            PrivateKey::generate(blueprint.size)?
+        };
+        // Sealed values name the key in lower case: names do not differ in case.
+        let stored_name = existing.as_ref().map_or(name, |key| key.name.as_str());
+        let sealed = self.sealer.seal(&private_place(stored_name, &version), pkcs8.expose())?;
+        drop(pkcs8);
+        let mut record = VersionRecord {
+            id: 0,
+            version,
+            kty: blueprint.kty,
+            public: private.public_numbers(),
+            operations: blueprint.operations,
+            tags: blueprint.tags,
+            attributes: blueprint.attributes,
+            created: call.now,
+            updated: call.now,
+        };
+        let key = self.store.write(|tx| {
+            let key = match find(tx)? {
+                Some(key) => key,
+                None => keys::insert(tx, name)?,
+            };
+            keys::insert_version(tx, &key, &mut record, &sealed)?;
+            Ok::<_, Refusal>(key)
+        })?;
+        self.remember_private_key(record.id, Arc::new(private));
+        event.version = Some(record.version.clone());
+        Ok(Reply::ok(&self.wire(call).bundle(&key.name, &record)))
+    }
+
+    pub(super) fn get_key(
+        &self,
+        call: &Call<'_>,
+        name: &str,
+        version: Option<&str>,
+        event: &mut Event,
+    ) -> Result<Reply, Refusal> {
+        let (key, record) = self.store.read(|tx| live_version(tx, name, version))?;
+        event.version = Some(record.version.clone());
+        Ok(Reply::ok(&self.wire(call).bundle(&key.name, &record)))
+    }
+
+    pub(super) fn update_key(
+        &self,
+        call: &Call<'_>,
+        name: &str,
+        version: Option<&str>,
+        event: &mut Event,
+    ) -> Result<Reply, Refusal> {
+        let update: UpdateRequest = call.body()?;
+        refuse_release_policy(update.release_policy.is_some())?;
+        let operations = update.key_ops.as_deref().map(key_operations).transpose()?;
+        if let Some(tags) = &update.tags {
+            check_tags(tags)?;
+        }
+        let (key, record) = self.store.write(|tx| {
+            let (key, mut record) = live_version(tx, name, version)?;
+            update.attributes.apply(&mut record.attributes)?;
+            if let Some(operations) = operations {
+                record.operations = operations;
+            }
+            if let Some(tags) = update.tags {
+                record.tags = tags;
+            }
+            record.updated = call.now;
+            keys::update_version(tx, &record)?;
+            Ok::<_, Refusal>((key, record))
+        })?;
+        event.version = Some(record.version.clone());
+        Ok(Reply::ok(&self.wire(call).bundle(&key.name, &record)))
+    }
+
+    pub(super) fn delete_key(&self, call: &Call<'_>, name: &str) -> Result<Reply, Refusal> {
+        let days = i64::from(self.settings.recovery.days);
+        let deleted = DeletedState {
+            date: call.now,
+            scheduled_purge: call.now + days * SECONDS_PER_DAY,
+        };
+        let (key, newest) = self.store.write(|tx| {
+            let (key, newest) = live_version(tx, name, None)?;
+            keys::set_deleted(tx, &key, Some(deleted))?;
+            Ok::<_, Refusal>((key, newest))
+        })?;
+        self.forget_private_keys();
+        Ok(Reply::ok(&self.wire(call).deleted_bundle(&key.name, &newest, deleted)))
+    }
+
+    pub(super) fn list_keys(&self, call: &Call<'_>, deleted: bool) -> Result<Reply, Refusal> {
+        let page = Page::of(&call.query)?;
+        let rows = self.store.read(|tx| {
+            Ok::<_, Refusal>(keys::list(tx, deleted, &page.after, page.size + 1)?)
+        })?;
+        let wire = self.wire(call);
+        let items = rows
+            .into_iter()
+            .map(|(key, newest)| {
+                let item = match key.deleted {
+                    Some(state) => wire.deleted_item(&key.name, &newest, state),
+                    None => wire.item(&key.name, &newest, false),
+                };
+                (item, key.name)
+            })
+            .collect();
+        Ok(page.reply(call, items))
+    }
+
+    pub(super) fn list_versions(&self, call: &Call<'_>, name: &str) -> Result<Reply, Refusal> {
+        let page = Page::of(&call.query)?;
+        let after = if page.after.is_empty() {
+            0
+        } else {
+            page.after.parse().map_err(|_| Refusal::bad_parameter("$skiptoken is invalid."))?
+        };
+        let (key, rows) = self.store.read(|tx| {
+            let key = live_key(tx, name)?;
+            let rows = keys::versions(tx, &key, after, page.size + 1)?;
+            Ok::<_, Refusal>((key, rows))
+        })?;
+        let wire = self.wire(call);
+        let items = rows
+            .into_iter()
+            .map(|row| (wire.item(&key.name, &row, true), row.id.to_string()))
+            .collect();
+        Ok(page.reply(call, items))
+    }
+}
+
+/// What a sealed private key is bound to.
+pub(super) fn private_place<'a>(name: &'a str, version: &'a str) -> [&'a str; 3] {
+    ["key", name, version]
+}
+
+fn blueprint(request: CreateRequest) -> Result<Blueprint, Refusal> {
+    refuse_release_policy(request.release_policy.is_some())?;
+    let kty = request.kty.as_deref().and_then(KeyType::from_name).ok_or_else(|| {
+        Refusal::bad_parameter("Property 'kty' must be RSA or RSA-HSM in this vault.")
+    })?;
+    let size = key_size(request.key_size.unwrap_or(DEFAULT_KEY_SIZE))
+        .ok_or_else(|| Refusal::bad_parameter("Property 'key_size' must be 2048, 3072 or 4096."))?;
+    if request.public_exponent.is_some_and(|exponent| exponent != PUBLIC_EXPONENT) {
+        return Err(Refusal::bad_parameter("Property 'public_exponent' must be 65537."));
+    }
+    let operations = match &request.key_ops {
+        Some(names) => key_operations(names)?,
+        None => KeyOperation::ALL.to_vec(),
+    };
+    let mut attributes = Attributes { enabled: true, nbf: None, exp: None };
+    request.attributes.apply(&mut attributes)?;
+    let tags = request.tags.unwrap_or_default();
+    check_tags(&tags)?;
+    Ok(Blueprint { kty, size, operations, attributes, tags })
+}
+
+fn refuse_release_policy(given: bool) -> Result<(), Refusal> {
+    if given {
+        return Err(Refusal::bad_parameter("Key release is not supported by this vault."));
+    }
+    Ok(())
+}

@@ -1,0 +1,207 @@
+//! RSA key material: generation and use. Every private operation is aws-lc-rs's, whose private
+//! operations take constant time.
+
+use std::fmt;
+
+use aws_lc_rs::encoding::{AsDer as _, Pkcs8V1Der};
+use aws_lc_rs::rsa::{
+    KeyPair, KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepAlgorithm,
+    OaepPrivateDecryptingKey, OaepPublicEncryptingKey, Pkcs1PrivateDecryptingKey,
+    Pkcs1PublicEncryptingKey, PrivateDecryptingKey,
+};
+use aws_lc_rs::signature::KeyPair as _;
+
+use crate::crypto::secret::SecretBytes;
+use crate::error::{Error, Kind, Result};
+
+use super::refusal::Refusal;
+
+mod signing;
+pub(crate) use signing::SignatureAlgorithm;
+
+/// How a value is encrypted or wrapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum EncryptionAlgorithm {
+    /// With SHA-1, as the real service means it.
+    RsaOaep,
+    RsaOaep256,
+    Rsa15,
+}
+
+impl EncryptionAlgorithm {
+    pub(crate) fn from_name(name: &str) -> Option<EncryptionAlgorithm> {
+        match name {
+            "RSA-OAEP" => Some(EncryptionAlgorithm::RsaOaep),
+            "RSA-OAEP-256" => Some(EncryptionAlgorithm::RsaOaep256),
+            "RSA1_5" => Some(EncryptionAlgorithm::Rsa15),
+            _ => None,
+        }
+    }
+
+    fn oaep(self) -> Option<&'static OaepAlgorithm> {
+        match self {
+            EncryptionAlgorithm::RsaOaep => Some(&OAEP_SHA1_MGF1SHA1),
+            EncryptionAlgorithm::RsaOaep256 => Some(&OAEP_SHA256_MGF1SHA256),
+            EncryptionAlgorithm::Rsa15 => None,
+        }
+    }
+}
+
+pub(crate) fn key_size(bits: u64) -> Option<KeySize> {
+    match bits {
+        2048 => Some(KeySize::Rsa2048),
+        3072 => Some(KeySize::Rsa3072),
+        4096 => Some(KeySize::Rsa4096),
+        _ => None,
+    }
+}
+
+/// A private key, parsed once and ready to use.
+pub(crate) struct PrivateKey {
+    pair: KeyPair,
+    decrypting: PrivateDecryptingKey,
+}
+
+/// The public half as a JSON Web Key has it: unsigned, big-endian, no leading zero.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PublicNumbers {
+    pub(crate) modulus: Vec<u8>,
+    pub(crate) exponent: Vec<u8>,
+}
+
+impl PrivateKey {
+    /// Takes seconds for large keys.
+    pub(crate) fn generate(size: KeySize) -> Result<(PrivateKey, SecretBytes)> {
+        let pair = KeyPair::generate(size)
+            .map_err(|_| Error::new(Kind::Io, "cannot generate an RSA key"))?;
+        let der: Pkcs8V1Der<'_> =
+            pair.as_der().map_err(|_| Error::new(Kind::Io, "cannot encode an RSA key"))?;
+        let pkcs8 =
+            SecretBytes::new_with(der.as_ref().len(), |place| place.copy_from_slice(der.as_ref()))?;
+        Ok((PrivateKey::from_pkcs8(&pkcs8)?, pkcs8))
+    }
+
+    pub(crate) fn from_pkcs8(pkcs8: &SecretBytes) -> Result<PrivateKey> {
+        let unusable = |_| Error::corrupt("a stored private key is unusable");
+        Ok(PrivateKey {
+            pair: KeyPair::from_pkcs8(pkcs8.expose()).map_err(unusable)?,
+            decrypting: PrivateDecryptingKey::from_pkcs8(pkcs8.expose()).map_err(unusable)?,
+        })
+    }
+
+    pub(crate) fn public_numbers(&self) -> PublicNumbers {
+        let public = self.pair.public_key();
+        PublicNumbers {
+            modulus: public.modulus().big_endian_without_leading_zero().to_vec(),
+            exponent: public.exponent().big_endian_without_leading_zero().to_vec(),
+        }
+    }
+
+    pub(crate) fn encrypt(
+        &self,
+        algorithm: EncryptionAlgorithm,
+        plaintext: &[u8],
+    ) -> Result<Vec<u8>, Refusal> {
+        let public = self.decrypting.public_key();
+        let mut out = vec![0; public.key_size_bytes()];
+        let written = match algorithm.oaep() {
+            Some(oaep) => OaepPublicEncryptingKey::new(public).ok().and_then(|key| {
+                (plaintext.len() <= key.max_plaintext_size(oaep))
+                    .then(|| key.encrypt(oaep, plaintext, &mut out, None).map(|out| out.len()).ok())
+                    .flatten()
+            }),
+            None => Pkcs1PublicEncryptingKey::new(public).ok().and_then(|key| {
+                (plaintext.len() <= key.max_plaintext_size())
+                    .then(|| key.encrypt(plaintext, &mut out).map(|out| out.len()).ok())
+                    .flatten()
+            }),
+        };
+        match written {
+            Some(len) => {
+                out.truncate(len);
+                Ok(out)
+            }
+            None => Err(Refusal::bad_parameter(
+                "Property 'value' is too long for this key and algorithm.",
+            )),
+        }
+    }
+
+    /// One answer for everything that can be wrong with the ciphertext.
+    pub(crate) fn decrypt(
+        &self,
+        algorithm: EncryptionAlgorithm,
+        ciphertext: &[u8],
+    ) -> Result<SecretBytes, Refusal> {
+        let refused = || {
+            Refusal::bad_parameter(
+                "The parameter is incorrect: 'value' does not decrypt with this key and algorithm.",
+            )
+        };
+        if ciphertext.len() != self.decrypting.key_size_bytes() {
+            return Err(refused());
+        }
+        let mut len = None;
+        let mut out = SecretBytes::new_with(self.decrypting.key_size_bytes(), |place| {
+            len = match algorithm.oaep() {
+                Some(oaep) => OaepPrivateDecryptingKey::new(self.decrypting.clone())
+                    .and_then(|key| key.decrypt(oaep, ciphertext, place, None).map(|out| out.len())),
+                None => Pkcs1PrivateDecryptingKey::new(self.decrypting.clone())
+                    .and_then(|key| key.decrypt(ciphertext, place).map(|out| out.len())),
+            }
+            .ok();
+        })?;
+        let len = len.ok_or_else(refused)?;
+        if len != out.len() {
+            out = SecretBytes::new_with(len, |place| place.copy_from_slice(&out.expose()[..len]))?;
+        }
+        Ok(out)
+    }
+}
+
+impl fmt::Debug for PrivateKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PrivateKey").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key() -> (PrivateKey, SecretBytes) {
+        PrivateKey::generate(KeySize::Rsa2048).unwrap()
+    }
+
+    const ALGORITHMS: [EncryptionAlgorithm; 3] =
+        [EncryptionAlgorithm::RsaOaep, EncryptionAlgorithm::RsaOaep256, EncryptionAlgorithm::Rsa15];
+
+    #[test]
+    fn what_is_wrapped_unwraps_after_a_restart_and_with_no_other_algorithm() {
+        let (key, pkcs8) = key();
+        let numbers = key.public_numbers();
+        assert_eq!((numbers.modulus.len(), numbers.exponent.as_slice()), (256, &[1, 0, 1][..]));
+        assert_ne!(numbers.modulus[0], 0);
+        let again = PrivateKey::from_pkcs8(&pkcs8).unwrap();
+        assert_eq!(again.public_numbers(), numbers);
+        for algorithm in ALGORITHMS {
+            let sealed = key.encrypt(algorithm, &[9; 32]).unwrap();
+            assert_eq!(again.decrypt(algorithm, &sealed).unwrap().expose(), [9; 32]);
+        }
+        let sealed = key.encrypt(EncryptionAlgorithm::RsaOaep256, &[9; 32]).unwrap();
+        let refusal = key.decrypt(EncryptionAlgorithm::RsaOaep, &sealed).unwrap_err();
+        assert_eq!(refusal.code, "BadParameter");
+    }
+
+    #[test]
+    fn lengths_are_checked() {
+        let (key, _) = key();
+        for (algorithm, max) in ALGORITHMS.into_iter().zip([214, 190, 245]) {
+            key.encrypt(algorithm, &vec![1; max]).unwrap();
+            assert_eq!(key.encrypt(algorithm, &vec![1; max + 1]).unwrap_err().status, 400);
+            for len in [0, 1, 255, 257] {
+                assert_eq!(key.decrypt(algorithm, &vec![1; len]).unwrap_err().status, 400);
+            }
+        }
+    }
+}
