@@ -1,12 +1,83 @@
 //! `byokfs vault`: the embedded key vault's verbs.
+//!
+//! `init` and `serve` work on the vault's directory. All others are calls to the running server:
+//! a token from its identity endpoint, then its REST routes, as any client does it.
 
-use clap::Args;
+mod client;
+mod identity;
+mod key;
+mod serve;
 
-use crate::error::{Error, Kind, Result};
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use crate::error::{Error, Result};
+use crate::vault::is_key_name;
 
 #[derive(Debug, Args)]
-pub struct VaultArgs {}
+pub struct VaultArgs {
+    #[command(subcommand)]
+    verb: VaultVerb,
+}
 
-pub fn run(_args: VaultArgs) -> Result<()> {
-    Err(Error::new(Kind::Unsupported, "vault is not built yet"))
+#[derive(Debug, Subcommand)]
+enum VaultVerb {
+    /// Create a key vault in an empty directory
+    Init(serve::InitArgs),
+    /// Serve a key vault until SIGTERM or SIGINT
+    Serve(serve::ServeArgs),
+    /// Keys: create, show, list, change, delete, recover
+    Key(key::KeyArgs),
+    /// Identities that may get tokens
+    Identity(identity::IdentityArgs),
+    /// Give an identity key permissions
+    Grant(identity::PermissionArgs),
+    /// Take key permissions from an identity
+    Revoke(identity::PermissionArgs),
+}
+
+/// Which vault, and how to answer.
+#[derive(Debug, Args)]
+struct Target {
+    /// The vault's directory
+    #[arg(long, env = "BYOKFS_VAULT", value_name = "DIR")]
+    vault: PathBuf,
+    /// Answer in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: VaultArgs) -> Result<()> {
+    match args.verb {
+        VaultVerb::Init(args) => serve::init(args),
+        VaultVerb::Serve(args) => serve::serve(args),
+        VaultVerb::Key(args) => key::run(args),
+        VaultVerb::Identity(args) => identity::run(args),
+        VaultVerb::Grant(args) => identity::grant(args),
+        VaultVerb::Revoke(args) => identity::revoke(args),
+    }
+}
+
+/// For names of keys and identities alike.
+fn checked_name(text: &str) -> Result<String, String> {
+    if is_key_name(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("a name is 1 to 127 letters, digits and dashes".to_owned())
+    }
+}
+
+/// Unix seconds as RFC 3339, for people.
+fn date(seconds: &serde_json::Value) -> String {
+    seconds
+        .as_i64()
+        .and_then(|seconds| time::OffsetDateTime::from_unix_timestamp(seconds).ok())
+        .and_then(|at| at.format(&time::format_description::well_known::Rfc3339).ok())
+        .unwrap_or_else(|| "-".to_owned())
+}
+
+/// A reply without something that it always has.
+fn unexpected(what: &str) -> Error {
+    Error::new(crate::Kind::Io, format!("the vault's answer has no {what}"))
 }

@@ -102,11 +102,8 @@ mod tests {
         let log = AuditLog::open(&path).unwrap();
         let outcome =
             Outcome { status: 403, reason: Some("KeyDisabled"), request_id: "r", client: None };
-        let event = Event {
-            operation: "KeyUnwrap",
-            key: Some("line\nbreak".into()),
-            ..Event::default()
-        };
+        let event =
+            Event { operation: "KeyUnwrap", key: Some("line\nbreak".into()), ..Event::default() };
         log.record(&event, &outcome, 0);
         log.record(&Event::default(), &Outcome { status: 200, reason: None, ..outcome }, 1);
         let text = std::fs::read_to_string(&path).unwrap();

@@ -13,7 +13,9 @@
 
 use std::fs::{File, OpenOptions, Permissions as Mode};
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -121,9 +123,7 @@ impl VaultDir {
                 std::fs::set_permissions(&self.path, Mode::from_mode(0o700))
                     .context(|| format!("cannot set the mode of {}", self.path.display()))
             }
-            Err(error) => {
-                Err(Error::io(format!("cannot create {}", self.path.display()), error))
-            }
+            Err(error) => Err(Error::io(format!("cannot create {}", self.path.display()), error)),
         }
     }
 
@@ -143,9 +143,7 @@ impl VaultDir {
                 Kind::Busy,
                 format!("another server already serves the vault {}", self.path.display()),
             )),
-            Err(error) => {
-                Err(Error::io(format!("cannot lock {}", path.display()), error.into()))
-            }
+            Err(error) => Err(Error::io(format!("cannot lock {}", path.display()), error.into())),
         }
     }
 
@@ -257,7 +255,7 @@ pub(crate) fn sync_dir(path: &Path) -> Result<()> {
 }
 
 /// Replaces `path` by a file with these bytes: a reader sees the old or the new one, whole.
-pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+pub(crate) fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".{}.new", hex_suffix()?));
     let temporary = path.with_file_name(name);

@@ -28,7 +28,8 @@ pub(crate) struct Origin {
 
 impl Hosts {
     pub(crate) fn new(vault_name: &str, listen: IpAddr) -> Hosts {
-        let mut addresses = vec![IpAddr::from([127, 0, 0, 1]), std::net::Ipv6Addr::LOCALHOST.into()];
+        let mut addresses =
+            vec![IpAddr::from([127, 0, 0, 1]), std::net::Ipv6Addr::LOCALHOST.into()];
         if !listen.is_unspecified() && !addresses.contains(&listen) {
             addresses.push(listen);
         }
@@ -57,11 +58,8 @@ impl Hosts {
             return None;
         }
         let url = format!("https://{host}{suffix}");
-        let resource = if host == self.dns_name {
-            format!("https://{DOMAIN}{suffix}")
-        } else {
-            url.clone()
-        };
+        let resource =
+            if host == self.dns_name { format!("https://{DOMAIN}{suffix}") } else { url.clone() };
         Some(Origin { url, resource })
     }
 }
@@ -99,9 +97,14 @@ mod tests {
 
     #[test]
     fn other_names_are_not_answered() {
-        for header in
-            ["evil.example:8443", "vault.localhost", "kv2.vault.localhost", "10.0.0.1", "", "localhost:x"]
-        {
+        for header in [
+            "evil.example:8443",
+            "vault.localhost",
+            "kv2.vault.localhost",
+            "10.0.0.1",
+            "",
+            "localhost:x",
+        ] {
             assert_eq!(hosts().origin(header), None, "{header}");
         }
     }

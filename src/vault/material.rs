@@ -144,8 +144,11 @@ impl PrivateKey {
         let mut len = None;
         let mut out = SecretBytes::new_with(self.decrypting.key_size_bytes(), |place| {
             len = match algorithm.oaep() {
-                Some(oaep) => OaepPrivateDecryptingKey::new(self.decrypting.clone())
-                    .and_then(|key| key.decrypt(oaep, ciphertext, place, None).map(|out| out.len())),
+                Some(oaep) => {
+                    OaepPrivateDecryptingKey::new(self.decrypting.clone()).and_then(|key| {
+                        key.decrypt(oaep, ciphertext, place, None).map(|out| out.len())
+                    })
+                }
                 None => Pkcs1PrivateDecryptingKey::new(self.decrypting.clone())
                     .and_then(|key| key.decrypt(ciphertext, place).map(|out| out.len())),
             }

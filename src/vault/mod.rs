@@ -38,8 +38,8 @@ mod store;
 mod token;
 mod wire;
 
-pub use dir::VaultDir;
-pub use init::{InitOptions, Initialised, init};
+pub use dir::{VaultDir, write_new};
+pub use init::{InitOptions, Initialised, init, new_header_secret};
 pub use permission::{Permission, Permissions};
 pub use server::{ServeOptions, serve};
 pub use wire::{API_VERSION, is_key_name, is_vault_name};

@@ -110,7 +110,12 @@ impl Refusal {
         ))
     }
 
-    pub(crate) fn by_policy(caller: &str, permission: &str, vault: &str, location: &str) -> Refusal {
+    pub(crate) fn by_policy(
+        caller: &str,
+        permission: &str,
+        vault: &str,
+        location: &str,
+    ) -> Refusal {
         forbidden(format!(
             "The user, group or application '{caller}' does not have keys {permission} permission \
              on key vault '{vault};location={location}'. For help resolving this issue, please \

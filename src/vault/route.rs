@@ -254,7 +254,9 @@ mod tests {
                 operation: KeyOperation::WrapKey,
             })
         };
-        for path in ["/keys/kek/wrapkey", "/keys/kek/wrapKey", "/keys/kek//wrapkey", "/KEYS/kek//WRAPKEY"] {
+        for path in
+            ["/keys/kek/wrapkey", "/keys/kek/wrapKey", "/keys/kek//wrapkey", "/KEYS/kek//WRAPKEY"]
+        {
             assert_eq!(parse("POST", path), wrap(None), "{path}");
         }
         assert_eq!(parse("POST", &format!("/keys/kek/{V}/wrapKey")), wrap(Some(V)));

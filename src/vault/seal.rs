@@ -58,15 +58,25 @@ impl Sealer {
         let mut opened = Err(crate::crypto::aead::BadTag);
         let secret = SecretBytes::new_with(ciphertext.len(), |place_in_memory| {
             place_in_memory.copy_from_slice(ciphertext);
-            opened = cipher.open(
-                &[0; NONCE_LEN],
-                &self.associated_data(place),
-                place_in_memory,
-                tag,
-            );
+            opened =
+                cipher.open(&[0; NONCE_LEN], &self.associated_data(place), place_in_memory, tag);
         })?;
         opened.map_err(|_| damaged())?;
         Ok(secret)
+    }
+
+    /// Seals a key version's private key. Names of keys do not differ in case alone.
+    pub(crate) fn seal_private(&self, name: &str, version: &str, pkcs8: &[u8]) -> Result<Vec<u8>> {
+        self.seal(&["key", &name.to_ascii_lowercase(), version], pkcs8)
+    }
+
+    pub(crate) fn open_private(
+        &self,
+        name: &str,
+        version: &str,
+        sealed: &[u8],
+    ) -> Result<SecretBytes> {
+        self.open(&["key", &name.to_ascii_lowercase(), version], sealed)
     }
 
     /// As [`Sealer::open`] for what may be larger than a secret and is none: sealed values that

@@ -175,9 +175,12 @@ mod tests {
         assert_eq!(expires, 4600);
         let claims = authority.verify(&token, AUDIENCE, 4599).unwrap();
         assert_eq!((claims.oid.as_str(), claims.appid.as_str()), ("oid", "app"));
-        for (resource, now) in
-            [(AUDIENCE, 4600), (AUDIENCE, 699), ("https://127.0.0.1:8444", 1000), ("https://vault.azure.net", 1000)]
-        {
+        for (resource, now) in [
+            (AUDIENCE, 4600),
+            (AUDIENCE, 699),
+            ("https://127.0.0.1:8444", 1000),
+            ("https://vault.azure.net", 1000),
+        ] {
             let refusal = authority.verify(&token, resource, now).unwrap_err();
             assert_eq!(refusal.status, 401, "{resource} at {now}");
         }
@@ -203,7 +206,8 @@ mod tests {
         let (token, _) = authority.issue("oid", "app", AUDIENCE, 1000).unwrap();
         let parts: Vec<&str> = token.split('.').collect();
         let claims = String::from_utf8(codec::from_base64url(parts[1]).unwrap()).unwrap();
-        let forged = codec::to_base64url(claims.replace("\"oid\":\"oid\"", "\"oid\":\"adm\"").as_bytes());
+        let forged =
+            codec::to_base64url(claims.replace("\"oid\":\"oid\"", "\"oid\":\"adm\"").as_bytes());
         let none = codec::to_base64url(br#"{"alg":"none","typ":"JWT"}"#);
         let hs256 = codec::to_base64url(br#"{"alg":"HS256","typ":"JWT"}"#);
         for bad in [

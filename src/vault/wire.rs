@@ -274,8 +274,7 @@ impl Wire<'_> {
 
     /// `version` given: an item of a list of versions; else of a list of keys.
     pub(crate) fn item(&self, name: &str, record: &VersionRecord, with_version: bool) -> Value {
-        let kid =
-            if with_version { self.kid(name, &record.version) } else { self.key_url(name) };
+        let kid = if with_version { self.kid(name, &record.version) } else { self.key_url(name) };
         let mut item = json!({ "kid": kid, "attributes": self.attributes(record) });
         if !record.tags.is_empty() {
             item["tags"] = json!(record.tags);

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::collections::BTreeMap;
 
-use super::keys::{live_key, private_place};
+use super::keys::live_key;
 use super::{Call, Reply, Vault};
 use crate::vault::audit::Event;
 use crate::vault::codec;
@@ -62,11 +62,7 @@ impl Vault {
         Ok(Reply::ok(&json!({ "value": codec::to_base64url(&sealed) })))
     }
 
-    pub(super) fn restore_key(
-        &self,
-        call: &Call<'_>,
-        event: &mut Event,
-    ) -> Result<Reply, Refusal> {
+    pub(super) fn restore_key(&self, call: &Call<'_>, event: &mut Event) -> Result<Reply, Refusal> {
         let request: ValueRequest = call.body()?;
         let unusable =
             || Refusal::bad_parameter("The value is not a key backup of this key vault.");
@@ -83,9 +79,7 @@ impl Vault {
             versions.push(from_backup(version).ok_or_else(unusable)?);
         }
         for (record, private) in &versions {
-            self.sealer
-                .open(&private_place(name, &record.version), private)
-                .map_err(|_| unusable())?;
+            self.sealer.open_private(name, &record.version, private).map_err(|_| unusable())?;
         }
         self.store.write(|tx| {
             match keys::find(tx, name)? {

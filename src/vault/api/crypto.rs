@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use super::keys::{live_version, private_place};
+use super::keys::live_version;
 use super::{Call, Reply, Vault};
 use crate::vault::audit::Event;
 use crate::vault::codec;
@@ -63,7 +63,7 @@ impl Vault {
             return Ok(Arc::clone(private));
         }
         let sealed = self.store.read(|tx| Ok::<_, Refusal>(keys::private(tx, version.id)?))?;
-        let pkcs8 = self.sealer.open(&private_place(&key.name, &version.version), &sealed)?;
+        let pkcs8 = self.sealer.open_private(&key.name, &version.version, &sealed)?;
         let private = PrivateKey::from_pkcs8(&pkcs8)?;
         // The two halves are stored apart: they must still belong together.
         if private.public_numbers() != version.public {

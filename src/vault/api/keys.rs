@@ -103,7 +103,7 @@ impl Vault {
         blueprint: Blueprint,
         find: impl Fn(&Transaction<'_>) -> Result<Option<KeyRecord>, Refusal>,
     ) -> Result<Reply, Refusal> {
-        let existing = self.store.read(|tx| find(tx))?;
+        self.store.read(|tx| find(tx))?;
         let version = codec::new_version()?;
         let (private, pkcs8) = {
             let _one_at_a_time =
@@ -112,9 +112,7 @@ impl Vault {
                 })?;
             PrivateKey::generate(blueprint.size)?
         };
-        // Sealed values name the key in lower case: names do not differ in case.
-        let stored_name = existing.as_ref().map_or(name, |key| key.name.as_str());
-        let sealed = self.sealer.seal(&private_place(stored_name, &version), pkcs8.expose())?;
+        let sealed = self.sealer.seal_private(name, &version, pkcs8.expose())?;
         drop(pkcs8);
         let mut record = VersionRecord {
             id: 0,
@@ -184,10 +182,8 @@ impl Vault {
 
     pub(super) fn delete_key(&self, call: &Call<'_>, name: &str) -> Result<Reply, Refusal> {
         let days = i64::from(self.settings.recovery.days);
-        let deleted = DeletedState {
-            date: call.now,
-            scheduled_purge: call.now + days * SECONDS_PER_DAY,
-        };
+        let deleted =
+            DeletedState { date: call.now, scheduled_purge: call.now + days * SECONDS_PER_DAY };
         let (key, newest) = self.store.write(|tx| {
             let (key, newest) = live_version(tx, name, None)?;
             keys::set_deleted(tx, &key, Some(deleted))?;
@@ -199,9 +195,9 @@ impl Vault {
 
     pub(super) fn list_keys(&self, call: &Call<'_>, deleted: bool) -> Result<Reply, Refusal> {
         let page = Page::of(&call.query)?;
-        let rows = self.store.read(|tx| {
-            Ok::<_, Refusal>(keys::list(tx, deleted, &page.after, page.size + 1)?)
-        })?;
+        let rows = self
+            .store
+            .read(|tx| Ok::<_, Refusal>(keys::list(tx, deleted, &page.after, page.size + 1)?))?;
         let wire = self.wire(call);
         let items = rows
             .into_iter()
@@ -235,11 +231,6 @@ impl Vault {
             .collect();
         Ok(page.reply(call, items))
     }
-}
-
-/// What a sealed private key is bound to.
-pub(super) fn private_place<'a>(name: &'a str, version: &'a str) -> [&'a str; 3] {
-    ["key", name, version]
 }
 
 fn blueprint(request: CreateRequest) -> Result<Blueprint, Refusal> {

@@ -163,9 +163,7 @@ impl Vault {
             Route::ListKeys => self.list_keys(call, false),
             Route::ListDeleted => self.list_keys(call, true),
             Route::ListVersions { name } => self.list_versions(call, &name),
-            Route::GetKey { name, version } => {
-                self.get_key(call, &name, version.as_deref(), event)
-            }
+            Route::GetKey { name, version } => self.get_key(call, &name, version.as_deref(), event),
             Route::UpdateKey { name, version } => {
                 self.update_key(call, &name, version.as_deref(), event)
             }

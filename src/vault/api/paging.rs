@@ -19,13 +19,11 @@ impl Page {
     pub(super) fn of(query: &Query) -> Result<Page, Refusal> {
         let size = match &query.max_results {
             None => MAX_RESULTS,
-            Some(text) => text
-                .parse()
-                .ok()
-                .filter(|size| (1..=MAX_RESULTS).contains(size))
-                .ok_or_else(|| {
-                    Refusal::bad_parameter(format!("maxresults must be 1 to {MAX_RESULTS}."))
-                })?,
+            Some(text) => {
+                text.parse().ok().filter(|size| (1..=MAX_RESULTS).contains(size)).ok_or_else(
+                    || Refusal::bad_parameter(format!("maxresults must be 1 to {MAX_RESULTS}.")),
+                )?
+            }
         };
         let after = match &query.skip_token {
             None => String::new(),

@@ -72,8 +72,7 @@ impl PrivateKey {
             log::error!("an RSA public key does not encode");
             Refusal::internal()
         };
-        let der: PublicKeyX509Der<'_> =
-            self.pair.public_key().as_der().map_err(|_| unusable())?;
+        let der: PublicKeyX509Der<'_> = self.pair.public_key().as_der().map_err(|_| unusable())?;
         let public =
             ParsedPublicKey::new(algorithm.verify, der.as_ref()).map_err(|_| unusable())?;
         Ok(public.verify_digest_sig(&digest, signature).is_ok())
@@ -88,9 +87,14 @@ mod tests {
     #[test]
     fn signatures_verify_and_changed_ones_do_not() {
         let (key, _) = PrivateKey::generate(KeySize::Rsa2048).unwrap();
-        for (name, len) in
-            [("RS256", 32), ("RS384", 48), ("RS512", 64), ("PS256", 32), ("PS384", 48), ("PS512", 64)]
-        {
+        for (name, len) in [
+            ("RS256", 32),
+            ("RS384", 48),
+            ("RS512", 64),
+            ("PS256", 32),
+            ("PS384", 48),
+            ("PS512", 64),
+        ] {
             let algorithm = SignatureAlgorithm::from_name(name).unwrap();
             let mut signature = key.sign(algorithm, &vec![3; len]).unwrap();
             assert!(key.verify(algorithm, &vec![3; len], &signature).unwrap(), "{name}");

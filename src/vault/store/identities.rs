@@ -23,8 +23,7 @@ pub(crate) struct Identity {
     pub(crate) created: i64,
 }
 
-const COLUMNS: &str =
-    "name, object_id, client_id, header_sha256, permissions, is_admin, created";
+const COLUMNS: &str = "name, object_id, client_id, header_sha256, permissions, is_admin, created";
 
 pub(crate) fn insert(tx: &Transaction<'_>, identity: &Identity) -> rusqlite::Result<()> {
     tx.prepare_cached(&format!(
@@ -132,9 +131,8 @@ mod tests {
                 Ok::<_, Error>(())
             })
             .unwrap();
-        let by_header = |byte| {
-            store.read(|tx| Ok::<_, Error>(find_by_header(tx, &[byte; 32])?)).unwrap()
-        };
+        let by_header =
+            |byte| store.read(|tx| Ok::<_, Error>(find_by_header(tx, &[byte; 32])?)).unwrap();
         assert_eq!(by_header(1).unwrap().permissions.to_string(), "get,wrapKey");
         assert_eq!(by_header(2).unwrap().name, "b");
         assert!(by_header(9).is_none());

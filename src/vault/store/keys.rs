@@ -174,12 +174,13 @@ pub(crate) fn set_deleted(
     key: &KeyRecord,
     deleted: Option<DeletedState>,
 ) -> rusqlite::Result<()> {
-    tx.prepare_cached("UPDATE key SET deleted = ?2, scheduled_purge = ?3 WHERE id = ?1")?
-        .execute((
+    tx.prepare_cached("UPDATE key SET deleted = ?2, scheduled_purge = ?3 WHERE id = ?1")?.execute(
+        (
             key.id,
             deleted.map(|deleted| deleted.date),
             deleted.map(|deleted| deleted.scheduled_purge),
-        ))?;
+        ),
+    )?;
     Ok(())
 }
 
@@ -252,5 +253,6 @@ fn parse_operations(text: &str) -> rusqlite::Result<Vec<KeyOperation>> {
 }
 
 fn tags_text(tags: &BTreeMap<String, String>) -> rusqlite::Result<String> {
-    serde_json::to_string(tags).map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))
+    serde_json::to_string(tags)
+        .map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))
 }

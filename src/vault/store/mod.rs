@@ -106,8 +106,7 @@ impl Store {
         .map_err(failed)?;
         connection
             .execute_batch(
-                "PRAGMA locking_mode = EXCLUSIVE;
-                 PRAGMA journal_mode = DELETE;
+                "PRAGMA journal_mode = DELETE;
                  PRAGMA synchronous = EXTRA;
                  PRAGMA foreign_keys = ON;
                  PRAGMA secure_delete = ON;",
@@ -235,9 +234,7 @@ pub(crate) mod tests {
     fn other_schema_versions_and_other_files_are_refused() {
         let (dir, store) = store();
         let path = dir.path().join("vault.db");
-        store
-            .write(|tx| Ok::<_, Error>(tx.pragma_update(None, "user_version", 99)?))
-            .unwrap();
+        store.write(|tx| Ok::<_, Error>(tx.pragma_update(None, "user_version", 99)?)).unwrap();
         drop(store);
         assert_eq!(Store::open(&path).unwrap_err().kind, Kind::Unsupported);
         std::fs::write(&path, [b'x'; 4096]).unwrap();

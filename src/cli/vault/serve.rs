@@ -1,0 +1,103 @@
+//! `vault init` and `vault serve`.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ::log::LevelFilter;
+use clap::Args;
+use serde_json::json;
+
+use crate::cli::output;
+use crate::error::Result;
+use crate::observe::log;
+use crate::vault::{self, InitOptions, ServeOptions, VaultDir};
+
+#[derive(Debug, Args)]
+pub(super) struct InitArgs {
+    /// The directory: missing or empty
+    #[arg(env = "BYOKFS_VAULT")]
+    dir: PathBuf,
+    /// The vault's name: it also answers as NAME.vault.localhost
+    #[arg(long, default_value = "vault")]
+    name: String,
+    /// Address to listen on
+    #[arg(long, default_value_t = IpAddr::from(Ipv4Addr::LOCALHOST))]
+    host: IpAddr,
+    /// Port to listen on; 0: any free one, kept from the first start on
+    #[arg(long, default_value_t = 0)]
+    port: u16,
+    /// The region it says it is in
+    #[arg(long, default_value = "local")]
+    region: String,
+    /// Tenant id of its tokens [default: random]
+    #[arg(long)]
+    tenant: Option<String>,
+    /// Days that a deleted key can be recovered: 7 to 90
+    #[arg(long, default_value_t = 90, value_name = "DAYS")]
+    retention_days: u16,
+    /// Let deleted keys be purged before their retention ends
+    #[arg(long)]
+    no_purge_protection: bool,
+    /// Answer in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    /// The vault's directory
+    #[arg(env = "BYOKFS_VAULT")]
+    dir: PathBuf,
+    /// Port to listen on; 0: any free one [default: that of the last run]
+    #[arg(long)]
+    port: Option<u16>,
+    /// Port of the identity endpoint on 127.0.0.1 [default: that of the last run]
+    #[arg(long)]
+    identity_port: Option<u16>,
+    /// How long a token is good for
+    #[arg(long, default_value_t = 3600, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..=86400))]
+    token_lifetime: u64,
+}
+
+pub(super) fn init(args: InitArgs) -> Result<()> {
+    let dir = VaultDir::new(args.dir);
+    let made = vault::init(
+        &dir,
+        &InitOptions {
+            name: args.name,
+            host: args.host,
+            port: args.port,
+            region: args.region,
+            tenant: args.tenant,
+            retention_days: args.retention_days,
+            purge_protection: !args.no_purge_protection,
+        },
+    )?;
+    if args.json {
+        return output::json(&json!({
+            "vault": dir.path(),
+            "caFile": made.ca_certificate,
+            "tenantId": made.tenant,
+        }));
+    }
+    output::text(&format!(
+        "vault   {}\nCA file {}\ntenant  {}\nstart it with `byokfs vault serve {0}`\n",
+        dir.path().display(),
+        made.ca_certificate.display(),
+        made.tenant
+    ))
+}
+
+pub(super) fn serve(args: ServeArgs) -> Result<()> {
+    log::install(log::Target::Stderr, LevelFilter::Info)?;
+    vault::serve(
+        &VaultDir::new(args.dir),
+        &ServeOptions {
+            port: args.port,
+            identity_port: args.identity_port,
+            token_lifetime: Duration::from_secs(args.token_lifetime),
+        },
+    )
+}
