@@ -599,18 +599,21 @@ mod tests {
     fn drain_waits_for_the_leases_of_other_threads() {
         let gate = opened();
         let (held, is_held) = mpsc::channel();
+        let (go_on, may_go_on) = mpsc::channel();
         let worker = {
             let gate = Arc::clone(&gate);
             thread::spawn(move || {
                 let lease = gate.lease().unwrap();
                 held.send(()).unwrap();
-                thread::sleep(SHORT * 3);
+                may_go_on.recv().unwrap();
+                thread::sleep(SHORT);
                 lease.still_open()
             })
         };
         is_held.recv().unwrap();
         gate.shut(Reason::KeyDisabled);
         assert!(!gate.drain(Duration::ZERO));
+        go_on.send(()).unwrap();
         assert!(gate.drain(LONG));
         gate.wipe();
         assert_eq!(copies_left(&gate), 0);

@@ -1,0 +1,345 @@
+//! Taking a volume into the custody of a key, and getting its volume key back.
+//!
+//! [`enrol`] makes a volume key and its envelope, once. [`revalidate`] is the only way from an
+//! envelope to a [`Keyring`]: at each mount and after each cut-off, with the full requirement
+//! check. What it returns was unwrapped by the service just now; nothing is cached anywhere.
+
+use std::fmt;
+use std::time::Duration;
+
+use ring::digest::{SHA256, digest};
+
+use super::clock::BootTime;
+use super::envelope::{Canary, Envelope, now_text};
+use super::keyring::Keyring;
+use super::policy::Validity;
+use super::provider::{
+    Algorithm, Class, KeyInfo, Provider, ProviderError, ProviderResult, Session,
+};
+use super::reason::Reason;
+use super::requirement::{self, Report, Settings, validity};
+use crate::crypto::secret::{Secret, SecretBytes};
+use crate::error::{Error, Kind};
+use crate::sys::stack;
+
+/// Why a key was not accepted: for status the reason, for a person the error and the table.
+#[derive(Debug)]
+pub struct Refusal {
+    pub reason: Reason,
+    pub report: Option<Report>,
+    pub error: Error,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Error {
+        refusal.error
+    }
+}
+
+impl From<ProviderError> for Refusal {
+    fn from(error: ProviderError) -> Refusal {
+        Refusal { reason: error.reason(), report: None, error: error.into() }
+    }
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Refusal {
+        Refusal { reason: Reason::Unreachable, report: None, error }
+    }
+}
+
+/// A new volume key in a customer's custody.
+#[derive(Debug)]
+pub struct Enrolment {
+    pub keyring: Keyring,
+    /// To be pinned in the host's configuration.
+    pub fingerprint: [u8; 32],
+    pub info: KeyInfo,
+    pub report: Report,
+    envelope: Envelope,
+}
+
+impl Enrolment {
+    /// The envelope to be saved in the new volume.
+    pub fn envelope(&self, volume: [u8; 16]) -> Envelope {
+        Envelope { volume, ..self.envelope.clone() }
+    }
+}
+
+/// A key that was just found good.
+#[derive(Debug)]
+pub struct Revalidated {
+    pub keyring: Keyring,
+    /// When the check began: what it saw may have changed since.
+    pub started: BootTime,
+    pub info: KeyInfo,
+    pub report: Report,
+}
+
+impl Revalidated {
+    pub(super) fn validity(&self) -> Validity {
+        validity(&self.info)
+    }
+}
+
+/// Makes a volume key under the KEK named by `key_url`; without a version in it the current one
+/// is taken, and newer ones are to be followed. `limit` is for all of it.
+pub fn enrol(
+    provider: &dyn Provider,
+    key_url: &str,
+    algorithm: Algorithm,
+    settings: &Settings,
+    limit: Duration,
+) -> Result<Enrolment, Refusal> {
+    let mut session = provider.session(BootTime::now() + limit)?;
+    let session = &mut *session;
+    let (info, report) = checked(session, key_url, algorithm, settings)?;
+    let kid = &info.kid;
+
+    let volume_key = Secret::<32>::random()?;
+    let wrapped_volume_key = wrap_and_compare(session, kid, algorithm, &volume_key)?;
+    let canary = Secret::<32>::random()?;
+    let canary = Canary {
+        wrapped: wrap_and_compare(session, kid, algorithm, &canary)?,
+        sha256: sha256(canary.expose()),
+    };
+    let keyring = Keyring::new(volume_key);
+    let fingerprint = keyring.fingerprint()?;
+    let envelope = Envelope {
+        volume: [0; 16],
+        provider: provider.name().into(),
+        kid: kid.clone(),
+        algorithm,
+        follow_versions: key_url.trim_end_matches('/') != kid,
+        volume_key_id: 1,
+        wrapped_volume_key,
+        fingerprint,
+        canary,
+        created: now_text(),
+    };
+    Ok(Enrolment { keyring, fingerprint, info, report, envelope })
+}
+
+/// The full check of the envelope's key, and the volume key if it is the one that was pinned.
+pub fn revalidate(
+    provider: &dyn Provider,
+    envelope: &Envelope,
+    pinned: &[u8; 32],
+    settings: &Settings,
+    limit: Duration,
+) -> Result<Revalidated, Refusal> {
+    let started = BootTime::now();
+    let mut session = provider.session(started + limit)?;
+    let session = &mut *session;
+    let Envelope { kid, algorithm, .. } = envelope;
+    let (info, report) = checked(session, kid, *algorithm, settings)?;
+    unwrap_canary(session, envelope)?;
+    let unwrapped = session.unwrap(kid, *algorithm, &envelope.wrapped_volume_key)?;
+    let keyring = Keyring::new(to_key(&unwrapped).ok_or_else(foreign_envelope)?);
+    if keyring.fingerprint()? != *pinned {
+        return Err(foreign_envelope());
+    }
+    Ok(Revalidated { keyring, started, info, report })
+}
+
+/// Has the canary unwrapped and compares it: what each probe does.
+pub(super) fn unwrap_canary(session: &mut dyn Session, envelope: &Envelope) -> ProviderResult<()> {
+    let Envelope { kid, algorithm, canary, .. } = envelope;
+    let value = session.unwrap(kid, *algorithm, &canary.wrapped)?;
+    if sha256(value.expose()) == canary.sha256 {
+        return Ok(());
+    }
+    Err(ProviderError::new(
+        Class::Denied(Reason::KeyMaterialMismatch),
+        "the key unwraps to another value than when the envelope was made",
+    ))
+}
+
+/// That the permission to wrap is still there.
+pub(super) fn try_wrap(session: &mut dyn Session, envelope: &Envelope) -> ProviderResult<()> {
+    let value = Secret::<32>::random().and_then(|value| copy(&value));
+    let value = value.map_err(|error| ProviderError::unreachable(error.to_string()))?;
+    session.wrap(&envelope.kid, envelope.algorithm, &value).map(drop)
+}
+
+fn checked(
+    session: &mut dyn Session,
+    kid: &str,
+    algorithm: Algorithm,
+    settings: &Settings,
+) -> Result<(KeyInfo, Report), Refusal> {
+    let (info, report) = requirement::check(session, kid, algorithm, settings)?;
+    if settings.tolerant || report.failures().next().is_none() {
+        return Ok((info, report));
+    }
+    let failures: Vec<_> = report
+        .failures()
+        .map(|row| format!("{}: {} ({})", row.requirement, row.found, row.fix))
+        .collect();
+    let message = format!("{} does not meet the requirements: {}", info.kid, failures.join("; "));
+    let reason = report.reason().unwrap_or(Reason::WrongKeyOrCorruptEnvelope);
+    Err(Refusal { reason, report: Some(report), error: Error::new(Kind::Denied, message) })
+}
+
+/// A wrap that cannot be unwrapped again would lose the volume; so that is tried first.
+fn wrap_and_compare(
+    session: &mut dyn Session,
+    kid: &str,
+    algorithm: Algorithm,
+    key: &Secret<32>,
+) -> Result<Vec<u8>, Refusal> {
+    let wrapped = session.wrap(kid, algorithm, &copy(key)?)?;
+    if to_key(&session.unwrap(kid, algorithm, &wrapped)?).is_some_and(|back| back.ct_eq(key)) {
+        return Ok(wrapped);
+    }
+    Err(ProviderError::new(
+        Class::Denied(Reason::KeyMaterialMismatch),
+        format!("{kid} does not unwrap what it has wrapped"),
+    )
+    .into())
+}
+
+fn foreign_envelope() -> Refusal {
+    let message = "the envelope is not the one that was made for this volume: its key is not the \
+                   one pinned in volumes.d; restore envelope.json, or the pin, from a backup";
+    Refusal { reason: Reason::KeyMaterialMismatch, report: None, error: Error::corrupt(message) }
+}
+
+fn copy(key: &Secret<32>) -> crate::Result<SecretBytes> {
+    stack::with_burnt_stack(|| {
+        SecretBytes::new_with(32, |place| place.copy_from_slice(key.expose()))
+    })
+}
+
+fn to_key(bytes: &SecretBytes) -> Option<Secret<32>> {
+    stack::with_burnt_stack(|| {
+        let bytes: &[u8; 32] = bytes.expose().try_into().ok()?;
+        Secret::new_with(|key| key.copy_from_slice(bytes)).ok()
+    })
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    stack::with_burnt_stack(|| {
+        let mut hash = [0; 32];
+        hash.copy_from_slice(digest(&SHA256, bytes).as_ref());
+        hash
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{FakeKey, FakeService};
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+    const OAEP: Algorithm = Algorithm::RsaOaep256;
+
+    fn enrolled(service: &FakeService) -> Enrolment {
+        enrol(service, FakeService::KID, OAEP, &Settings::default(), LIMIT).unwrap()
+    }
+
+    fn again(
+        service: &FakeService,
+        envelope: &Envelope,
+        pin: &[u8; 32],
+    ) -> Result<Revalidated, Refusal> {
+        revalidate(service, envelope, pin, &Settings::default(), LIMIT)
+    }
+
+    #[test]
+    fn what_is_enrolled_revalidates() {
+        let service = FakeService::new(FakeKey::good());
+        let enrolment = enrolled(&service);
+        let envelope = enrolment.envelope([9; 16]);
+        assert_eq!(envelope.volume, [9; 16]);
+        assert_eq!(envelope.kid, FakeService::KID);
+        assert!(!envelope.follow_versions);
+        let envelope = Envelope::from_json(&envelope.to_json().unwrap()).unwrap();
+        let back = again(&service, &envelope, &enrolment.fingerprint).unwrap();
+        assert_eq!(back.keyring.fingerprint().unwrap(), enrolment.fingerprint);
+        assert!(back.started <= BootTime::now());
+    }
+
+    #[test]
+    fn two_enrolments_share_nothing() {
+        let service = FakeService::new(FakeKey::good());
+        let (one, two) = (enrolled(&service), enrolled(&service));
+        assert_ne!(one.fingerprint, two.fingerprint);
+        assert_ne!(one.envelope.canary.sha256, two.envelope.canary.sha256);
+    }
+
+    #[test]
+    fn a_key_without_a_version_is_followed() {
+        let service = FakeService::new(FakeKey::good());
+        let (bare, _) = FakeService::KID.rsplit_once('/').unwrap();
+        let settings = Settings::default();
+        let enrolment = enrol(&service, bare, OAEP, &settings, LIMIT).unwrap();
+        assert!(enrolment.envelope.follow_versions);
+        assert_eq!(enrolment.envelope.kid, FakeService::KID);
+    }
+
+    #[test]
+    fn a_planted_envelope_is_refused() {
+        let service = FakeService::new(FakeKey::good());
+        let mine = enrolled(&service);
+        // Anyone can wrap with the public key.
+        let planted = enrolled(&service).envelope([9; 16]);
+        let refusal = again(&service, &planted, &mine.fingerprint).unwrap_err();
+        assert_eq!(refusal.reason, Reason::KeyMaterialMismatch);
+        assert_eq!(refusal.error.kind, Kind::Corrupt);
+        let claims = Envelope { fingerprint: mine.fingerprint, ..planted };
+        assert!(again(&service, &claims, &mine.fingerprint).is_err());
+    }
+
+    #[test]
+    fn an_envelope_that_does_not_unwrap_is_refused() {
+        let service = FakeService::new(FakeKey::good());
+        let enrolment = enrolled(&service);
+        let mut envelope = enrolment.envelope([9; 16]);
+        envelope.wrapped_volume_key = vec![0; 100];
+        let refusal = again(&service, &envelope, &enrolment.fingerprint).unwrap_err();
+        assert_eq!(refusal.reason, Reason::WrongKeyOrCorruptEnvelope);
+        let mut envelope = enrolment.envelope([9; 16]);
+        envelope.canary.sha256[0] ^= 1;
+        let refusal = again(&service, &envelope, &enrolment.fingerprint).unwrap_err();
+        assert_eq!(refusal.reason, Reason::KeyMaterialMismatch);
+    }
+
+    #[test]
+    fn a_lost_key_is_refused_with_its_reason_and_the_table() {
+        let service = FakeService::new(FakeKey::good());
+        let enrolment = enrolled(&service);
+        let envelope = enrolment.envelope([9; 16]);
+        service.change(|key| key.info.enabled = false);
+        let refusal = again(&service, &envelope, &enrolment.fingerprint).unwrap_err();
+        assert_eq!(refusal.reason, Reason::KeyDisabled);
+        assert_eq!(refusal.error.kind, Kind::Denied);
+        assert!(refusal.report.unwrap().failures().count() >= 1);
+        service.change(|key| key.info.enabled = true);
+        service.change(|key| key.fail_all(Class::Transient(Reason::Unreachable)));
+        let refusal = again(&service, &envelope, &enrolment.fingerprint).unwrap_err();
+        assert_eq!(refusal.error.kind, Kind::Unreachable);
+    }
+
+    #[test]
+    fn requirements_can_be_waived_but_not_that_it_works() {
+        let mut key = FakeKey::good();
+        key.info.bits = Some(1024);
+        let service = FakeService::new(key);
+        let strict = Settings::default();
+        assert!(enrol(&service, FakeService::KID, OAEP, &strict, LIMIT).is_err());
+        let tolerant = Settings { tolerant: true, ..Settings::default() };
+        assert!(enrol(&service, FakeService::KID, OAEP, &tolerant, LIMIT).is_ok());
+        service.change(|key| key.deny("unwrapKey"));
+        let refusal = enrol(&service, FakeService::KID, OAEP, &tolerant, LIMIT).unwrap_err();
+        assert_eq!(refusal.reason, Reason::PermissionRevoked);
+    }
+}

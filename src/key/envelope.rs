@@ -1,0 +1,377 @@
+//! The envelope: the wrapped volume key, and what is needed to have it unwrapped.
+//!
+//! A small JSON file in the volume's root, `envelope.json`, with its predecessor beside it as
+//! `envelope.prev.json`. An update is atomic: the new file is complete and on stable storage
+//! before it gets the name, and there is always a file of that name.
+//!
+//! Everything in it is untrusted. Anyone can wrap a key of his own with a public key and plant
+//! the result here, so the one who opens a volume compares the unwrapped key's fingerprint with
+//! the one that `init` pinned in the host's configuration ([`super::custody`] does).
+
+use std::fmt;
+use std::io;
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::provider::Algorithm;
+use crate::backing::{Access, FileKind, Node, NodeRef, RenameMode};
+use crate::error::{Context, Error, Kind, Result};
+
+pub const FILE: &str = "envelope.json";
+pub const PREVIOUS_FILE: &str = "envelope.prev.json";
+const NEW_FILE: &[u8] = b"envelope.new.json";
+const NEW_PREVIOUS_FILE: &[u8] = b"envelope.new.prev.json";
+
+/// The only format this version knows.
+const FORMAT: u32 = 1;
+/// Far more than any envelope; a larger file is not read.
+const SIZE_LIMIT: u64 = 64 * 1024;
+/// An RSA 4096 ciphertext is 512 bytes.
+const WRAPPED_LIMIT: usize = 4096;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Envelope {
+    pub volume: [u8; 16],
+    /// The provider's name.
+    pub provider: String,
+    /// Full, with the version that everything here is wrapped with.
+    pub kid: String,
+    pub algorithm: Algorithm,
+    /// The key was named without a version: newer versions are to be followed.
+    pub follow_versions: bool,
+    /// Counts the volume keys of this volume, from 1; file headers name it.
+    pub volume_key_id: u32,
+    pub wrapped_volume_key: Vec<u8>,
+    /// Of the volume key. Public, and as untrusted as all of this: for messages only.
+    pub fingerprint: [u8; 32],
+    pub canary: Canary,
+    /// RFC 3339, UTC.
+    pub created: String,
+}
+
+/// A random value under the same key version, which probes have unwrapped instead of the volume
+/// key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Canary {
+    pub wrapped: Vec<u8>,
+    pub sha256: [u8; 32],
+}
+
+/// The time, as envelopes write it.
+pub(super) fn now_text() -> String {
+    OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default()
+}
+
+/// The file's form. Unknown fields are refused: a later format that adds one has a new number.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    format: u32,
+    volume: String,
+    created: String,
+    kek: KekPart,
+    volume_key: VolumeKeyPart,
+    canary: CanaryPart,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KekPart {
+    provider: String,
+    kid: String,
+    algorithm: String,
+    follow_versions: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VolumeKeyPart {
+    id: u32,
+    wrapped: String,
+    fingerprint: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CanaryPart {
+    wrapped: String,
+    sha256: String,
+}
+
+#[derive(Deserialize)]
+struct FormatOnly {
+    format: u32,
+}
+
+impl Envelope {
+    pub fn to_json(&self) -> Result<Vec<u8>> {
+        let document = Document {
+            format: FORMAT,
+            volume: uuid_text(&self.volume),
+            created: self.created.clone(),
+            kek: KekPart {
+                provider: self.provider.clone(),
+                kid: self.kid.clone(),
+                algorithm: self.algorithm.name().into(),
+                follow_versions: self.follow_versions,
+            },
+            volume_key: VolumeKeyPart {
+                id: self.volume_key_id,
+                wrapped: encode(&self.wrapped_volume_key),
+                fingerprint: encode(&self.fingerprint),
+            },
+            canary: CanaryPart {
+                wrapped: encode(&self.canary.wrapped),
+                sha256: encode(&self.canary.sha256),
+            },
+        };
+        let json = serde_json::to_vec_pretty(&document);
+        let mut json = json.map_err(|error| {
+            Error::new(Kind::Io, "cannot write the envelope").with_source(error)
+        })?;
+        json.push(b'\n');
+        Ok(json)
+    }
+
+    pub fn from_json(json: &[u8]) -> Result<Envelope> {
+        let bad = |why: &dyn fmt::Display| Error::corrupt(format!("{FILE}: {why}"));
+        let FormatOnly { format } = serde_json::from_slice(json).map_err(|error| bad(&error))?;
+        if format != FORMAT {
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("{FILE} has format {format}; this version of byokfs knows {FORMAT}"),
+            ));
+        }
+        let document: Document = serde_json::from_slice(json).map_err(|error| bad(&error))?;
+        let Document { volume, created, kek, volume_key, canary, .. } = document;
+        let algorithm = Algorithm::from_name(&kek.algorithm)
+            .ok_or_else(|| bad(&format!("unknown algorithm {:?}", kek.algorithm)))?;
+        Ok(Envelope {
+            volume: parse_uuid(&volume).ok_or_else(|| bad(&"malformed volume id"))?,
+            provider: kek.provider,
+            kid: kek.kid,
+            algorithm,
+            follow_versions: kek.follow_versions,
+            volume_key_id: volume_key.id,
+            wrapped_volume_key: wrapped(&volume_key.wrapped)
+                .ok_or_else(|| bad(&"malformed volume key"))?,
+            fingerprint: digest(&volume_key.fingerprint)
+                .ok_or_else(|| bad(&"malformed fingerprint"))?,
+            canary: Canary {
+                wrapped: wrapped(&canary.wrapped).ok_or_else(|| bad(&"malformed canary"))?,
+                sha256: digest(&canary.sha256).ok_or_else(|| bad(&"malformed canary"))?,
+            },
+            created,
+        })
+    }
+
+    /// Reads the envelope below `dir`; the previous one, with a warning, where there is none.
+    pub fn load(dir: &NodeRef) -> Result<Envelope> {
+        match read(dir, FILE.as_bytes()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let json = read(dir, PREVIOUS_FILE.as_bytes()).map_err(|_| {
+                    Error::new(
+                        Kind::NotAVolume,
+                        format!("{FILE} is missing: its volume cannot be opened without it"),
+                    )
+                })?;
+                log::warn!("{FILE} is missing; going on with {PREVIOUS_FILE}");
+                Envelope::from_json(&json)
+            }
+            json => Envelope::from_json(&json.context(|| format!("cannot read {FILE}"))?),
+        }
+    }
+
+    /// Makes this the envelope below `dir`, and the one there was its predecessor.
+    pub fn save(&self, dir: &NodeRef) -> Result<()> {
+        let json = self.to_json()?;
+        let message = || format!("cannot write {FILE}");
+        let file = dir.create_unnamed().context(message)?;
+        file.write_at(&json, 0).context(message)?;
+        file.sync_all().context(message)?;
+        remove_leftover(dir, NEW_FILE).context(message)?;
+        dir.link_file(&*file, NEW_FILE).context(message)?;
+        keep_previous(dir).context(|| format!("cannot write {PREVIOUS_FILE}"))?;
+        dir.rename(NEW_FILE, &**dir, FILE.as_bytes(), RenameMode::Replace).context(message)?;
+        dir.sync().context(message)
+    }
+}
+
+/// By a second link, so that the current envelope never lacks its own name.
+fn keep_previous(dir: &NodeRef) -> io::Result<()> {
+    let current = match dir.lookup(FILE.as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        current => current?,
+    };
+    remove_leftover(dir, NEW_PREVIOUS_FILE)?;
+    dir.link_node(&*current, NEW_PREVIOUS_FILE)?;
+    dir.rename(NEW_PREVIOUS_FILE, &**dir, PREVIOUS_FILE.as_bytes(), RenameMode::Replace)?;
+    // A rename onto another name of the same file does nothing and leaves both.
+    remove_leftover(dir, NEW_PREVIOUS_FILE)
+}
+
+/// Of an update that a crash cut short.
+fn remove_leftover(dir: &NodeRef, name: &[u8]) -> io::Result<()> {
+    match dir.unlink(name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+fn read(dir: &NodeRef, name: &[u8]) -> io::Result<Vec<u8>> {
+    let node: std::sync::Arc<dyn Node> = dir.lookup(name)?;
+    let metadata = node.metadata()?;
+    if metadata.kind != FileKind::Regular || metadata.size > SIZE_LIMIT {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a small regular file"));
+    }
+    let mut bytes = vec![0; usize::try_from(metadata.size).unwrap_or(0)];
+    let count = node.open(Access::Read)?.read_at(&mut bytes, 0)?;
+    bytes.truncate(count);
+    Ok(bytes)
+}
+
+fn encode(bytes: &[u8]) -> String {
+    URL_SAFE_NO_PAD.encode(bytes)
+}
+
+fn wrapped(text: &str) -> Option<Vec<u8>> {
+    let bytes = URL_SAFE_NO_PAD.decode(text).ok()?;
+    (1..=WRAPPED_LIMIT).contains(&bytes.len()).then_some(bytes)
+}
+
+fn digest(text: &str) -> Option<[u8; 32]> {
+    URL_SAFE_NO_PAD.decode(text).ok()?.try_into().ok()
+}
+
+/// In the usual form, 8-4-4-4-12 hexadecimal digits.
+pub fn uuid_text(uuid: &[u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (index, byte) in uuid.iter().enumerate() {
+        if matches!(index, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+fn parse_uuid(text: &str) -> Option<[u8; 16]> {
+    let digits: String = text.chars().filter(|&c| c != '-').collect();
+    let well_formed = digits.len() == 32 && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let uuid = u128::from_str_radix(&digits, 16).ok().filter(|_| well_formed)?.to_be_bytes();
+    (uuid_text(&uuid) == text.to_ascii_lowercase()).then_some(uuid)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::backing::Backing;
+    use crate::backing::linux::LinuxBacking;
+
+    fn sample() -> Envelope {
+        Envelope {
+            volume: [0x1f; 16],
+            provider: "azure".into(),
+            kid: "https://kv/keys/kek/0123".into(),
+            algorithm: Algorithm::RsaOaep256,
+            follow_versions: true,
+            volume_key_id: 1,
+            wrapped_volume_key: vec![7; 384],
+            fingerprint: [3; 32],
+            canary: Canary { wrapped: vec![8; 384], sha256: [4; 32] },
+            created: now_text(),
+        }
+    }
+
+    fn volume() -> (tempfile::TempDir, NodeRef) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = LinuxBacking::open(dir.path()).unwrap().root();
+        (dir, root)
+    }
+
+    #[test]
+    fn survives_the_disk() {
+        let (_dir, root) = volume();
+        assert_eq!(Envelope::load(&root).unwrap_err().kind, Kind::NotAVolume);
+        let envelope = sample();
+        envelope.save(&root).unwrap();
+        assert_eq!(Envelope::load(&root).unwrap(), envelope);
+    }
+
+    #[test]
+    fn an_update_keeps_its_predecessor_and_no_leftovers() {
+        let (dir, root) = volume();
+        for version in 1..=3 {
+            // What a crash in the middle of an update leaves must not be in the way.
+            std::fs::write(dir.path().join("envelope.new.json"), "half").unwrap();
+            std::fs::write(dir.path().join("envelope.new.prev.json"), "half").unwrap();
+            Envelope { volume_key_id: version, ..sample() }.save(&root).unwrap();
+        }
+        assert_eq!(Envelope::load(&root).unwrap().volume_key_id, 3);
+        let mut names: Vec<_> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(names, [FILE, PREVIOUS_FILE]);
+        std::fs::remove_file(dir.path().join(FILE)).unwrap();
+        assert_eq!(Envelope::load(&root).unwrap().volume_key_id, 2);
+    }
+
+    #[test]
+    fn unknown_formats_and_fields_are_refused() {
+        let json = String::from_utf8(sample().to_json().unwrap()).unwrap();
+        let newer = json.replace("\"format\": 1", "\"format\": 2");
+        assert_eq!(Envelope::from_json(newer.as_bytes()).unwrap_err().kind, Kind::Unsupported);
+        let odd = json.replace("\"format\": 1,", "\"format\": 1, \"extra\": true,");
+        assert_eq!(Envelope::from_json(odd.as_bytes()).unwrap_err().kind, Kind::Corrupt);
+        let algorithm = json.replace("RSA-OAEP-256", "ROT13");
+        let error = Envelope::from_json(algorithm.as_bytes()).unwrap_err();
+        assert!(error.to_string().contains("ROT13"));
+    }
+
+    #[test]
+    fn an_oversized_or_odd_file_is_not_read() {
+        let (dir, root) = volume();
+        let path = dir.path().join(FILE);
+        std::fs::write(&path, vec![b' '; 70_000]).unwrap();
+        assert!(Envelope::load(&root).is_err());
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
+        assert!(Envelope::load(&root).is_err());
+    }
+
+    #[test]
+    fn uuids() {
+        let uuid: [u8; 16] = std::array::from_fn(|index| index as u8 * 17);
+        let text = uuid_text(&uuid);
+        assert_eq!(text, "00112233-4455-6677-8899-aabbccddeeff");
+        assert_eq!(parse_uuid(&text), Some(uuid));
+        for bad in
+            ["", "0011", "00112233445566778899aabbccddeeff", "+0112233-4455-6677-8899-aabbccddeeff"]
+        {
+            assert_eq!(parse_uuid(bad), None);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Envelope::from_json(&bytes);
+        }
+
+        #[test]
+        fn no_flipped_byte_makes_it_panic(at in 0..900_usize, byte in any::<u8>()) {
+            let mut json = sample().to_json().unwrap();
+            let at = at % json.len();
+            json[at] = byte;
+            let _ = Envelope::from_json(&json);
+        }
+    }
+}

@@ -1,0 +1,331 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::super::custody::{Enrolment, enrol, revalidate};
+use super::super::gate::State;
+use super::super::provider::Algorithm;
+use super::super::requirement;
+use super::super::testing::{FakeKey, FakeService};
+use super::*;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn millis(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+/// Ten times as fast as the real thing, or more; slow enough for a busy machine.
+fn quick() -> Settings {
+    Settings {
+        interval: millis(30),
+        deadline: millis(500),
+        shut_within: millis(1000),
+        policy: policy::Settings {
+            confirm_after: millis(20),
+            confirm_within: millis(2000),
+            max_staleness: millis(3000),
+            cut_off_lead: millis(1000),
+            ..policy::Settings::default()
+        },
+    }
+}
+
+/// What the daemon does, without a server or a mount.
+struct Recorder {
+    gate: Arc<Gate>,
+    service: FakeService,
+    enrolment: Enrolment,
+    watcher: Mutex<Weak<Watcher>>,
+    orders: Mutex<Vec<(Reason, Option<String>)>>,
+    notices: Mutex<Vec<Notice>>,
+    /// The cut-off hangs, as behind a fence that does not end.
+    hangs: AtomicBool,
+    panics: AtomicBool,
+}
+
+impl Recorder {
+    fn admit(&self) -> Result<()> {
+        let envelope = self.enrolment.envelope([0; 16]);
+        let pin = &self.enrolment.fingerprint;
+        let settings = requirement::Settings::default();
+        let good = revalidate(&self.service, &envelope, pin, &settings, LIMIT)?;
+        match self.watcher.lock().upgrade() {
+            Some(watcher) => watcher.admit(good),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Handler for Recorder {
+    fn cut_off(&self, order: &CutOffOrder) {
+        self.orders.lock().push((order.reason, order.detail.clone()));
+        assert!(!self.panics.load(Ordering::SeqCst), "as the test wishes");
+        while self.hangs.load(Ordering::SeqCst) {
+            thread::sleep(millis(5));
+        }
+        self.gate.shut(order.reason);
+        self.gate.drain(LIMIT);
+        self.gate.wipe();
+    }
+
+    fn heal(&self) -> Result<()> {
+        self.admit()
+    }
+
+    fn notice(&self, notice: &Notice) {
+        self.notices.lock().push(notice.clone());
+    }
+}
+
+struct Rig {
+    service: FakeService,
+    gate: Arc<Gate>,
+    recorder: Arc<Recorder>,
+    watcher: Arc<Watcher>,
+}
+
+fn started(settings: Settings) -> Rig {
+    let service = FakeService::new(FakeKey::good());
+    let requirements = requirement::Settings::default();
+    let algorithm = Algorithm::RsaOaep256;
+    let enrolment = enrol(&service, FakeService::KID, algorithm, &requirements, LIMIT).unwrap();
+    let envelope = enrolment.envelope([0; 16]);
+    let gate = Gate::new();
+    let recorder = Arc::new(Recorder {
+        gate: Arc::clone(&gate),
+        service: service.clone(),
+        enrolment,
+        watcher: Mutex::new(Weak::new()),
+        orders: Mutex::default(),
+        notices: Mutex::default(),
+        hangs: AtomicBool::new(false),
+        panics: AtomicBool::new(false),
+    });
+    let handler = Arc::clone(&recorder) as Arc<dyn Handler>;
+    let provider = Arc::new(service.clone());
+    let watcher = Watcher::start(settings, provider, envelope, Arc::clone(&gate), handler).unwrap();
+    *recorder.watcher.lock() = Arc::downgrade(&watcher);
+    Rig { service, gate, recorder, watcher }
+}
+
+fn serving() -> Rig {
+    let rig = started(quick());
+    rig.recorder.admit().unwrap();
+    rig
+}
+
+impl Rig {
+    fn state(&self) -> (State, Option<Reason>) {
+        let status = self.gate.status();
+        (status.state, status.reason)
+    }
+
+    fn wait_for(&self, state: State, reason: Option<Reason>) {
+        until(&format!("{state} {reason:?}"), || self.state() == (state, reason));
+    }
+}
+
+fn until(what: &str, condition: impl Fn() -> bool) {
+    let limit = BootTime::now() + LIMIT;
+    while !condition() {
+        assert!(!limit.remaining().is_zero(), "never came: {what}");
+        thread::sleep(millis(2));
+    }
+}
+
+#[test]
+fn nothing_is_probed_before_the_volume_is_opened() {
+    let rig = started(quick());
+    let before = rig.service.calls();
+    thread::sleep(millis(100));
+    assert_eq!(rig.service.calls(), before);
+    assert_eq!(rig.state(), (State::Inaccessible, Some(Reason::NotOpened)));
+}
+
+#[test]
+fn probes_keep_the_gate_open() {
+    let rig = serving();
+    let first = rig.gate.valid_until();
+    until("an extension", || rig.gate.valid_until() > first);
+    thread::sleep(millis(3300));
+    assert_eq!(rig.state(), (State::Available, None));
+    let status = rig.watcher.status();
+    assert_eq!(status.kid, FakeService::KID);
+    assert_eq!(status.failures, 0);
+    assert_eq!(status.last_probe.unwrap().result, "Ok");
+    assert!(status.last_success.is_some() && status.next_probe_in.is_some());
+    assert!(rig.recorder.orders.lock().is_empty());
+}
+
+#[test]
+fn a_disabled_key_cuts_off_at_the_next_probe_and_stays_so() {
+    let rig = serving();
+    rig.service.change(|key| key.info.enabled = false);
+    rig.wait_for(State::Inaccessible, Some(Reason::KeyDisabled));
+    assert!(rig.gate.lease().is_err());
+    rig.service.change(|key| key.info.enabled = true);
+    thread::sleep(millis(150));
+    assert_eq!(rig.state(), (State::Inaccessible, Some(Reason::KeyDisabled)));
+    assert_eq!(rig.recorder.orders.lock().len(), 1);
+    until("an opening", || rig.recorder.admit().is_ok());
+    assert_eq!(rig.state(), (State::Available, None));
+    assert_eq!(rig.gate.epoch(), 2);
+    let first = rig.gate.valid_until();
+    until("watching again", || rig.gate.valid_until() > first);
+}
+
+#[test]
+fn a_permission_that_only_complete_probes_miss_is_confirmed() {
+    let rig = serving();
+    rig.service.change(|key| key.deny("wrapKey"));
+    rig.wait_for(State::Degraded, Some(Reason::PermissionRevoked));
+    rig.wait_for(State::Inaccessible, Some(Reason::PermissionRevoked));
+    let detail = rig.recorder.orders.lock()[0].1.clone().unwrap();
+    assert!(detail.contains("wrapKey"), "{detail}");
+}
+
+#[test]
+fn a_slip_is_forgiven() {
+    let rig = started(Settings {
+        policy: policy::Settings { confirm_after: millis(300), ..quick().policy },
+        ..quick()
+    });
+    rig.recorder.admit().unwrap();
+    rig.service.change(|key| key.deny("unwrapKey"));
+    rig.wait_for(State::Degraded, Some(Reason::PermissionRevoked));
+    rig.service.change(|key| key.denied.clear());
+    rig.wait_for(State::Available, None);
+    assert!(rig.recorder.orders.lock().is_empty());
+    until("notices", || rig.recorder.notices.lock().last() == Some(&Notice::Restored));
+}
+
+#[test]
+fn unreachable_degrades_then_cuts_off_then_heals() {
+    let rig = serving();
+    rig.service.change(|key| key.fail_all(Class::Transient(Reason::TlsUntrusted)));
+    rig.wait_for(State::Degraded, Some(Reason::TlsUntrusted));
+    assert!(rig.gate.lease().is_ok());
+    rig.wait_for(State::Inaccessible, Some(Reason::Unreachable));
+    let notices = rig.recorder.notices.lock().clone();
+    let alerted =
+        |notice: &Notice| matches!(notice, Notice::Alert { reason: Reason::TlsUntrusted, .. });
+    assert!(notices.iter().any(alerted));
+    rig.service.change(|key| key.failure = None);
+    rig.wait_for(State::Available, None);
+    assert_eq!(rig.gate.epoch(), 2);
+}
+
+#[test]
+fn expiry_cuts_off_without_a_probe() {
+    let rig = started(Settings { interval: Duration::from_secs(3600), ..quick() });
+    rig.service.change(|key| key.info.expires = Some(wall_clock() + 1));
+    rig.recorder.admit().unwrap();
+    let calls = rig.service.calls();
+    rig.wait_for(State::Inaccessible, Some(Reason::KeyExpired));
+    assert_eq!(rig.service.calls(), calls);
+    until("a warning", || {
+        let warned = |notice: &Notice| matches!(notice, Notice::KeyExpiryWarning { days: 1, .. });
+        rig.recorder.notices.lock().iter().any(warned)
+    });
+}
+
+#[test]
+fn a_fence_that_hangs_does_not_hold_the_gate_open() {
+    let rig = serving();
+    rig.recorder.hangs.store(true, Ordering::SeqCst);
+    rig.service.change(|key| key.info.enabled = false);
+    until("the order", || !rig.recorder.orders.lock().is_empty());
+    assert!(rig.gate.lease().is_ok(), "the fence has its time");
+    rig.wait_for(State::Inaccessible, Some(Reason::KeyDisabled));
+    rig.service.change(|key| key.info.enabled = true);
+    assert_eq!(rig.recorder.admit().unwrap_err().kind, Kind::Busy, "it would shut the new epoch");
+    rig.recorder.hangs.store(false, Ordering::SeqCst);
+    until("its end", || rig.recorder.admit().is_ok());
+    thread::sleep(millis(100));
+    assert_eq!(rig.state(), (State::Available, None));
+}
+
+#[test]
+fn a_cut_off_that_panics_still_shuts_the_gate() {
+    let rig = serving();
+    rig.recorder.panics.store(true, Ordering::SeqCst);
+    rig.service.change(|key| key.info.enabled = false);
+    rig.wait_for(State::Inaccessible, Some(Reason::KeyDisabled));
+    rig.service.change(|key| key.info.enabled = true);
+    rig.recorder.panics.store(false, Ordering::SeqCst);
+    until("another opening", || rig.recorder.admit().is_ok());
+    rig.service.change(|key| key.info.enabled = false);
+    until("another order", || rig.recorder.orders.lock().len() == 2);
+}
+
+#[test]
+fn a_probe_that_hangs_counts_as_unreachable() {
+    let rig = serving();
+    rig.service.change(|key| key.delay = Duration::from_secs(4));
+    // The grace for a hanging probe is longer than this policy's patience: the gate is faster.
+    rig.wait_for(State::Inaccessible, Some(Reason::Unreachable));
+}
+
+#[test]
+fn stopping_leaves_the_gate_to_its_time() {
+    let rig = serving();
+    rig.watcher.stop();
+    thread::sleep(millis(300));
+    let calls = rig.service.calls();
+    assert_eq!(rig.state().0, State::Available);
+    rig.wait_for(State::Inaccessible, Some(Reason::Unreachable));
+    assert_eq!(rig.service.calls(), calls);
+}
+
+#[test]
+fn probe_now_tells_what_is_so_now() {
+    let rig = started(Settings { interval: Duration::from_secs(3600), ..quick() });
+    rig.recorder.admit().unwrap();
+    let status = rig.watcher.probe_now(LIMIT);
+    assert_eq!(status.last_probe.unwrap().result, "Ok");
+    rig.service.change(|key| key.info.enabled = false);
+    let status = rig.watcher.probe_now(LIMIT);
+    assert_eq!(status.last_probe.unwrap().reason, Some(Reason::KeyDisabled));
+    rig.wait_for(State::Inaccessible, Some(Reason::KeyDisabled));
+}
+
+#[test]
+fn an_operator_can_cut_off_and_only_he_ends_it() {
+    let rig = serving();
+    rig.watcher.cut_off(Reason::Operator);
+    rig.wait_for(State::Inaccessible, Some(Reason::Operator));
+    thread::sleep(millis(150));
+    assert_eq!(rig.state(), (State::Inaccessible, Some(Reason::Operator)));
+}
+
+#[test]
+fn a_denial_during_a_revalidation_wins() {
+    let rig = serving();
+    let envelope = rig.recorder.enrolment.envelope([0; 16]);
+    let pin = rig.recorder.enrolment.fingerprint;
+    let settings = requirement::Settings::default();
+    let good = revalidate(&rig.service, &envelope, &pin, &settings, LIMIT).unwrap();
+    rig.service.change(|key| key.info.enabled = false);
+    rig.wait_for(State::Inaccessible, Some(Reason::KeyDisabled));
+    assert_eq!(rig.watcher.admit(good).unwrap_err().kind, Kind::Inaccessible);
+    assert!(rig.gate.lease().is_err());
+}
+
+#[test]
+fn throttling_is_honoured() {
+    let rig = serving();
+    rig.service.change(|key| {
+        key.fail_all(Class::Transient(Reason::Unreachable));
+        key.retry_after = Some(Duration::from_secs(60));
+    });
+    rig.wait_for(State::Degraded, Some(Reason::Unreachable));
+    let wait = rig.watcher.status().next_probe_in.unwrap();
+    assert!(wait > Duration::from_secs(40), "{wait:?}");
+}
+
+#[test]
+fn jitter_stays_within_a_fifth() {
+    for _ in 0..200 {
+        let time = jittered(Duration::from_secs(30));
+        assert!(time >= Duration::from_secs(24) && time <= Duration::from_secs(36));
+    }
+}
