@@ -346,8 +346,13 @@ fn located(error: &toml::de::Error, text: &str, file: &Path) -> Error {
     let message = error.message();
     let place = match error.span() {
         Some(span) => {
-            let line = text.bytes().take(span.start).filter(|byte| *byte == b'\n').count() + 1;
-            format!("{}:{line}", file.display())
+            let before = text.bytes().take(span.start);
+            let number = before.filter(|byte| *byte == b'\n').count() + 1;
+            let line = text.lines().nth(number - 1).unwrap_or_default();
+            match line.split_once('=') {
+                Some((key, _)) => format!("{}:{number}: {}", file.display(), key.trim()),
+                None => format!("{}:{number}", file.display()),
+            }
         }
         None => file.display().to_string(),
     };

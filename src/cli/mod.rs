@@ -10,6 +10,7 @@ pub mod output;
 mod revalidate;
 mod status;
 mod sync;
+mod target;
 mod umount;
 pub mod vault;
 

@@ -1,6 +1,7 @@
 //! The process behind a mount: start order, readiness, control socket, cut-off, fence, guard.
 
 pub mod control;
+pub mod cutoff;
 pub mod fence;
 pub mod guard;
 pub mod harden;
