@@ -4,8 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::daemon::control::Verb;
 use crate::daemon::{mountinfo, users};
-use crate::error::{Context, Error, Kind, Result};
-use crate::sys;
+use crate::error::{Error, Kind, Result};
 
 use super::args::TargetArgs;
 use super::target::Target;
@@ -20,28 +19,26 @@ pub(super) fn run(args: TargetArgs) -> Result<()> {
         return target.client()?.wait_for_end(TIMEOUT);
     };
     if target.client().is_err() {
-        // A mount that its daemon and its guard have left: nothing else would take it away.
-        return unmount_dead(&mount, target);
+        // Left behind by its daemon and its guard, or of another run directory; in both cases a
+        // plain unmount does no harm.
+        return unmount_unattended(&mount);
     }
-    target.call(Verb::Umount, TIMEOUT)?;
+    match target.call(Verb::Umount, TIMEOUT) {
+        // The daemon may have ended before its answer was out.
+        Err(_) if !mountinfo::is_mounted(mount.device)? => {}
+        result => result.map(drop)?,
+    }
     target.client()?.wait_for_end(TIMEOUT)?;
     wait_for_the_table(&mount)
 }
 
-fn unmount_dead(mount: &mountinfo::Mount, mut target: Target) -> Result<()> {
+fn unmount_unattended(mount: &mountinfo::Mount) -> Result<()> {
     let users = users::of(mount.device);
     if !users.is_empty() {
         let message = format!("{} is busy: {}", mount.mount_point.display(), users::list(&users));
         return Err(Error::new(Kind::Busy, message));
     }
-    // Never a mount whose daemon only listens elsewhere: that one answers a plain unmount too.
-    match sys::mount::unmount(&mount.mount_point, false) {
-        Ok(()) => Ok(()),
-        Err(error) => target
-            .client()
-            .map(drop)
-            .and(Err(error).context(|| format!("cannot unmount {}", mount.mount_point.display()))),
-    }
+    mountinfo::unmount(&mount.mount_point, false)
 }
 
 /// The kernel may need a moment after the daemon's end.

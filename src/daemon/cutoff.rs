@@ -11,8 +11,8 @@
 //! leave cached pages readable. All of it runs on a thread of its own, which holds no lock that a
 //! request could want. Whatever fails on the way is reported, and the next step is taken.
 
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::fmt;
+use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
@@ -20,6 +20,7 @@ use parking_lot::{Mutex, MutexGuard};
 use super::fence::{Fence, Outcome};
 use super::notify;
 use crate::error::{Error, Kind, Result};
+use crate::fuse::Purge;
 use crate::key::gate::{Gate, State};
 use crate::key::reason::Reason;
 use crate::observe::audit::{Event, Name, Status, emit};
@@ -32,23 +33,37 @@ const PURGE_LIMIT: Duration = Duration::from_secs(30);
 /// How long a restarted server is looked for after the cut-off.
 const LINGER: Duration = Duration::from_secs(600);
 
-/// What the cut-off asks of the mounted file system.
-pub trait Mounted: Send + Sync {
-    /// Has the kernel write back and drop the pages of files that are mapped. May block.
-    fn invalidate_mapped(&self);
-    /// Has it drop everything it caches of any inode. May block.
-    fn invalidate_all(&self);
-    /// Has it look every name up again.
-    fn raise_epoch(&self);
-    /// Makes what was sealed durable.
-    fn sync(&self) -> Result<()>;
+/// What the cut-off asks of the kernel. Both give up after `limit`, and return false then.
+pub trait KernelCache: fmt::Debug + Send + Sync {
+    /// Has dirty shared mappings written back.
+    fn write_back(&self, limit: Duration) -> bool;
+    /// Has every cached page, attribute and name dropped.
+    fn drop_all(&self, limit: Duration) -> bool;
+}
+
+impl KernelCache for Purge {
+    fn write_back(&self, limit: Duration) -> bool {
+        Purge::write_back(self, limit)
+    }
+
+    fn drop_all(&self, limit: Duration) -> bool {
+        Purge::drop_all(self, limit)
+    }
+}
+
+/// What there is only once the volume is mounted.
+#[derive(Debug)]
+pub struct Mounted {
+    pub fence: Fence,
+    pub cache: Box<dyn KernelCache>,
 }
 
 /// Performs cut-offs, one at a time.
 pub struct CutOff {
     gate: Arc<Gate>,
-    fence: Fence,
-    mounted: Arc<dyn Mounted>,
+    /// Makes what was sealed durable.
+    sync: Arc<dyn Fn() -> Result<()> + Send + Sync>,
+    mounted: OnceLock<Mounted>,
     /// Held by a cut-off or a revalidation: neither may see the other half-way.
     transition: Mutex<Side>,
 }
@@ -60,28 +75,22 @@ pub enum Side {
     CutOff,
 }
 
-impl std::fmt::Debug for CutOff {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for CutOff {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CutOff").field("transition", &self.transition).finish_non_exhaustive()
     }
 }
 
 impl CutOff {
-    pub fn new(gate: Arc<Gate>, fence: Fence, mounted: Arc<dyn Mounted>) -> Arc<CutOff> {
-        Arc::new(CutOff { gate, fence, mounted, transition: Mutex::new(Side::Open) })
+    pub fn new(gate: Arc<Gate>, sync: Arc<dyn Fn() -> Result<()> + Send + Sync>) -> Arc<CutOff> {
+        let transition = Mutex::new(Side::Open);
+        Arc::new(CutOff { gate, sync, mounted: OnceLock::new(), transition })
     }
 
-    /// Starts the cut-off and returns at once. On a volume that is cut off already, the reason
-    /// becomes this one.
-    pub fn begin(self: &Arc<Self>, reason: Reason) {
-        let this = Arc::clone(self);
-        let spawned = std::thread::Builder::new().name("cut-off".into()).spawn({
-            let this = Arc::clone(self);
-            move || this.run(reason)
-        });
-        if let Err(error) = spawned {
-            log::error!("no thread for the cut-off ({error}): it runs on this one");
-            this.run(reason);
+    /// To be called once, when the mount is there.
+    pub fn mounted(&self, mounted: Mounted) {
+        if self.mounted.set(mounted).is_err() {
+            log::error!("mounted twice");
         }
     }
 
@@ -90,7 +99,9 @@ impl CutOff {
         self.transition.try_lock_for(limit)
     }
 
-    pub fn run(self: &Arc<Self>, reason: Reason) {
+    /// Cuts the volume off, and returns when that is done. On a volume that is cut off already,
+    /// the reason becomes this one. `detail` is what the key service said.
+    pub fn run(self: &Arc<Self>, reason: Reason, detail: Option<&str>) {
         let mut side = self.transition.lock();
         if *side == Side::CutOff {
             self.gate.shut(reason);
@@ -99,7 +110,10 @@ impl CutOff {
         let start = Instant::now();
         log::error!("cutting the volume off: {}", reason.name());
         notify::status(&format!("cutting off: {}", reason.name()));
-        let event = || Event::new(Name::MakeInaccessible).with("reason", reason.name());
+        let event = || {
+            let event = Event::new(Name::MakeInaccessible).with("reason", reason.name());
+            detail.map_or(event.clone(), |detail| event.with("detail", detail))
+        };
         emit(event().status(Status::Started));
 
         let fencing = self.fence_and_write_back();
@@ -109,12 +123,7 @@ impl CutOff {
         let drained = self.gate.drain(DRAIN_LIMIT);
         self.gate.wipe();
         let flushed = self.flush();
-        let mounted = Arc::clone(&self.mounted);
-        let mut purge = Step::start("purge", move || {
-            mounted.invalidate_all();
-            mounted.raise_epoch();
-        });
-        let purged = purge.wait(PURGE_LIMIT).is_some();
+        let purged = self.mounted.get().is_none_or(|mounted| mounted.cache.drop_all(PURGE_LIMIT));
         // SIGKILL may have come with the gate's end; its outcome is a matter of moments.
         let outcome = match fencing {
             Some(mut step) => step.wait(MAPPED_LIMIT).copied().unwrap_or(Outcome::Survived),
@@ -148,39 +157,41 @@ impl CutOff {
     /// Steps 1 and 2, within the fence's timeout. The fence, which may have to go on while the
     /// gate shuts.
     fn fence_and_write_back(&self) -> Option<Step<Outcome>> {
+        let mounted = self.mounted.get()?;
         let mut limit = MAPPED_LIMIT;
         let mut fencing = None;
-        if self.fence.is_on() {
+        if mounted.fence.is_on() {
             let start = Instant::now();
-            let fence = self.fence.clone();
+            let fence = mounted.fence.clone();
+            let timeout = fence.timeout();
             let mut step = Step::start("fence", move || fence.stop_server());
-            step.wait(self.fence.timeout().saturating_sub(MAPPED_LIMIT));
-            limit = limit.min(self.fence.timeout().saturating_sub(start.elapsed()));
+            step.wait(timeout.saturating_sub(MAPPED_LIMIT));
+            limit = limit.min(timeout.saturating_sub(start.elapsed()));
             fencing = Some(step);
         }
-        let mounted = Arc::clone(&self.mounted);
-        if Step::start("write-back", move || mounted.invalidate_mapped()).wait(limit).is_none() {
+        if !mounted.cache.write_back(limit) {
             log::error!("shared mappings were not written back in time");
         }
         fencing
     }
 
     fn flush(&self) -> Result<()> {
-        let mounted = Arc::clone(&self.mounted);
-        let mut flush = Step::start("flush", move || mounted.sync());
+        let sync = Arc::clone(&self.sync);
+        let mut flush = Step::start("flush", move || sync());
         flush.wait(FLUSH_LIMIT);
         let late = || Err(Error::new(Kind::Io, "the backing storage does not answer"));
         flush.result.unwrap_or_else(late)
     }
 
     /// Looks for a server that its supervisor starts again, until the volume is back.
-    fn linger(self: &Arc<Self>) {
-        if !self.fence.is_on() {
+    fn linger(&self) {
+        let Some(fence) = self.mounted.get().map(|mounted| mounted.fence.clone()) else { return };
+        if !fence.is_on() {
             return;
         }
-        let this = Arc::clone(self);
+        let gate = Arc::clone(&self.gate);
         let spawned = std::thread::Builder::new().name("linger".into()).spawn(move || {
-            this.fence.linger(LINGER, || this.gate.status().state != State::Inaccessible);
+            fence.linger(LINGER, || gate.status().state != State::Inaccessible);
         });
         if let Err(error) = spawned {
             log::error!("cannot watch for a restarted server: {error}");
@@ -230,9 +241,10 @@ mod tests {
     use crate::key::clock::BootTime;
     use crate::key::gate::Keyring;
 
+    #[derive(Clone, Debug)]
     struct Recorder {
         gate: Arc<Gate>,
-        steps: Mutex<Vec<(&'static str, bool)>>,
+        steps: Arc<Mutex<Vec<(&'static str, bool)>>>,
         slow: Duration,
     }
 
@@ -242,56 +254,64 @@ mod tests {
         }
     }
 
-    impl Mounted for Recorder {
-        fn invalidate_mapped(&self) {
-            self.record("mapped");
-            std::thread::sleep(self.slow);
+    impl KernelCache for Recorder {
+        fn write_back(&self, limit: Duration) -> bool {
+            self.record("write back");
+            std::thread::sleep(self.slow.min(limit));
+            self.slow < limit
         }
-        fn invalidate_all(&self) {
-            self.record("all");
-        }
-        fn raise_epoch(&self) {
-            self.record("epoch");
-        }
-        fn sync(&self) -> Result<()> {
-            self.record("sync");
-            Ok(())
+        fn drop_all(&self, _limit: Duration) -> bool {
+            self.record("drop all");
+            true
         }
     }
 
-    fn open_volume(slow: Duration) -> (Arc<CutOff>, Arc<Recorder>) {
+    fn open_volume(slow: Duration) -> (Arc<CutOff>, Recorder) {
         let gate = Gate::new();
         let keyring = Keyring::new(Secret::random().unwrap());
         gate.open(keyring, BootTime::now() + Duration::from_secs(60));
-        let steps = Mutex::new(Vec::new());
-        let recorder = Arc::new(Recorder { gate: Arc::clone(&gate), steps, slow });
+        let recorder = Recorder { gate: Arc::clone(&gate), steps: Arc::default(), slow };
+        let syncer = recorder.clone();
+        let sync = move || {
+            syncer.record("sync");
+            Ok(())
+        };
+        let cut_off = CutOff::new(gate, Arc::new(sync));
         let fence = Fence::new(config::Fence::default(), Device { major: 0, minor: 0 });
-        (CutOff::new(gate, fence, Arc::clone(&recorder) as Arc<dyn Mounted>), recorder)
+        cut_off.mounted(Mounted { fence, cache: Box::new(recorder.clone()) });
+        (cut_off, recorder)
     }
 
     #[test]
     fn the_order_of_the_steps() {
         let (cut_off, recorder) = open_volume(Duration::ZERO);
-        cut_off.run(Reason::KeyDisabled);
+        cut_off.run(Reason::KeyDisabled, None);
         let steps = recorder.steps.lock().clone();
-        assert_eq!(steps, [("mapped", true), ("sync", false), ("all", false), ("epoch", false)]);
+        assert_eq!(steps, [("write back", true), ("sync", false), ("drop all", false)]);
         assert_eq!(cut_off.gate.status().reason, Some(Reason::KeyDisabled));
         assert_eq!(*cut_off.transition(Duration::ZERO).unwrap(), Side::CutOff);
         // Again: only the reason changes.
-        cut_off.run(Reason::KeyDeleted);
+        cut_off.run(Reason::KeyDeleted, None);
         assert_eq!(cut_off.gate.status().reason, Some(Reason::KeyDeleted));
-        assert_eq!(recorder.steps.lock().len(), 4);
+        assert_eq!(recorder.steps.lock().len(), 3);
     }
 
     #[test]
     fn a_stuck_write_back_does_not_keep_the_gate_open() {
-        let (cut_off, _) = open_volume(Duration::from_secs(20));
+        let (cut_off, recorder) = open_volume(Duration::from_secs(20));
         let start = Instant::now();
-        cut_off.begin(Reason::KeyDisabled);
-        while cut_off.gate.check().is_ok() {
-            assert!(start.elapsed() < Duration::from_secs(10));
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        assert!(start.elapsed() >= MAPPED_LIMIT);
+        cut_off.run(Reason::KeyDisabled, Some("disabled"));
+        assert!((MAPPED_LIMIT..2 * MAPPED_LIMIT).contains(&start.elapsed()));
+        assert_eq!(recorder.steps.lock().len(), 3);
+    }
+
+    #[test]
+    fn before_the_mount_there_is_only_the_gate() {
+        let gate = Gate::new();
+        let keyring = Keyring::new(Secret::random().unwrap());
+        gate.open(keyring, BootTime::now() + Duration::from_secs(60));
+        let cut_off = CutOff::new(Arc::clone(&gate), Arc::new(|| Ok(())));
+        cut_off.run(Reason::KeyDisabled, None);
+        assert!(gate.check().is_err());
     }
 }

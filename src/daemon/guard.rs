@@ -169,8 +169,7 @@ fn aftermath(plan: &Plan, device: Device, status: &str) -> Result<()> {
 fn unmount_lazily(plan: &Plan, device: Device) -> Result<()> {
     // One mount may lie over another: only ours is taken.
     while mountinfo::at(&plan.mnt)?.is_some_and(|mount| mount.device == device) {
-        sys::mount::unmount(&plan.mnt, true)
-            .context(|| format!("cannot unmount {}", plan.mnt.display()))?;
+        mountinfo::unmount(&plan.mnt, true)?;
     }
     Ok(())
 }

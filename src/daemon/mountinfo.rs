@@ -2,14 +2,15 @@
 //!
 //! Reading it touches no mount, so the daemon may do it at any time.
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsString};
 use std::fmt;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Kind, Result};
+use crate::sys;
 
 pub const FS_TYPE: &str = "fuse.byokfs";
 const TABLE: &str = "/proc/self/mountinfo";
@@ -59,6 +60,19 @@ pub fn at(path: &Path) -> Result<Option<Mount>> {
 /// Whether the file system is mounted anywhere in this namespace.
 pub fn is_mounted(device: Device) -> Result<bool> {
     Ok(all()?.iter().any(|mount| mount.device == device))
+}
+
+/// Takes a mount away; `lazy` takes it out of the name space although it is busy.
+pub fn unmount(mount_point: &Path, lazy: bool) -> Result<()> {
+    let failed = || format!("cannot unmount {}", mount_point.display());
+    let path = CString::new(mount_point.as_os_str().as_bytes())
+        .map_err(|error| Error::usage(failed()).with_source(error))?;
+    match sys::fuse::unmount(&path, lazy) {
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            Err(Error::new(Kind::Busy, format!("{} is busy", mount_point.display())))
+        }
+        result => result.context(failed),
+    }
 }
 
 fn parse(table: &[u8]) -> Vec<Mount> {

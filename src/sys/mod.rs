@@ -3,7 +3,6 @@
 pub mod alloc;
 pub mod fuse;
 pub mod locked;
-pub mod mount;
 pub mod peer;
 pub mod signals;
 pub mod stack;
