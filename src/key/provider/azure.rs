@@ -498,3 +498,7 @@ mod tests {
         assert_eq!(modulus_bits("!"), None);
     }
 }
+
+#[cfg(test)]
+#[path = "azure_tests.rs"]
+mod wire_tests;

@@ -1,0 +1,565 @@
+//! The provider against a scripted server: every row of the table of conditions as it comes over
+//! the wire, and every way a connection can go wrong.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::{CipherSuite, ServerConfig, ServerConnection, StreamOwned};
+
+use super::super::{AppService, Identity};
+use super::*;
+
+const VERSION: &str = "0123456789abcdef0123456789abcdef";
+
+/// What a client sent.
+#[derive(Clone, Debug)]
+struct Seen {
+    method: String,
+    path: String,
+    bearer: Option<String>,
+    identity_header: Option<String>,
+    body: String,
+}
+
+#[derive(Clone)]
+enum Answer {
+    Json(u16, String),
+    With(u16, &'static str, String),
+    /// One byte of a good answer at a time.
+    Trickle,
+    /// Says it is longer than it is, and hangs up.
+    Truncated,
+    Endless,
+    Silence,
+    HangUp,
+}
+
+type Script = Box<dyn Fn(&Seen) -> Answer + Send>;
+
+struct Server {
+    address: SocketAddr,
+    script: Arc<Mutex<Script>>,
+    seen: Arc<Mutex<Vec<Seen>>>,
+}
+
+impl Server {
+    fn start(tls: Option<Arc<ServerConfig>>, script: Script) -> Server {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (script, seen) = (Arc::new(Mutex::new(script)), Arc::new(Mutex::new(Vec::new())));
+        let server = Server { address, script: Arc::clone(&script), seen: Arc::clone(&seen) };
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (tls, script, seen) = (tls.clone(), Arc::clone(&script), Arc::clone(&seen));
+                thread::spawn(move || {
+                    let Some(config) = tls else { return serve(stream, &script, &seen) };
+                    if let Ok(connection) = ServerConnection::new(config) {
+                        serve(StreamOwned::new(connection, stream), &script, &seen);
+                    }
+                });
+            }
+        });
+        server
+    }
+
+    fn answer(&self, script: impl Fn(&Seen) -> Answer + Send + 'static) {
+        *self.script.lock() = Box::new(script);
+    }
+
+    fn seen(&self) -> Vec<Seen> {
+        self.seen.lock().clone()
+    }
+}
+
+fn serve(mut stream: impl Read + Write, script: &Mutex<Script>, seen: &Mutex<Vec<Seen>>) {
+    let Some(request) = read_request(&mut stream) else { return };
+    let answer = script.lock()(&request);
+    seen.lock().push(request);
+    let whole = |status: u16, header: &str, body: &str| {
+        let length = body.len();
+        format!(
+            "HTTP/1.1 {status} X\r\nContent-Length: {length}\r\nConnection: close\r\n\
+                 Content-Type: application/json\r\nDate: Sun, 22 Nov 2026 10:00:00 GMT\r\n\
+                 x-ms-keyvault-region: westeurope\r\n{header}\r\n{body}"
+        )
+    };
+    let text = match answer {
+        Answer::Json(status, body) => whole(status, "", &body),
+        Answer::With(status, header, body) => whole(status, &format!("{header}\r\n"), &body),
+        Answer::Trickle => {
+            for byte in whole(200, "", &bundle()).into_bytes() {
+                if stream.write_all(&[byte]).and_then(|()| stream.flush()).is_err() {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(40));
+            }
+            return;
+        }
+        Answer::Truncated => "HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{\"key\":".to_owned(),
+        Answer::Endless => whole(200, "", &" ".repeat(600 * 1024)),
+        Answer::Silence => {
+            thread::sleep(Duration::from_secs(5));
+            return;
+        }
+        Answer::HangUp => return,
+    };
+    // The client may have gone already: that is what some tests are about.
+    let _ = stream.write_all(text.as_bytes()).and_then(|()| stream.flush());
+}
+
+fn read_request(stream: &mut impl Read) -> Option<Seen> {
+    let (mut bytes, mut chunk) = (Vec::new(), [0; 4096]);
+    loop {
+        let count = stream.read(&mut chunk).ok().filter(|&count| count > 0)?;
+        bytes.extend_from_slice(&chunk[..count]);
+        let text = String::from_utf8_lossy(&bytes);
+        let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
+        let header = |name: &str| {
+            head.lines().skip(1).find_map(|line| {
+                let (key, value) = line.split_once(':')?;
+                key.eq_ignore_ascii_case(name).then(|| value.trim().to_owned())
+            })
+        };
+        let length = header("content-length").map_or(0, |length| length.parse().unwrap());
+        if body.len() < length {
+            continue;
+        }
+        let mut first = head.split(' ');
+        return Some(Seen {
+            method: first.next()?.to_owned(),
+            path: first.next()?.to_owned(),
+            bearer: header("authorization"),
+            identity_header: header("x-identity-header"),
+            body: body.to_owned(),
+        });
+    }
+}
+
+fn kid() -> String {
+    format!("https://vault.example/keys/kek/{VERSION}")
+}
+
+fn bundle() -> String {
+    let n = URL_SAFE_NO_PAD.encode([0xc0; 384]);
+    format!(
+        r#"{{"key":{{"kid":"{}","kty":"RSA","key_ops":["wrapKey","unwrapKey"],"n":"{n}","e":"AQAB"}},
+        "attributes":{{"enabled":true,"created":1,"updated":2,"exp":4000000000,
+        "recoveryLevel":"Recoverable","recoverableDays":90}},"tags":{{}}}}"#,
+        kid()
+    )
+}
+
+fn refusal(code: &str, inner: &str) -> String {
+    format!(r#"{{"error":{{"code":"{code}","message":"no","innererror":{{"code":"{inner}"}}}}}}"#)
+}
+
+fn challenge() -> Answer {
+    Answer::With(
+        401,
+        "WWW-Authenticate: Bearer authorization=\"https://login.example/tenant-1\", \
+         resource=\"https://vault.azure.net\"",
+        r#"{"error":{"code":"Unauthorized","message":"AKV10000: no token"}}"#.into(),
+    )
+}
+
+/// A vault that asks for a token and then answers as it is told.
+fn authorised(answer: impl Fn(&Seen) -> Answer + Send + 'static) -> Script {
+    Box::new(move |seen| if seen.bearer.is_some() { answer(seen) } else { challenge() })
+}
+
+fn token() -> Answer {
+    let expires = crate::key::wall_clock() + 3600;
+    Answer::Json(
+        200,
+        format!(
+            r#"{{"access_token":"tok-en","expires_on":"{expires}","resource":"r","token_type":"Bearer"}}"#
+        ),
+    )
+}
+
+struct Rig {
+    vault: Server,
+    identity: Server,
+    azure: Azure,
+    _dir: tempfile::TempDir,
+}
+
+fn certificate(name: &str) -> (String, Arc<ServerConfig>) {
+    with_suites(name, |_| true)
+}
+
+fn with_suites(name: &str, keep: fn(CipherSuite) -> bool) -> (String, Arc<ServerConfig>) {
+    let made = rcgen::generate_simple_self_signed(vec![name.to_owned()]).unwrap();
+    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
+    let mut provider = rustls::crypto::ring::default_provider();
+    provider.cipher_suites.retain(|suite| keep(suite.suite()));
+    let config = ServerConfig::builder_with_provider(Arc::new(provider))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key)
+        .unwrap();
+    (made.cert.pem(), Arc::new(config))
+}
+
+fn rig(script: Script) -> Rig {
+    let (pem, tls) = certificate("127.0.0.1");
+    rig_with(&pem, Some(tls), script)
+}
+
+fn rig_with(trusted: &str, tls: Option<Arc<ServerConfig>>, script: Script) -> Rig {
+    let vault = Server::start(tls, script);
+    let identity = Server::start(None, Box::new(|_| token()));
+    let dir = tempfile::tempdir().unwrap();
+    let (ca_file, header_file) = (dir.path().join("ca.pem"), dir.path().join("header"));
+    std::fs::write(&ca_file, trusted).unwrap();
+    std::fs::write(&header_file, "s3cret\n").unwrap();
+    std::fs::set_permissions(&header_file, PermissionsExt::from_mode(0o600)).unwrap();
+    let settings = Settings {
+        identity: Identity::AppService(AppService {
+            endpoint: Some(format!("http://{}/msi/token", identity.address)),
+            header_file: Some(header_file),
+            client_id: Some("id-7".into()),
+        }),
+        ca_file: Some(ca_file),
+        ..Settings::default()
+    };
+    let azure = Azure::new(&format!("https://{}/keys/kek", vault.address), &settings).unwrap();
+    Rig { vault, identity, azure, _dir: dir }
+}
+
+impl Rig {
+    fn kid(&self) -> String {
+        format!("https://{}/keys/kek/{VERSION}", self.vault.address)
+    }
+
+    fn with_session<T>(
+        &self,
+        limit: Duration,
+        work: impl FnOnce(&mut dyn Session, &str) -> ProviderResult<T>,
+    ) -> ProviderResult<T> {
+        let mut session = self.azure.session(BootTime::now() + limit)?;
+        work(&mut *session, &self.kid())
+    }
+
+    fn get(&self) -> ProviderResult<KeyInfo> {
+        self.with_session(Duration::from_secs(10), |session, kid| session.get_key(kid))
+    }
+
+    fn unwrap(&self) -> ProviderResult<SecretBytes> {
+        self.with_session(Duration::from_secs(10), |session, kid| {
+            session.unwrap(kid, Algorithm::RsaOaep256, &[1, 2, 3])
+        })
+    }
+
+    /// The class of a GET that may take `limit`, and that it really ended about then.
+    fn get_within(&self, limit: Duration) -> Class {
+        let start = Instant::now();
+        let result = self.with_session(limit, |session, kid| session.get_key(kid));
+        assert!(start.elapsed() < limit + Duration::from_secs(2), "took {:?}", start.elapsed());
+        result.unwrap_err().class
+    }
+}
+
+#[test]
+fn the_four_operations() {
+    let value = URL_SAFE_NO_PAD.encode([7; 32]);
+    let rig = rig(authorised(move |seen| match seen.path.split('?').next().unwrap() {
+        path if path.ends_with("/versions") => Answer::Json(
+            200,
+            format!(
+                r#"{{"value":[{{"kid":"{}","attributes":{{"enabled":true,"created":5}}}}],"nextLink":null}}"#,
+                kid()
+            ),
+        ),
+        path if path.ends_with("key") => {
+            Answer::Json(200, format!(r#"{{"kid":"{}","value":"{value}"}}"#, kid()))
+        }
+        _ => Answer::Json(200, bundle()),
+    }));
+    let info = rig.get().unwrap();
+    assert_eq!((info.key_type.as_str(), info.bits, info.enabled), ("RSA", Some(3072), true));
+    assert_eq!((info.expires, info.not_before), (Some(4_000_000_000), None));
+    assert_eq!(info.recoverable_days, Some(90));
+    assert_eq!(info.region.as_deref(), Some("westeurope"));
+    assert_eq!(info.tenant.as_deref(), Some("tenant-1"));
+    assert_eq!(info.service_time.unwrap().unix, 1_795_341_600);
+    assert_eq!(rig.unwrap().unwrap().expose(), [7; 32]);
+    rig.with_session(Duration::from_secs(10), |session, kid| {
+        assert_eq!(session.list_versions(kid)?.len(), 1);
+        let plain = SecretBytes::from_vec_wiping(vec![9; 32]).unwrap();
+        assert_eq!(session.wrap(kid, Algorithm::RsaOaep256, &plain)?, [7; 32]);
+        Ok(())
+    })
+    .unwrap();
+
+    let seen = rig.vault.seen();
+    assert!(seen[0].bearer.is_none() && seen[0].body.is_empty());
+    assert!(seen[1..].iter().all(|request| request.bearer.as_deref() == Some("Bearer tok-en")));
+    let paths: Vec<_> =
+        seen.iter().map(|request| format!("{} {}", request.method, request.path)).collect();
+    assert_eq!(paths[1], format!("GET /keys/kek/{VERSION}?api-version=7.4"));
+    assert_eq!(paths[2], format!("POST /keys/kek/{VERSION}/unwrapkey?api-version=7.4"));
+    assert_eq!(seen[2].body, r#"{"alg":"RSA-OAEP-256","value":"AQID"}"#);
+    assert_eq!(paths[3], "GET /keys/kek/versions?api-version=7.4");
+    assert_eq!(paths[4], format!("POST /keys/kek/{VERSION}/wrapkey?api-version=7.4"));
+
+    let asked = rig.identity.seen();
+    assert_eq!(asked.len(), 1, "the token is kept");
+    assert_eq!(asked[0].identity_header.as_deref(), Some("s3cret"));
+    assert_eq!(
+        asked[0].path,
+        "/msi/token?api-version=2019-08-01&resource=https%3A%2F%2Fvault.azure.net&client_id=id-7"
+    );
+}
+
+#[test]
+fn a_key_without_a_version_is_the_current_one() {
+    let rig = rig(authorised(|_| Answer::Json(200, bundle())));
+    let info = rig
+        .with_session(Duration::from_secs(10), |session, kid| {
+            session.get_key(kid.strip_suffix(&format!("/{VERSION}")).unwrap())
+        })
+        .unwrap();
+    assert!(info.kid.ends_with(VERSION));
+    assert_eq!(rig.vault.seen()[1].path, "/keys/kek?api-version=7.4");
+}
+
+#[test]
+fn the_table_of_conditions_over_the_wire() {
+    use Class::{Denied, Revoked, Transient};
+    let rig = rig(authorised(|_| Answer::HangUp));
+    let rows: [(u16, String, Class); 16] = [
+        (403, refusal("Forbidden", "KeyDisabled"), Revoked(Reason::KeyDisabled)),
+        (403, refusal("Forbidden", "ForbiddenByPolicy"), Denied(Reason::PermissionRevoked)),
+        (403, refusal("Forbidden", "ForbiddenByRbac"), Denied(Reason::PermissionRevoked)),
+        (403, refusal("Forbidden", "ForbiddenByFirewall"), Denied(Reason::NetworkDenied)),
+        (403, refusal("Forbidden", "ForbiddenByConnection"), Denied(Reason::NetworkDenied)),
+        (403, refusal("AccessDenied", ""), Denied(Reason::PermissionRevoked)),
+        (404, refusal("KeyNotFound", ""), Revoked(Reason::KeyNotFound)),
+        (409, refusal("Conflict", "ObjectIsBeingDeleted"), Transient(Reason::Unreachable)),
+        (400, refusal("BadParameter", ""), Denied(Reason::WrongKeyOrCorruptEnvelope)),
+        (429, refusal("Throttled", ""), Transient(Reason::Unreachable)),
+        (500, refusal("InternalServerError", ""), Transient(Reason::Unreachable)),
+        (503, String::new(), Transient(Reason::Unreachable)),
+        (403, "<html>proxy</html>".into(), Transient(Reason::ProxyDenied)),
+        (404, "<html>proxy</html>".into(), Transient(Reason::ProxyDenied)),
+        (200, "<html>captive portal</html>".into(), Transient(Reason::Unreachable)),
+        (200, "{}".into(), Transient(Reason::Unreachable)),
+    ];
+    for (status, body, class) in rows {
+        let answer = Answer::Json(status, body.clone());
+        rig.vault.answer(authorised(move |_| answer.clone()));
+        let error = rig.unwrap().unwrap_err();
+        assert_eq!(error.class, class, "{status} {body}");
+        if status != 200 {
+            assert_eq!(error.status, Some(status));
+        }
+    }
+}
+
+#[test]
+fn throttling_says_how_long() {
+    let body = refusal("Throttled", "");
+    let rig = rig(authorised(move |_| Answer::With(429, "Retry-After: 17", body.clone())));
+    assert_eq!(rig.get().unwrap_err().retry_after, Some(Duration::from_secs(17)));
+}
+
+#[test]
+fn a_deleted_key_is_told_from_a_purged_one() {
+    let rig = rig(authorised(|seen| {
+        if seen.path.starts_with("/deletedkeys/kek?") {
+            return Answer::Json(200, bundle());
+        }
+        Answer::Json(404, refusal("KeyNotFound", ""))
+    }));
+    assert_eq!(rig.get().unwrap_err().class, Class::Revoked(Reason::KeyDeleted));
+    rig.vault.answer(authorised(|_| Answer::Json(404, refusal("KeyNotFound", ""))));
+    assert_eq!(rig.get().unwrap_err().class, Class::Revoked(Reason::KeyNotFound));
+}
+
+#[test]
+fn a_refused_token_is_replaced_once() {
+    let rig = rig(Box::new(|_| challenge()));
+    assert_eq!(rig.get().unwrap_err().class, Class::Denied(Reason::TokenRefused));
+    // Without a token, with one, with a new one.
+    assert_eq!(rig.vault.seen().len(), 3);
+    assert_eq!(rig.identity.seen().len(), 2);
+
+    let count = AtomicUsize::new(0);
+    rig.vault.answer(move |_| match count.fetch_add(1, Ordering::SeqCst) {
+        0 => challenge(),
+        _ => Answer::Json(200, bundle()),
+    });
+    assert!(rig.get().is_ok());
+}
+
+#[test]
+fn a_hsm_challenge_without_a_body_works_and_no_challenge_is_a_refusal() {
+    let rig = rig(Box::new(|seen| match &seen.bearer {
+        Some(_) => Answer::Json(200, bundle()),
+        None => Answer::With(
+            401,
+            "WWW-Authenticate: Bearer authorization=\"https://login.example/t\", \
+             resource=\"https://managedhsm.azure.net\"",
+            String::new(),
+        ),
+    }));
+    assert!(rig.get().is_ok());
+    rig.vault.answer(|_| Answer::Json(401, refusal("Unauthorized", "")));
+    assert_eq!(rig.get().unwrap_err().class, Class::Denied(Reason::TokenRefused));
+}
+
+#[test]
+fn identities_that_are_gone_or_silent() {
+    let rig = rig(authorised(|_| Answer::Json(200, bundle())));
+    rig.identity.answer(|_| {
+        let body = r#"{"error":"invalid_request","error_description":"Identity not found"}"#;
+        Answer::Json(400, body.into())
+    });
+    assert_eq!(rig.get().unwrap_err().class, Class::Denied(Reason::IdentityGone));
+    rig.identity.answer(|_| Answer::Json(503, String::new()));
+    assert_eq!(rig.get().unwrap_err().class, Class::Transient(Reason::Unreachable));
+    rig.identity.answer(|_| Answer::Json(200, "nonsense".into()));
+    assert_eq!(rig.get().unwrap_err().class, Class::Transient(Reason::Unreachable));
+    rig.identity.answer(|_| Answer::Silence);
+    assert_eq!(rig.get_within(Duration::from_millis(500)), Class::Transient(Reason::Unreachable));
+    rig.identity.answer(|_| token());
+    assert!(rig.get().is_ok());
+    rig.identity.answer(|_| Answer::HangUp);
+    assert!(rig.get().is_ok(), "the kept token goes on");
+}
+
+#[test]
+fn the_deadline_holds_whatever_the_server_does() {
+    let rig = rig(authorised(|_| Answer::Trickle));
+    let limit = Duration::from_millis(700);
+    let lost = Class::Transient(Reason::Unreachable);
+    assert_eq!(rig.get_within(limit), lost);
+    rig.vault.answer(authorised(|_| Answer::Silence));
+    assert_eq!(rig.get_within(limit), lost);
+    // A server that accepts and then says nothing, not even TLS.
+    let (pem, _) = certificate("127.0.0.1");
+    let mute = rig_with(&pem, None, Box::new(|_| Answer::Silence));
+    assert_eq!(mute.get_within(limit), lost);
+}
+
+#[test]
+fn broken_answers_are_no_refusals() {
+    let rig = rig(authorised(|_| Answer::Truncated));
+    let lost = Class::Transient(Reason::Unreachable);
+    assert_eq!(rig.get().unwrap_err().class, lost);
+    rig.vault.answer(authorised(|_| Answer::Endless));
+    assert_eq!(rig.get().unwrap_err().class, lost);
+    rig.vault.answer(authorised(|_| Answer::HangUp));
+    assert_eq!(rig.get().unwrap_err().class, lost);
+}
+
+#[test]
+fn redirects_are_not_followed() {
+    let target = Server::start(None, Box::new(|_| Answer::Json(200, bundle())));
+    let rig = rig(authorised(|_| Answer::HangUp));
+    let location: &'static str =
+        Box::leak(format!("Location: http://{}/x", target.address).into_boxed_str());
+    rig.vault.answer(authorised(move |_| Answer::With(302, location, String::new())));
+    assert_eq!(rig.get().unwrap_err().class, Class::Transient(Reason::ProxyDenied));
+    assert!(target.seen().is_empty());
+}
+
+#[test]
+fn an_untrusted_server_is_told_and_gets_nothing() {
+    let (other, _) = certificate("127.0.0.1");
+    let (pem, tls) = certificate("127.0.0.1");
+    let untrusted = rig_with(&other, Some(tls), authorised(|_| Answer::Json(200, bundle())));
+    assert_eq!(untrusted.get().unwrap_err().class, Class::Transient(Reason::TlsUntrusted));
+    assert!(untrusted.vault.seen().is_empty());
+
+    let (misnamed, tls) = certificate("other.example");
+    let misnamed = rig_with(&misnamed, Some(tls), authorised(|_| Answer::Json(200, bundle())));
+    assert_eq!(misnamed.get().unwrap_err().class, Class::Transient(Reason::TlsUntrusted));
+
+    // No TLS at all, and nobody there.
+    let plain = rig_with(&pem, None, Box::new(|_| Answer::HangUp));
+    assert!(matches!(plain.get_within(Duration::from_secs(2)), Class::Transient(_)));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    assert!(TcpStream::connect(address).is_err());
+    let Rig { azure, _dir, .. } = plain;
+    let nobody = Azure { base: Url::parse(&format!("https://{address}/")).unwrap(), ..azure };
+    let mut session = nobody.session(BootTime::now() + Duration::from_secs(2)).unwrap();
+    let error = session.get_key(&format!("https://{address}/keys/kek")).unwrap_err();
+    assert_eq!(error.class, Class::Transient(Reason::Unreachable));
+}
+
+#[test]
+fn no_aes_256_is_negotiated() {
+    let (pem, tls) = with_suites("127.0.0.1", |suite| format!("{suite:?}").contains("AES_256"));
+    let rig = rig_with(&pem, Some(tls), authorised(|_| Answer::Json(200, bundle())));
+    assert!(matches!(rig.get().unwrap_err().class, Class::Transient(_)));
+    assert!(rig.vault.seen().is_empty());
+}
+
+#[test]
+fn an_answer_for_another_key_is_refused() {
+    let rig = rig(authorised(|_| Answer::Json(200, bundle().replace(VERSION, "fedcba"))));
+    let wrong = Class::Denied(Reason::WrongKeyOrCorruptEnvelope);
+    assert_eq!(rig.get().unwrap_err().class, wrong);
+    rig.vault.answer(authorised(|_| {
+        Answer::Json(
+            200,
+            format!(r#"{{"kid":"{}","value":"AAAA"}}"#, kid().replace("kek", "other")),
+        )
+    }));
+    assert_eq!(rig.unwrap().unwrap_err().class, wrong);
+    let elsewhere = rig.with_session(Duration::from_secs(1), |session, _| {
+        session.get_key("https://elsewhere.example/keys/kek")
+    });
+    assert_eq!(elsewhere.unwrap_err().class, wrong);
+}
+
+#[test]
+fn pages_are_followed_on_the_same_vault_only() {
+    let rig = rig(authorised(|_| Answer::HangUp));
+    let own = format!("https://{}/keys/kek/versions?page=2", rig.vault.address);
+    let page = |next: &str| {
+        format!(
+            r#"{{"value":[{{"kid":"{}","attributes":{{"enabled":true}}}}],"nextLink":"{next}"}}"#,
+            kid()
+        )
+    };
+    let (first, last) = (page(&own), page(""));
+    rig.vault.answer(authorised(move |seen| {
+        let body = if seen.path.contains("page=2") { &last } else { &first };
+        Answer::Json(200, body.clone())
+    }));
+    let list = |rig: &Rig| {
+        rig.with_session(Duration::from_secs(10), |session, kid| session.list_versions(kid))
+    };
+    assert_eq!(list(&rig).unwrap().len(), 2);
+    let stray = page("https://evil.example/keys/kek/versions?page=2");
+    rig.vault.answer(authorised(move |_| Answer::Json(200, stray.clone())));
+    assert!(list(&rig).is_err());
+}
+
+#[test]
+fn no_error_shows_a_token() {
+    let rig = rig(authorised(|_| {
+        Answer::Json(
+        403,
+        r#"{"error":{"code":"Forbidden","message":"no\r\nCaller: appid=1\r\nAuthorization eyJhbGciOiJSUzI1NiJ9.eyJ9.c2ln"}}"#.into(),
+    )
+    }));
+    let text = format!("{:?}", rig.get().unwrap_err());
+    for secret in ["eyJ", "appid", "s3cret", "tok-en"] {
+        assert!(!text.contains(secret), "{text}");
+    }
+    assert!(!format!("{:?}", rig.azure).contains("s3cret"));
+}
