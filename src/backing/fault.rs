@@ -125,6 +125,11 @@ impl Backing for FaultBacking {
         self.inner.statfs()
     }
 
+    fn sync_fs(&self) -> io::Result<()> {
+        self.faults.check(Call::Sync)?;
+        self.inner.sync_fs()
+    }
+
     fn lock(&self, name: &[u8]) -> io::Result<Box<dyn Debug + Send + Sync>> {
         self.faults.check(Call::Open)?;
         self.inner.lock(name)

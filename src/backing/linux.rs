@@ -100,6 +100,12 @@ impl Backing for LinuxBacking {
         })
     }
 
+    fn sync_fs(&self) -> io::Result<()> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = retry_on_intr(|| fs::openat(self.root.fd(), ".", flags, Mode::empty()))?;
+        Ok(retry_on_intr(|| fs::syncfs(&fd))?)
+    }
+
     fn lock(&self, name: &[u8]) -> io::Result<Box<dyn fmt::Debug + Send + Sync>> {
         let name = node::component(name)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;

@@ -118,6 +118,8 @@ pub trait Backing: Debug + Send + Sync {
     /// The directory itself.
     fn root(&self) -> NodeRef;
     fn statfs(&self) -> io::Result<StatFs>;
+    /// `syncfs(2)`: everything written so far is on stable storage afterwards.
+    fn sync_fs(&self) -> io::Result<()>;
     /// Takes the lock that keeps a second writer out, for as long as the returned guard lives;
     /// `WouldBlock` when another process holds it. `name` is a file in the root, created if absent.
     fn lock(&self, name: &[u8]) -> io::Result<Box<dyn Debug + Send + Sync>>;

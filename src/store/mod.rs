@@ -1,14 +1,60 @@
 //! The file format: plaintext files of any size over authenticated ciphertext.
+//!
+//! `docs/FORMAT.md` gives the bytes. A [`Store`] is one opened volume below the name layer: it
+//! turns backing files into plaintext [`File`]s, and knows nothing of names, owners and modes.
+//! It sees keys only through the leases of the gate, and holds one only while a cipher works,
+//! never across I/O.
+//!
+//! Preview: there is no intent log yet. Killing the daemon loses nothing acknowledged; a power cut
+//! may leave blocks that do not match their tags.
 
+mod block;
+mod cache;
 mod file;
+mod header;
+mod keys;
+mod layout;
+mod page;
+mod pending;
+mod range_lock;
+mod registry;
+mod session;
+mod volume;
 
+use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use parking_lot::RwLock;
+use rustix::io::Errno;
 
 pub use file::{Durability, File, WriteMode};
+pub use layout::{BLOCK_LEN, MAX_SIZE};
 
-use crate::backing::{Backing, FileRef, NodeRef};
-use crate::error::{Error, FsResult, Kind, Result};
-use crate::key::gate::{Gate, Keyring};
+use self::cache::{BufferPool, PageCache};
+use self::header::{DekSlot, Header, HeaderError};
+use self::keys::{Keys, hex};
+use self::layout::HEADERS_LEN;
+use self::pending::Pending;
+use self::registry::Registry;
+use self::session::{Salt, SessionTable};
+use self::volume::VolumeHeader;
+use crate::backing::{Access, Backing, FileKind, FileRef, NodeId, NodeRef};
+use crate::crypto::nonce::Counter;
+use crate::crypto::random;
+use crate::error::{Context, Error, FsError, FsResult, Kind, Result};
+use crate::key::gate::{Gate, Keyring, Wipe};
+
+/// 0 is the preview: the format is not frozen yet.
+pub const FORMAT_VERSION: u32 = 0;
+/// Names are stored as they are, not encrypted.
+pub const FEATURE_PLAINTEXT_NAMES: u64 = 1 << 0;
+
+const TREE: &[u8] = b"tree";
+const LOCK: &[u8] = b"lock";
+/// Tag pages of 4 GiB of hot plaintext.
+const PAGE_CACHE_BYTES: usize = 36 << 20;
 
 /// What a volume says about itself without its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,48 +62,228 @@ pub struct VolumeInfo {
     pub uuid: [u8; 16],
     pub format: u32,
     pub features: u64,
-    /// True when one of the two copies of the volume header is damaged; the other served.
+    /// Seconds since the epoch.
+    pub created: u64,
+    /// One of the two copies of the volume header is damaged; the other served.
     pub damaged_copy: bool,
 }
 
-/// Names are stored as they are, not encrypted.
-pub const FEATURE_PLAINTEXT_NAMES: u64 = 1 << 0;
+impl VolumeInfo {
+    pub fn plaintext_names(&self) -> bool {
+        self.features & FEATURE_PLAINTEXT_NAMES != 0
+    }
+}
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FormatOptions {
     pub plaintext_names: bool,
 }
 
+/// From one start to the next one, or to the end of the daemon.
+#[derive(Debug)]
+struct Session {
+    counter: Counter,
+    salt: Salt,
+}
+
+/// What the files of a volume have in common.
+struct Shared {
+    gate: Arc<Gate>,
+    volume: [u8; 16],
+    read_only: bool,
+    keys: Keys,
+    pages: PageCache,
+    buffers: BufferPool,
+    sessions: RwLock<SessionTable>,
+    session: RwLock<Option<Arc<Session>>>,
+    pending: Pending,
+    registry: Registry,
+    cache_ids: AtomicU64,
+}
+
+impl Shared {
+    fn next_cache_id(&self) -> u64 {
+        self.cache_ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn salt(&self, session: u32) -> Option<Salt> {
+        self.sessions.read().salt(session).copied()
+    }
+
+    fn session(&self) -> FsResult<Arc<Session>> {
+        self.session.read().clone().ok_or_else(|| Errno::ROFS.into())
+    }
+
+    fn forget(&self, node: NodeId) {
+        self.registry.forget(node);
+    }
+
+    fn read_header(&self, file: &FileRef) -> FsResult<Header> {
+        let mut pages = [0; HEADERS_LEN as usize];
+        file.read_at(&mut pages, 0)?;
+        let lease = self.gate.lease()?;
+        let key = self.keys.header_mac(&lease)?;
+        let decoded = Header::decode(&pages, &self.volume, &key).map_err(|error| {
+            let detail = match error {
+                HeaderError::Damaged => "neither copy of the file header is authentic",
+                HeaderError::Unsupported => "the file header is of a format not known here",
+            };
+            FsError::integrity("header", "", None, detail)
+        })?;
+        lease.still_open()?;
+        if decoded.damaged_copy {
+            log::warn!(
+                "file {}: one copy of its header is damaged; the other serves, and the next \
+                 change of size restores both",
+                hex(&decoded.header.file_id)
+            );
+        }
+        Ok(decoded.header)
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = f.debug_struct("Shared");
+        f.field("volume", &hex(&self.volume)).field("read_only", &self.read_only);
+        f.finish_non_exhaustive()
+    }
+}
+
+impl Wipe for Shared {
+    fn wipe(&self) {
+        self.keys.wipe();
+        self.buffers.wipe();
+    }
+}
+
 /// An opened volume below the name layer.
 #[derive(Debug)]
 pub struct Store {
     backing: Arc<dyn Backing>,
+    root: NodeRef,
+    tree: NodeRef,
+    header: VolumeHeader,
     info: VolumeInfo,
-}
-
-fn unfinished() -> Error {
-    Error::new(Kind::Unsupported, "not built yet")
+    shared: Arc<Shared>,
+    /// Keeps a second writer out.
+    _lock: Box<dyn fmt::Debug + Send + Sync>,
 }
 
 impl Store {
     /// Makes an empty volume in an empty directory.
-    pub fn format(_b: &dyn Backing, _k: &Keyring, _o: FormatOptions) -> Result<VolumeInfo> {
-        Err(unfinished())
+    pub fn format(
+        backing: &dyn Backing,
+        keyring: &Keyring,
+        options: FormatOptions,
+    ) -> Result<VolumeInfo> {
+        let shown = backing.display_path();
+        let root = backing.root();
+        let _lock = lock(backing)?;
+        let mut entries = root.read_dir().context(|| format!("cannot read {shown}"))?;
+        while let Some(entry) = entries.next_entry().context(|| format!("cannot read {shown}"))? {
+            if entry.name != LOCK {
+                return Err(Error::new(
+                    Kind::Busy,
+                    format!("{shown} is not empty; a volume is made in an empty directory"),
+                ));
+            }
+        }
+        let created = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs());
+        let features = if options.plaintext_names { FEATURE_PLAINTEXT_NAMES } else { 0 };
+        let mut header = VolumeHeader::new(random::bytes()?, features, created);
+        let pages = header.encode(&keys::volume_mac(keyring)?);
+        SessionTable::default().store(
+            &root,
+            &header.uuid,
+            &keys::sessions_mac(keyring)?,
+            [true, true],
+            &shown,
+        )?;
+        // The header last: a directory without it is not a volume.
+        let write = || -> std::io::Result<()> {
+            Pending::format(&root)?;
+            root.mkdir(TREE, 0o700)?.sync()?;
+            let file = root.create_unnamed()?;
+            file.write_at(&pages, 0)?;
+            file.sync_all()?;
+            root.link_file(&*file, volume::FILE)?;
+            root.sync()
+        };
+        write().context(|| format!("cannot make a volume in {shown}"))?;
+        Ok(header.info(false))
     }
 
     /// Needs no key and changes nothing.
-    pub fn inspect(_backing: &dyn Backing) -> Result<VolumeInfo> {
-        Err(unfinished())
+    pub fn inspect(backing: &dyn Backing) -> Result<VolumeInfo> {
+        let (header, damaged) = volume::read(&backing.root(), &backing.display_path())?;
+        Ok(header.info(damaged))
     }
 
-    /// Takes the writer lock. Needs no key; nothing can be read before [`Store::start_session`].
-    pub fn open(_b: Arc<dyn Backing>, _g: Arc<Gate>, _read_only: bool) -> Result<Arc<Store>> {
-        Err(unfinished())
+    /// Takes the writer lock. Needs no key; no file can be read before [`Store::start_session`].
+    pub fn open(backing: Arc<dyn Backing>, gate: Arc<Gate>, read_only: bool) -> Result<Arc<Store>> {
+        let shown = backing.display_path();
+        let root = backing.root();
+        let (header, damaged) = volume::read(&root, &shown)?;
+        if damaged {
+            log::warn!(
+                "one copy of the volume header in {shown}/volume is damaged; the other serves"
+            );
+        }
+        let lock = lock(&*backing)?;
+        let tree = root.lookup(TREE).context(|| format!("cannot open {shown}/tree"))?;
+        let shared = Arc::new(Shared {
+            gate,
+            volume: header.uuid,
+            read_only,
+            keys: Keys::new(),
+            pages: PageCache::new(PAGE_CACHE_BYTES),
+            buffers: BufferPool::default(),
+            sessions: RwLock::default(),
+            session: RwLock::default(),
+            pending: Pending::open(&root, read_only, &shown)?,
+            registry: Registry::default(),
+            cache_ids: AtomicU64::new(0),
+        });
+        let wipe: Arc<dyn Wipe> = shared.clone();
+        shared.gate.register(Arc::downgrade(&wipe));
+        let info = header.info(damaged);
+        Ok(Arc::new(Store { backing, root, tree, header, info, shared, _lock: lock }))
     }
 
-    /// At mount and at each revalidation, before the gate opens.
-    pub fn start_session(&self, _keyring: &Keyring) -> Result<()> {
-        Err(unfinished())
+    /// At mount and at each revalidation, before the gate opens: checks the volume against the
+    /// key, and, unless read-only, draws the salt of a new session and makes it durable.
+    pub fn start_session(&self, keyring: &Keyring) -> Result<()> {
+        let shown = self.backing.display_path();
+        if !self.header.is_authentic(&keys::volume_mac(keyring)?) {
+            return Err(Error::corrupt(format!(
+                "{shown}/volume was not written with this volume key; it belongs to another \
+                 volume, or was changed"
+            )));
+        }
+        let key = keys::sessions_mac(keyring)?;
+        let uuid = &self.header.uuid;
+        let (mut table, damaged) = SessionTable::load(&self.root, uuid, &key, &shown)?;
+        if damaged.contains(&true) {
+            log::warn!("one copy of the session table in {shown} is damaged; the other serves");
+        }
+        if self.shared.cache_ids.fetch_add(1, Ordering::Relaxed) == 0 {
+            let key = keys::pending_mac(keyring)?;
+            let loaded = self.shared.pending.load(uuid, &key);
+            loaded.context(|| format!("cannot read {shown}/pending"))?;
+        }
+        let mut session = None;
+        if !self.shared.read_only {
+            let salt = random::bytes()?;
+            let number = table.add(salt)?;
+            table.store(&self.root, uuid, &key, damaged, &shown)?;
+            session = Some(Arc::new(Session { counter: Counter::new(number), salt }));
+        }
+        *self.shared.sessions.write() = table;
+        *self.shared.session.write() = session;
+        Ok(())
     }
 
     pub fn info(&self) -> &VolumeInfo {
@@ -65,37 +291,101 @@ impl Store {
     }
 
     pub fn is_read_only(&self) -> bool {
-        true
+        self.shared.read_only
+    }
+
+    pub fn backing(&self) -> &Arc<dyn Backing> {
+        &self.backing
+    }
+
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.shared.gate
     }
 
     /// The backing directory of the logical root.
     pub fn tree(&self) -> NodeRef {
-        self.backing.root()
+        self.tree.clone()
     }
 
-    /// Where the envelope is kept.
+    /// Where the envelope is kept: a directory of plain files.
     pub fn envelope_dir(&self) -> NodeRef {
-        self.backing.root()
+        self.root.clone()
     }
 
-    /// Makes an empty, unnamed backing file a file of this volume.
-    pub fn create_file(self: &Arc<Self>, _file: FileRef) -> FsResult<Arc<File>> {
-        Err(rustix::io::Errno::NOSYS.into())
+    /// Makes an empty, unnamed backing file, open for writing, a file of this volume.
+    pub fn create_file(&self, file: FileRef) -> FsResult<Arc<File>> {
+        if self.shared.read_only {
+            return Err(Errno::ROFS.into());
+        }
+        let mut id = [0; 16];
+        random::fill(&mut id).map_err(|_| Errno::IO)?;
+        let header = {
+            let lease = self.shared.gate.lease()?;
+            let dek = DekSlot { id: 0, wrapped: keys::new_dek(lease.keyring(), &id)? };
+            let mac_key = keys::new_mac_key(lease.keyring(), &id)?;
+            lease.still_open()?;
+            Header::new(id, self.header.volume_key_id, dek, mac_key)
+        };
+        file::write_header(&self.shared, &file, &header)?;
+        file.set_len(HEADERS_LEN)?;
+        let node = file.metadata()?.id;
+        self.shared.registry.get_or_insert(node, || {
+            Ok(File::new(self.shared.clone(), file.clone(), node, header, true))
+        })
     }
 
     /// One [`File`] per inode, however often it is opened. On a writable volume `file` must be
     /// open for writing.
-    pub fn open_file(self: &Arc<Self>, _file: FileRef) -> FsResult<Arc<File>> {
-        Err(rustix::io::Errno::NOSYS.into())
+    pub fn open_file(&self, file: FileRef) -> FsResult<Arc<File>> {
+        let node = file.metadata()?.id;
+        self.shared.registry.get_or_insert(node, || {
+            let header = self.shared.read_header(&file)?;
+            Ok(File::new(self.shared.clone(), file.clone(), node, header, false))
+        })
     }
 
     /// The size of a file that need not be open.
-    pub fn plain_size(&self, _node: &NodeRef) -> FsResult<u64> {
-        Err(rustix::io::Errno::NOSYS.into())
+    pub fn plain_size(&self, node: &NodeRef) -> FsResult<u64> {
+        Ok(self.file_usage(node)?.0)
     }
 
-    /// Everything written so far is on stable storage afterwards.
+    /// Size, and allocated space in units of 512 bytes, of a file that need not be open.
+    pub fn file_usage(&self, node: &NodeRef) -> FsResult<(u64, u64)> {
+        if let Some(file) = self.shared.registry.get(node.id()) {
+            return Ok((file.size(), file.blocks512()?));
+        }
+        let metadata = node.metadata()?;
+        if metadata.kind != FileKind::Regular {
+            return Err(Errno::INVAL.into());
+        }
+        let file = node.open(Access::Read)?;
+        let size = match self.shared.read_header(&file) {
+            // Opened and written to since: then it is in the registry.
+            Err(FsError::Integrity(failure)) => match self.shared.registry.get(node.id()) {
+                Some(file) => file.size(),
+                None => return Err(FsError::Integrity(failure)),
+            },
+            header => header?.size,
+        };
+        Ok((size, file::plain_blocks(metadata.blocks, size)))
+    }
+
+    /// Everything written so far, names too, is on stable storage afterwards.
     pub fn sync_all(&self) -> FsResult<()> {
-        Err(rustix::io::Errno::NOSYS.into())
+        Ok(self.backing.sync_fs()?)
     }
 }
+
+fn lock(backing: &dyn Backing) -> Result<Box<dyn fmt::Debug + Send + Sync>> {
+    backing.lock(LOCK).map_err(|error| {
+        let shown = backing.display_path();
+        if error.kind() == std::io::ErrorKind::WouldBlock {
+            let message = format!("{shown} is in use by another byokfs; unmount it there first");
+            return Error::new(Kind::Busy, message);
+        }
+        Error::io(format!("cannot lock {shown}/lock"), error)
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,266 @@
+//! Keys of files, derived while a lease is held and kept, bounded, until the gate is wiped.
+//!
+//! ```text
+//! volume key -> header, volume, session and pending MAC keys       one each
+//!            -> wraps of a file's DEKs and of its MAC key          KDF(volume key, label, file id)
+//! DEK        -> block key of one session                           KDF(DEK, salt, file id)
+//! ```
+//!
+//! Everything here belongs to one opening of the gate: a lease of another epoch finds it empty.
+//! No lock is held across I/O.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rustix::io::Errno;
+
+use super::header::Header;
+use super::session::Salt;
+use crate::crypto::aead::BlockCipher;
+use crate::crypto::mac::MacKey;
+use crate::crypto::secret::Secret;
+use crate::crypto::{kdf, wrap};
+use crate::error::{Error, FsError, FsResult, Result};
+use crate::key::gate::{Keyring, Lease};
+
+const LABEL_VOLUME: &str = "byokfs volume mac v0";
+const LABEL_SESSIONS: &str = "byokfs session table mac v0";
+const LABEL_HEADER: &str = "byokfs file header mac v0";
+const LABEL_PENDING: &str = "byokfs pending write mac v0";
+const LABEL_DEK_WRAP: &str = "byokfs dek wrap v0";
+const LABEL_MAC_WRAP: &str = "byokfs file mac wrap v0";
+const LABEL_BLOCK: &str = "byokfs block key v0";
+
+/// Block keys kept; each takes 1 KiB of locked memory.
+const MAX_CIPHERS: usize = 4096;
+/// Files whose MAC key is kept.
+const MAX_MACS: usize = 4096;
+
+type FileId = [u8; 16];
+
+pub(super) fn volume_mac(keyring: &Keyring) -> Result<MacKey> {
+    MacKey::new(&keyring.derive(LABEL_VOLUME, &[])?)
+}
+
+pub(super) fn sessions_mac(keyring: &Keyring) -> Result<MacKey> {
+    MacKey::new(&keyring.derive(LABEL_SESSIONS, &[])?)
+}
+
+pub(super) fn pending_mac(keyring: &Keyring) -> Result<MacKey> {
+    MacKey::new(&keyring.derive(LABEL_PENDING, &[])?)
+}
+
+/// A new key of a file, wrapped, for its header.
+pub(super) fn new_dek(keyring: &Keyring, file: &FileId) -> FsResult<[u8; wrap::WRAPPED_LEN]> {
+    new_wrapped(keyring, LABEL_DEK_WRAP, file)
+}
+
+pub(super) fn new_mac_key(keyring: &Keyring, file: &FileId) -> FsResult<[u8; wrap::WRAPPED_LEN]> {
+    new_wrapped(keyring, LABEL_MAC_WRAP, file)
+}
+
+fn new_wrapped(keyring: &Keyring, label: &str, file: &FileId) -> FsResult<[u8; 40]> {
+    let kek = keyring.derive(label, file).map_err(no_memory)?;
+    Ok(wrap::wrap(&kek, &Secret::random().map_err(no_memory)?))
+}
+
+/// The one failure of deriving a key is that no memory can be locked for it.
+fn no_memory(error: Error) -> FsError {
+    log::error!("{error}");
+    Errno::NOMEM.into()
+}
+
+/// Keeps at most a fixed number of values; drops those unused the longest, roughly.
+#[derive(Debug)]
+struct Bounded<K, V> {
+    limit: usize,
+    map: HashMap<K, (Arc<V>, u64)>,
+    clock: u64,
+}
+
+impl<K: Eq + Hash + Copy, V> Bounded<K, V> {
+    fn new(limit: usize) -> Bounded<K, V> {
+        Bounded { limit, map: HashMap::new(), clock: 0 }
+    }
+
+    fn get(&mut self, key: &K) -> Option<Arc<V>> {
+        self.clock += 1;
+        let (value, used) = self.map.get_mut(key)?;
+        *used = self.clock;
+        Some(value.clone())
+    }
+
+    fn insert(&mut self, key: K, value: Arc<V>) {
+        if self.map.len() >= self.limit {
+            // A quarter at once, so that the search is paid for by many insertions.
+            let mut ages: Vec<u64> = self.map.values().map(|(_, used)| *used).collect();
+            let (_, &mut oldest, _) = ages.select_nth_unstable(self.limit / 4);
+            self.map.retain(|_, (_, used)| *used > oldest);
+        }
+        self.map.insert(key, (value, self.clock));
+    }
+}
+
+#[derive(Debug)]
+struct Derived {
+    epoch: u64,
+    header: Option<Arc<MacKey>>,
+    pending: Option<Arc<MacKey>>,
+    macs: Bounded<FileId, MacKey>,
+    ciphers: Bounded<(FileId, u16, u32), BlockCipher>,
+}
+
+impl Derived {
+    fn new(epoch: u64) -> Derived {
+        Derived {
+            epoch,
+            header: None,
+            pending: None,
+            macs: Bounded::new(MAX_MACS),
+            ciphers: Bounded::new(MAX_CIPHERS),
+        }
+    }
+}
+
+/// The keys derived since the gate opened.
+#[derive(Debug)]
+pub(super) struct Keys(Mutex<Derived>);
+
+impl Keys {
+    pub(super) fn new() -> Keys {
+        Keys(Mutex::new(Derived::new(0)))
+    }
+
+    pub(super) fn wipe(&self) {
+        *self.0.lock() = Derived::new(0);
+    }
+
+    fn cached<V>(
+        &self,
+        lease: &Lease<'_>,
+        find: impl FnOnce(&mut Derived) -> Option<Arc<V>>,
+    ) -> Option<Arc<V>> {
+        let mut derived = self.0.lock();
+        if derived.epoch != lease.epoch() {
+            *derived = Derived::new(lease.epoch());
+        }
+        find(&mut derived)
+    }
+
+    /// Keeps what was derived, unless the gate was shut, and perhaps wiped, in the meantime.
+    fn keep<V>(
+        &self,
+        lease: &Lease<'_>,
+        value: V,
+        store: impl FnOnce(&mut Derived, Arc<V>),
+    ) -> Arc<V> {
+        let value = Arc::new(value);
+        let mut derived = self.0.lock();
+        if derived.epoch == lease.epoch() && lease.still_open().is_ok() {
+            store(&mut derived, value.clone());
+        }
+        value
+    }
+
+    pub(super) fn header_mac(&self, lease: &Lease<'_>) -> FsResult<Arc<MacKey>> {
+        if let Some(key) = self.cached(lease, |derived| derived.header.clone()) {
+            return Ok(key);
+        }
+        let key = lease.keyring().derive(LABEL_HEADER, &[]).map_err(no_memory)?;
+        let key = MacKey::new(&key).map_err(no_memory)?;
+        Ok(self.keep(lease, key, |derived, key| derived.header = Some(key)))
+    }
+
+    pub(super) fn pending_mac(&self, lease: &Lease<'_>) -> FsResult<Arc<MacKey>> {
+        if let Some(key) = self.cached(lease, |derived| derived.pending.clone()) {
+            return Ok(key);
+        }
+        let key = pending_mac(lease.keyring()).map_err(no_memory)?;
+        Ok(self.keep(lease, key, |derived, key| derived.pending = Some(key)))
+    }
+
+    /// The key of a file's tag and generation sectors.
+    pub(super) fn file_mac(&self, lease: &Lease<'_>, header: &FileKeys) -> FsResult<Arc<MacKey>> {
+        let file = header.file_id;
+        if let Some(key) = self.cached(lease, |derived| derived.macs.get(&file)) {
+            return Ok(key);
+        }
+        let kek = lease.keyring().derive(LABEL_MAC_WRAP, &file).map_err(no_memory)?;
+        let key = unwrap(&kek, &header.wrapped_mac_key, &file)?;
+        let key = MacKey::new(&key).map_err(no_memory)?;
+        Ok(self.keep(lease, key, |derived, key| derived.macs.insert(file, key)))
+    }
+
+    /// The block key of a DEK slot and a session; `salt` is that session's.
+    pub(super) fn cipher(
+        &self,
+        lease: &Lease<'_>,
+        header: &FileKeys,
+        dek_slot: u16,
+        session: u32,
+        salt: &Salt,
+    ) -> FsResult<Arc<BlockCipher>> {
+        let file = header.file_id;
+        let index = (file, dek_slot, session);
+        if let Some(key) = self.cached(lease, |derived| derived.ciphers.get(&index)) {
+            return Ok(key);
+        }
+        let wrapped = header.deks.iter().find(|(id, _)| *id == dek_slot).ok_or_else(|| {
+            let detail = format!("a block names DEK slot {dek_slot}, the header has none");
+            FsError::integrity("header", hex(&file), None, detail)
+        })?;
+        let kek = lease.keyring().derive(LABEL_DEK_WRAP, &file).map_err(no_memory)?;
+        let dek = unwrap(&kek, &wrapped.1, &file)?;
+        let key = kdf::derive(&dek, salt, LABEL_BLOCK, &file).map_err(no_memory)?;
+        let cipher = BlockCipher::new(&key).map_err(no_memory)?;
+        Ok(self.keep(lease, cipher, |derived, key| derived.ciphers.insert(index, key)))
+    }
+}
+
+/// The wrapped keys of one file, out of its header.
+#[derive(Clone, Debug)]
+pub(super) struct FileKeys {
+    pub file_id: FileId,
+    pub active_dek: u16,
+    deks: Vec<(u16, [u8; wrap::WRAPPED_LEN])>,
+    wrapped_mac_key: [u8; wrap::WRAPPED_LEN],
+}
+
+impl FileKeys {
+    pub(super) fn of(header: &Header) -> FileKeys {
+        FileKeys {
+            file_id: header.file_id,
+            active_dek: header.active_dek,
+            deks: header.deks.iter().map(|slot| (slot.id, slot.wrapped)).collect(),
+            wrapped_mac_key: header.wrapped_mac_key,
+        }
+    }
+}
+
+fn unwrap(kek: &Secret<32>, wrapped: &[u8; 40], file: &FileId) -> FsResult<Secret<32>> {
+    wrap::unwrap(kek, wrapped).map_err(no_memory)?.ok_or_else(|| {
+        FsError::integrity("header", hex(file), None, "a wrapped key does not unwrap")
+    })
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_used_last_stays() {
+        let mut kept = Bounded::new(100);
+        for i in 0..1000_u32 {
+            kept.insert(i, Arc::new(i));
+            assert!(kept.get(&i).is_some() && kept.map.len() <= 100);
+            assert!(kept.get(&0).is_some(), "used all the time");
+        }
+        assert!(kept.get(&999).is_some() && kept.get(&500).is_none());
+    }
+}

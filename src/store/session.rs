@@ -1,0 +1,206 @@
+//! The session table: the random salt of every mount that ever sealed a block.
+//!
+//! Block keys are derived from a session's salt, so a volume without its table is lost: it is
+//! kept twice, `sessions.a` and `sessions.b`, each rewritten and flushed before the other is
+//! touched. Salts are not secret; the MAC keeps them from being exchanged. A new session is on
+//! stable storage before its first block is sealed. No session is ever removed while the format
+//! has no count of the blocks that name it.
+
+use std::collections::HashMap;
+
+use super::FORMAT_VERSION;
+use super::layout::BLOCK_LEN;
+use super::page::{u32_at, u64_at};
+use crate::backing::{Access, FileRef, NodeRef};
+use crate::crypto::mac::{MAC_LEN, MacKey};
+use crate::error::{Context, Error, Kind, Result};
+
+pub(super) const FILES: [&[u8]; 2] = [b"sessions.a", b"sessions.b"];
+const MAGIC: &[u8; 8] = b"BYOKSESS";
+const DOMAIN: &[u8; 16] = b"byokfs sessions\0";
+const HEAD_LEN: usize = 64;
+const ENTRY_LEN: usize = 40;
+pub(super) const SALT_LEN: usize = 32;
+
+pub(super) type Salt = [u8; SALT_LEN];
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct SessionTable {
+    generation: u64,
+    salts: HashMap<u32, Salt>,
+}
+
+impl SessionTable {
+    pub(super) fn salt(&self, session: u32) -> Option<&Salt> {
+        self.salts.get(&session)
+    }
+
+    /// Adds a session and returns its number. Numbers start at 1 and are never used again.
+    pub(super) fn add(&mut self, salt: Salt) -> Result<u32> {
+        let last = self.salts.keys().max().copied().unwrap_or(0);
+        let session = last.checked_add(1).ok_or_else(|| {
+            Error::new(Kind::Unsupported, "this volume has used up its 2^32 sessions")
+        })?;
+        self.salts.insert(session, salt);
+        self.generation += 1;
+        Ok(session)
+    }
+
+    fn encode(&self, volume: &[u8; 16], key: &MacKey) -> Vec<u8> {
+        let mut bytes = vec![0; HEAD_LEN];
+        bytes[16..24].copy_from_slice(MAGIC);
+        bytes[24..28].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
+        bytes[28..32].copy_from_slice(&(self.salts.len() as u32).to_le_bytes());
+        bytes[32..40].copy_from_slice(&self.generation.to_le_bytes());
+        let mut sessions: Vec<_> = self.salts.iter().collect();
+        sessions.sort_unstable();
+        for (session, salt) in sessions {
+            bytes.extend_from_slice(&session.to_le_bytes());
+            bytes.extend_from_slice(&[0; 4]);
+            bytes.extend_from_slice(salt);
+        }
+        let mac = key.mac(&[DOMAIN, volume, &bytes[MAC_LEN..]]);
+        bytes[..MAC_LEN].copy_from_slice(&mac);
+        bytes
+    }
+
+    fn decode(bytes: &[u8], volume: &[u8; 16], key: &MacKey) -> Option<SessionTable> {
+        if bytes.len() < HEAD_LEN || &bytes[16..24] != MAGIC {
+            return None;
+        }
+        let count = u32_at(bytes, 28) as usize;
+        let bytes = bytes.get(..count.checked_mul(ENTRY_LEN)?.checked_add(HEAD_LEN)?)?;
+        let mut mac = [0; MAC_LEN];
+        mac.copy_from_slice(&bytes[..MAC_LEN]);
+        if !key.verify(&[DOMAIN, volume, &bytes[MAC_LEN..]], &mac)
+            || u32_at(bytes, 24) != FORMAT_VERSION
+        {
+            return None;
+        }
+        let salts = bytes[HEAD_LEN..]
+            .chunks_exact(ENTRY_LEN)
+            .map(|entry| {
+                let mut salt = [0; SALT_LEN];
+                salt.copy_from_slice(&entry[8..]);
+                (u32_at(entry, 0), salt)
+            })
+            .collect();
+        Some(SessionTable { generation: u64_at(bytes, 32), salts })
+    }
+
+    /// Reads both copies; the flags say which of them are damaged.
+    pub(super) fn load(
+        root: &NodeRef,
+        volume: &[u8; 16],
+        key: &MacKey,
+        shown: &str,
+    ) -> Result<(SessionTable, [bool; 2])> {
+        let mut found: [Option<SessionTable>; 2] = [None, None];
+        for (name, found) in FILES.into_iter().zip(&mut found) {
+            let bytes = match root.lookup(name).and_then(|node| node.open(Access::Read)) {
+                Ok(file) => read_whole(&file),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) => Err(error),
+            };
+            let bytes = bytes.context(|| cannot("read", name, shown))?;
+            *found = SessionTable::decode(&bytes, volume, key);
+        }
+        let damaged = [found[0].is_none(), found[1].is_none()];
+        let newest = found.into_iter().flatten().max_by_key(|table| table.generation);
+        newest.map(|table| (table, damaged)).ok_or_else(|| {
+            Error::corrupt(format!(
+                "both copies of the session table, {shown}/sessions.a and sessions.b, are missing \
+                 or damaged, and no block can be read without it; restore one from a backup"
+            ))
+        })
+    }
+
+    /// Writes both copies, a damaged one first, and flushes each before the next.
+    pub(super) fn store(
+        &self,
+        root: &NodeRef,
+        volume: &[u8; 16],
+        key: &MacKey,
+        damaged: [bool; 2],
+        shown: &str,
+    ) -> Result<()> {
+        let bytes = self.encode(volume, key);
+        let order = if damaged[1] { [FILES[1], FILES[0]] } else { FILES };
+        for name in order {
+            let write = || -> std::io::Result<()> {
+                let node = match root.lookup(name) {
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                        let file = root.create_unnamed()?;
+                        file.write_at(&bytes, 0)?;
+                        file.sync_all()?;
+                        root.link_file(&*file, name)?;
+                        return root.sync();
+                    }
+                    found => found?,
+                };
+                let file = node.open(Access::ReadWrite)?;
+                file.write_at(&bytes, 0)?;
+                file.sync_all()
+            };
+            write().context(|| cannot("write", name, shown))?;
+        }
+        Ok(())
+    }
+}
+
+fn cannot(verb: &str, name: &[u8], shown: &str) -> String {
+    format!("cannot {verb} {shown}/{}", String::from_utf8_lossy(name))
+}
+
+fn read_whole(file: &FileRef) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    loop {
+        let at = bytes.len();
+        bytes.resize(at + 16 * BLOCK_LEN, 0);
+        let count = file.read_at(&mut bytes[at..], at as u64)?;
+        if at + count < bytes.len() {
+            bytes.truncate(at + count);
+            return Ok(bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backing::Backing;
+    use crate::backing::linux::LinuxBacking;
+    use crate::crypto::secret::Secret;
+
+    #[test]
+    fn one_copy_is_enough_and_none_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = LinuxBacking::open(dir.path()).unwrap().root();
+        let key = MacKey::new(&Secret::new_with(|key| key.fill(8)).unwrap()).unwrap();
+        let load = || SessionTable::load(&root, &[1; 16], &key, "v");
+        let mut table = SessionTable::default();
+        for i in 1..=200 {
+            assert_eq!(table.add([i; SALT_LEN]).unwrap(), u32::from(i));
+        }
+        table.store(&root, &[1; 16], &key, [true, true], "v").unwrap();
+        assert_eq!(load().unwrap(), (table.clone(), [false, false]));
+        assert_eq!(table.salt(200), Some(&[200; SALT_LEN]));
+        assert!(SessionTable::load(&root, &[2; 16], &key, "v").is_err());
+
+        let flip = |name: &str, at: usize| {
+            let path = dir.path().join(name);
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes[at] ^= 1;
+            std::fs::write(path, bytes).unwrap();
+        };
+        flip("sessions.a", 5000);
+        assert_eq!(load().unwrap(), (table.clone(), [true, false]));
+        // A copy that lags behind does not count.
+        table.add([9; SALT_LEN]).unwrap();
+        table.store(&root, &[1; 16], &key, [true, false], "v").unwrap();
+        std::fs::remove_file(dir.path().join("sessions.b")).unwrap();
+        assert_eq!(load().unwrap(), (table.clone(), [false, true]));
+        flip("sessions.a", 28);
+        assert_eq!(load().unwrap_err().kind, Kind::Corrupt);
+    }
+}

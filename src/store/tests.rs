@@ -1,0 +1,4 @@
+//! The store as a whole, over a real directory.
+
+mod model;
+mod support;

@@ -1,0 +1,93 @@
+//! A volume in a scratch directory.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::backing::Access;
+use crate::backing::fault::{FaultBacking, Faults};
+use crate::backing::linux::LinuxBacking;
+use crate::crypto::secret::Secret;
+use crate::key::gate::{BootTime, Gate, Keyring};
+use crate::store::{File, FormatOptions, Store};
+
+pub(super) struct Volume {
+    dir: tempfile::TempDir,
+    pub faults: Arc<Faults>,
+    pub store: Arc<Store>,
+    pub gate: Arc<Gate>,
+}
+
+pub(super) fn keyring() -> Keyring {
+    Keyring::new(Secret::new_with(|key| key.fill(0x42)).unwrap())
+}
+
+fn open(dir: &std::path::Path, read_only: bool) -> (Arc<Store>, Arc<Gate>, Arc<Faults>) {
+    let (backing, faults) = FaultBacking::new(LinuxBacking::open(dir).unwrap());
+    let gate = Gate::new();
+    let store = Store::open(backing, gate.clone(), read_only).unwrap();
+    store.start_session(&keyring()).unwrap();
+    assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(3600)));
+    (store, gate, faults)
+}
+
+impl Volume {
+    pub(super) fn new() -> Volume {
+        let dir = tempfile::tempdir().unwrap();
+        let backing = LinuxBacking::open(dir.path()).unwrap();
+        Store::format(&*backing, &keyring(), FormatOptions::default()).unwrap();
+        let (store, gate, faults) = open(dir.path(), false);
+        Volume { dir, faults, store, gate }
+    }
+
+    /// Unmounts, as far as the store knows, and mounts again. No file may be open.
+    pub(super) fn reopen(self) -> Volume {
+        self.reopen_as(false)
+    }
+
+    pub(super) fn reopen_as(self, read_only: bool) -> Volume {
+        let Volume { dir, faults, store, gate } = self;
+        drop((store, gate, faults));
+        let (store, gate, faults) = open(dir.path(), read_only);
+        Volume { dir, faults, store, gate }
+    }
+
+    pub(super) fn create(&self, name: &str) -> Arc<File> {
+        let tree = self.store.tree();
+        let backing = tree.create_unnamed().unwrap();
+        let file = self.store.create_file(backing.clone()).unwrap();
+        tree.link_file(&*backing, name.as_bytes()).unwrap();
+        file
+    }
+
+    pub(super) fn open(&self, name: &str) -> Arc<File> {
+        self.try_open(name).unwrap()
+    }
+
+    pub(super) fn try_open(&self, name: &str) -> crate::error::FsResult<Arc<File>> {
+        let node = self.store.tree().lookup(name.as_bytes()).unwrap();
+        let access = if self.store.is_read_only() { Access::Read } else { Access::ReadWrite };
+        self.store.open_file(node.open(access).unwrap())
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join("tree").join(name)
+    }
+
+    pub(super) fn root(&self) -> &std::path::Path {
+        self.dir.path()
+    }
+}
+
+pub(super) fn read_all(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0xee; file.size() as usize + 100];
+    let count = file.read_at(&mut bytes, 0).unwrap();
+    assert_eq!(count as u64, file.size());
+    bytes.truncate(count);
+    bytes
+}
+
+/// Bytes that differ from block to block.
+pub(super) fn pattern(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|i| (i as u64 * 7 + (i as u64 >> 8) * 13) as u8 ^ seed).collect()
+}
