@@ -1,13 +1,14 @@
 //! Keys and versions: create, get, list, update, rotate, delete.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use aws_lc_rs::rsa::KeySize;
 use rusqlite::Transaction;
 
 use super::paging::Page;
 use super::{Call, Reply, Vault};
+use crate::crypto::secret::SecretBytes;
 use crate::vault::audit::Event;
 use crate::vault::codec;
 use crate::vault::material::{PrivateKey, key_size};
@@ -21,8 +22,8 @@ use crate::vault::wire::{
 const DEFAULT_KEY_SIZE: u64 = 2048;
 const PUBLIC_EXPONENT: u64 = 65537;
 const SECONDS_PER_DAY: i64 = 86400;
-/// How long a request waits for other keys to be made first.
-const GENERATION_WAIT: Duration = Duration::from_secs(20);
+/// Requests at a time that make a key or wait to.
+const MAX_GENERATIONS: usize = 16;
 
 /// A version to be made, all but its material.
 struct Blueprint {
@@ -105,13 +106,7 @@ impl Vault {
     ) -> Result<Reply, Refusal> {
         self.store.read(|tx| find(tx))?;
         let version = codec::new_version()?;
-        let (private, pkcs8) = {
-            let _one_at_a_time =
-                self.generating.try_lock_for(GENERATION_WAIT).ok_or_else(|| {
-                    Refusal::new(429, "Throttled", "Too many keys are being made at once.")
-                })?;
-            PrivateKey::generate(blueprint.size)?
-        };
+        let (private, pkcs8) = self.generate(blueprint.size)?;
         let sealed = self.sealer.seal_private(name, &version, pkcs8.expose())?;
         drop(pkcs8);
         let mut record = VersionRecord {
@@ -136,6 +131,23 @@ impl Vault {
         self.remember_private_key(record.id, Arc::new(private));
         event.version = Some(record.version.clone());
         Ok(Reply::ok(&self.wire(call).bundle(&key.name, &record)))
+    }
+
+    /// One key at a time. Only a few requests may wait: they hold threads that others need.
+    fn generate(&self, size: KeySize) -> Result<(PrivateKey, SecretBytes), Refusal> {
+        struct Place<'a>(&'a AtomicUsize);
+        impl Drop for Place<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        let before = self.generations.fetch_add(1, Ordering::Relaxed);
+        let _place = Place(&self.generations);
+        if before >= MAX_GENERATIONS {
+            return Err(Refusal::new(429, "Throttled", "Too many keys are being made at once."));
+        }
+        let _turn = self.generating.lock();
+        Ok(PrivateKey::generate(size)?)
     }
 
     pub(super) fn get_key(

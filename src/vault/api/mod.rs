@@ -13,6 +13,7 @@ mod paging;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
@@ -77,6 +78,8 @@ pub(crate) struct Vault {
     private_keys: Mutex<HashMap<i64, Arc<PrivateKey>>>,
     /// RSA keys are made one at a time, so that making them leaves processors for using them.
     generating: Mutex<()>,
+    /// Requests that make one, or wait to.
+    generations: AtomicUsize,
 }
 
 /// Beyond this the cache starts over.
@@ -109,6 +112,7 @@ impl Vault {
             clock,
             private_keys: Mutex::default(),
             generating: Mutex::new(()),
+            generations: AtomicUsize::new(0),
         }
     }
 
