@@ -282,6 +282,15 @@ impl Config {
         Ok(config)
     }
 
+    /// Time that a cut-off may take until the gate is shut: the fence's, or what dirty mappings
+    /// need where there is no fence, and a little for threads to be woken.
+    pub fn cut_off_lead(&self) -> Duration {
+        const WRITE_BACK: Duration = Duration::from_secs(2);
+        const SLACK: Duration = Duration::from_secs(1);
+        let fence = if self.fence.enabled { self.fence.timeout } else { WRITE_BACK };
+        fence.saturating_add(SLACK)
+    }
+
     /// As [`Config::load`], from text.
     pub fn parse(text: &str, file: &Path, overrides: &[Override]) -> Result<Config> {
         let mut config: Config =

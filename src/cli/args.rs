@@ -47,10 +47,10 @@ pub enum Verb {
     Vault(super::vault::VaultArgs),
     /// The keyless parent of a mount's daemon
     #[command(name = "__guard", hide = true)]
-    Guard,
+    Guard { mnt: PathBuf },
     /// The daemon of a mount
     #[command(name = "__daemon", hide = true)]
-    Daemon,
+    Daemon { mnt: PathBuf },
 }
 
 #[derive(Debug, Args)]

@@ -1,9 +1,66 @@
-//! `byokfs info`.
+//! `byokfs info`: what a volume says about itself, without its key and whether or not it is mounted.
 
-use crate::error::{Error, Kind, Result};
+use serde_json::{Value, json};
+
+use crate::backing::Backing;
+use crate::backing::linux::LinuxBacking;
+use crate::daemon::{check::resolve, hex, mountinfo};
+use crate::error::Result;
+use crate::key::envelope::Envelope;
+use crate::store::{FEATURE_PLAINTEXT_NAMES, Store};
 
 use super::args::InfoArgs;
+use super::output;
 
-pub(super) fn run(_args: InfoArgs) -> Result<()> {
-    Err(Error::new(Kind::Unsupported, "info is not built yet"))
+pub(super) fn run(args: InfoArgs) -> Result<()> {
+    let back = resolve("the backing directory", &args.back)?;
+    let backing = LinuxBacking::open(&back)?;
+    let info = Store::inspect(&*backing)?;
+    let envelope = Envelope::load(&backing.root())?;
+    let mounted = mountinfo::find(&back)?.filter(|mount| mount.source == back);
+    let value = json!({
+        "volume": hex::uuid(&info.uuid),
+        "format": info.format,
+        "features": info.features,
+        "encrypted_names": info.features & FEATURE_PLAINTEXT_NAMES == 0,
+        "damaged_header_copy": info.damaged_copy,
+        "back": back.to_string_lossy(),
+        "mnt": mounted.map(|mount| mount.mount_point.to_string_lossy().into_owned()),
+        "kek": envelope.kid,
+        "provider": envelope.provider,
+        "algorithm": envelope.algorithm.name(),
+        "follows_new_versions": envelope.follow_versions,
+        "volume_key": envelope.volume_key_id,
+        "wrapped": envelope.created,
+    });
+    if args.json {
+        return output::json(&value);
+    }
+    if info.damaged_copy {
+        output::warning("one copy of the volume header is damaged; the other one serves");
+    }
+    output::text(&render(&value))
+}
+
+fn render(info: &Value) -> String {
+    const LINES: [(&str, &str); 9] = [
+        ("volume", "volume"),
+        ("back", "backing directory"),
+        ("mnt", "mounted at"),
+        ("format", "format"),
+        ("encrypted_names", "encrypted names"),
+        ("kek", "key"),
+        ("algorithm", "wrapped by"),
+        ("follows_new_versions", "follows versions"),
+        ("wrapped", "wrapped"),
+    ];
+    let line = |(field, label): &(&str, &str)| match &info[*field] {
+        Value::Null => None,
+        Value::String(text) => Some(format!("{:<18} {text}\n", format!("{label}:"))),
+        Value::Bool(yes) => {
+            Some(format!("{:<18} {}\n", format!("{label}:"), if *yes { "yes" } else { "no" }))
+        }
+        other => Some(format!("{:<18} {other}\n", format!("{label}:"))),
+    };
+    LINES.iter().filter_map(line).collect()
 }

@@ -1,9 +1,145 @@
-//! `byokfs init`.
+//! `byokfs init`: makes a volume, or nothing.
 
-use crate::error::{Error, Kind, Result};
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::backing::Backing;
+use crate::backing::linux::LinuxBacking;
+use crate::config::Config;
+use crate::crypto;
+use crate::daemon::pins::{self, Pin};
+use crate::daemon::{check, harden, hex, mountinfo, settings};
+use crate::error::{Context, Error, Kind, Result};
+use crate::key::custody::{self, Enrolment};
+use crate::key::provider::{self, Algorithm};
+use crate::key::requirement;
+use crate::observe::audit::{self, Event, Name};
+use crate::store::{FormatOptions, Store};
 
 use super::args::InitArgs;
+use super::output;
 
-pub(super) fn run(_args: InitArgs) -> Result<()> {
-    Err(Error::new(Kind::Unsupported, "init is not built yet"))
+/// For the full check of the key, and to wrap and unwrap with it.
+const ENROL_LIMIT: Duration = Duration::from_secs(60);
+
+pub(super) fn run(args: InitArgs) -> Result<()> {
+    let config = Config::load(args.config.config.as_deref(), &[])?;
+    let provider = provider::for_key(&args.kek, &settings::provider(&config.key))?;
+    let given = std::path::absolute(&args.back)
+        .map_err(|error| Error::usage(format!("{}: {error}", args.back.display())))?;
+    // It will hold the volume key.
+    harden::process("byokfs-init")?;
+    crypto::selftest::run()?;
+    let place = Place::prepare(&given)?;
+
+    let tolerant = args.no_requirements;
+    let settings = requirement::Settings { tolerant, ..Default::default() };
+    let enrolled =
+        custody::enrol(&*provider, &args.kek, Algorithm::RsaOaep256, &settings, ENROL_LIMIT);
+    let enrolment = match enrolled {
+        Ok(enrolment) => enrolment,
+        Err(refusal) => {
+            if let Some(report) = &refusal.report {
+                output::error_text(&report.to_string());
+            }
+            return Err(refusal.error);
+        }
+    };
+    for row in enrolment.report.warnings() {
+        output::warning(&format!("{}: {}; {}", row.requirement, row.found, row.fix));
+    }
+    let pin = Pin { fingerprint: enrolment.fingerprint, requirements: !tolerant };
+    let (uuid, pin_path) = place.fill(&config, &enrolment, &pin)?;
+    tell_audit(&config, &uuid, &place.path, &enrolment.info.kid);
+    output::line(&format!("volume {uuid} in {}", place.path.display()))?;
+    output::line(&format!("key    {}", enrolment.info.kid))?;
+    output::line(&format!("pin    {}", pin_path.display()))
+}
+
+/// The backing directory to be; what was made of it goes again unless it was [`Place::fill`]ed.
+struct Place {
+    path: PathBuf,
+    made: bool,
+    complete: std::cell::Cell<bool>,
+}
+
+impl Place {
+    fn prepare(back: &Path) -> Result<Place> {
+        let failed = || format!("cannot make a volume in {}", back.display());
+        let made = !back.try_exists().context(failed)?;
+        if made {
+            fs::DirBuilder::new().mode(0o700).create(back).context(failed)?;
+        }
+        let path = fs::canonicalize(back).context(failed)?;
+        let place = Place { path, made, complete: false.into() };
+        if mountinfo::at(&place.path)?.is_some_and(|mount| mount.fs_type == mountinfo::FS_TYPE) {
+            let message = format!("{} is a byokfs mount itself", back.display());
+            return Err(place.not_ours(Error::new(Kind::Busy, message)));
+        }
+        let mut entries = fs::read_dir(&place.path).context(failed)?;
+        if entries.next().is_some() {
+            let message =
+                format!("{} is not empty; a volume needs an empty directory", back.display());
+            return Err(place.not_ours(Error::new(Kind::Busy, message)));
+        }
+        Ok(place)
+    }
+
+    /// What is there is somebody else's.
+    fn not_ours(&self, error: Error) -> Error {
+        self.complete.set(true);
+        error
+    }
+
+    fn fill(&self, config: &Config, enrolment: &Enrolment, pin: &Pin) -> Result<(String, PathBuf)> {
+        let backing = LinuxBacking::open(&self.path)?;
+        let info = Store::format(&*backing, &enrolment.keyring, FormatOptions::default())?;
+        enrolment.envelope(info.uuid).save(&backing.root())?;
+        // Last: a volume without a pin cannot be mounted, a pin without a volume does no harm.
+        let pin_path = pins::create(&config.dir.0, &info.uuid, pin)?;
+        self.complete.set(true);
+        Ok((hex::uuid(&info.uuid), pin_path))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.complete.get() {
+            return;
+        }
+        let removed = if self.made { fs::remove_dir_all(&self.path) } else { self.empty() };
+        if let Err(error) = removed {
+            output::warning(&format!("cannot tidy {} up: {error}", self.path.display()));
+        }
+    }
+}
+
+impl Place {
+    /// It was empty before, so all that is in it was made here.
+    fn empty(&self) -> std::io::Result<()> {
+        for entry in fs::read_dir(&self.path)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                fs::remove_dir_all(entry.path())?;
+            } else {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The volume is made; that its trail cannot be written is a warning.
+fn tell_audit(config: &Config, uuid: &str, back: &Path, kid: &str) {
+    let Some(file) = &config.audit.file else { return };
+    let installed =
+        check::parent_dir(file).and_then(|()| audit::install(file, &[("volume", uuid.to_owned())]));
+    match installed {
+        Ok(()) => audit::emit(
+            Event::new(Name::VolumeCreated).with("back", back.to_string_lossy()).with("kek", kid),
+        ),
+        Err(error) => output::warning(&error.to_string()),
+    }
 }

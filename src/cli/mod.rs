@@ -20,24 +20,30 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use crate::daemon::{guard, start};
 use crate::error::{Error, Kind, Result};
 use args::{Cli, Verb};
 
 /// The binary's whole life: `mount.byokfs` by its own name, else the verb of the arguments.
 pub fn main() -> ExitCode {
     let argv: Vec<OsString> = std::env::args_os().collect();
-    let result = if called_as_mount_helper(&argv) {
-        mount_options::parse_helper(&argv[1..]).and_then(mount::run)
+    let (result, heard) = if called_as_mount_helper(&argv) {
+        (mount_options::parse_helper(&argv[1..]).and_then(mount::run), true)
     } else {
         match Cli::try_parse_from(&argv) {
-            Ok(cli) => run(cli.verb),
+            // The internal verbs report to whoever started them, and to the log.
+            Ok(Cli { verb: Verb::Guard { .. } }) => (guard::main(), false),
+            Ok(Cli { verb: Verb::Daemon { .. } }) => (start::run(), false),
+            Ok(cli) => (run(cli.verb), true),
             Err(error) => return clap_exit(&error),
         }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            output::error(&error);
+            if heard {
+                output::error(&error);
+            }
             ExitCode::from(error.kind.exit_code())
         }
     }
@@ -53,7 +59,8 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Sync(args) => sync::run(args),
         Verb::Info(args) => info::run(args),
         Verb::Vault(args) => vault::run(args),
-        Verb::Guard | Verb::Daemon => Err(Error::usage("an internal verb")),
+        Verb::Guard { .. } => guard::main(),
+        Verb::Daemon { .. } => start::run(),
     }
 }
 

@@ -1,9 +1,35 @@
-//! `byokfs mount`.
+//! `byokfs mount`, and `mount.byokfs`: returns when the mount serves, or with the error.
 
-use crate::error::{Error, Kind, Result};
+use crate::config::{Config, Override};
+use crate::daemon::check::{self, resolve};
+use crate::daemon::guard;
+use crate::daemon::plan::Plan;
+use crate::error::Result;
 
 use super::mount_options::MountRequest;
 
-pub(super) fn run(_request: MountRequest) -> Result<()> {
-    Err(Error::new(Kind::Unsupported, "mount is not built yet"))
+pub(super) fn run(request: MountRequest) -> Result<()> {
+    let options = request.options;
+    let overrides: Vec<Override> = options.overrides.into_iter().map(Override::from).collect();
+    let config = Config::load(options.config.as_deref(), &overrides)?;
+    let plan = Plan {
+        back: resolve("the backing directory", &request.back)?,
+        mnt: resolve("the mount point", &request.mnt)?,
+        read_only: options.read_only,
+        no_exec: options.no_exec,
+        no_atime: options.no_atime,
+        foreground: request.foreground,
+        config_dir: config.dir.0.clone(),
+        config,
+        watch: None,
+    };
+    check::own_paths(&plan)?;
+    if options.fake {
+        return Ok(());
+    }
+    if plan.foreground {
+        crate::daemon::start::install_log(&plan)?;
+        return guard::run(&plan);
+    }
+    guard::start_in_background(&plan)
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::daemon::control::Verb;
 use crate::error::Result;
@@ -21,7 +21,7 @@ pub(super) fn run(args: ReportArgs) -> Result<()> {
 
 /// For people: what there is of the fields they look for, in this order.
 pub(super) fn render(status: &Value) -> String {
-    const LINES: [(&str, &str); 13] = [
+    const LINES: [(&str, &str); 12] = [
         ("state", "state"),
         ("reason", "reason"),
         ("reason_text", "meaning"),
@@ -29,7 +29,6 @@ pub(super) fn render(status: &Value) -> String {
         ("kek", "key"),
         ("last_success", "last success"),
         ("last_probe", "last probe"),
-        ("last_error", "last error"),
         ("next_probe", "next probe"),
         ("mnt", "mount point"),
         ("back", "backing directory"),
@@ -41,6 +40,7 @@ pub(super) fn render(status: &Value) -> String {
         let value = match &status[field] {
             Value::Null => continue,
             Value::String(value) => value.clone(),
+            Value::Object(probe) => describe_probe(probe),
             value => value.to_string(),
         };
         // Writing to a String cannot fail.
@@ -54,6 +54,13 @@ pub(super) fn render(status: &Value) -> String {
     text
 }
 
+fn describe_probe(probe: &Map<String, Value>) -> String {
+    let fields = ["at", "result", "reason", "detail"];
+    let texts: Vec<&str> =
+        fields.iter().filter_map(|field| probe.get(*field).and_then(Value::as_str)).collect();
+    texts.join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -63,13 +70,15 @@ mod tests {
     fn absent_fields_have_no_line() {
         let status = json!({
             "state": "Inaccessible", "reason": "KeyDisabled", "since": "2026-01-02T03:04:05Z",
-            "last_error": null, "pid": 7, "counters": {"integrity_failures": 2},
+            "last_success": null, "pid": 7,
+            "last_probe": {"at": "2026-01-02T03:04:05Z", "result": "Revoked", "reason": null}, "counters": {"integrity_failures": 2},
         });
         assert_eq!(
             render(&status),
             "state:             Inaccessible\n\
              reason:            KeyDisabled\n\
              since:             2026-01-02T03:04:05Z\n\
+             last probe:        2026-01-02T03:04:05Z, Revoked\n\
              daemon:            7\n\
              integrity failures: 2\n"
         );

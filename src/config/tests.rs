@@ -46,9 +46,13 @@ fn bad_units_are_refused_with_their_line() {
 #[test]
 fn contradictions_are_refused() {
     for (text, part) in [
-        ("[watcher]\nmax_staleness = \"29s\"\ninterval = \"1s\"", "fence.timeout + watcher"),
+        (
+            "[watcher]\nmax_staleness = \"29s\"\ninterval = \"1s\"\n\
+             [fence]\nenabled = true\nsocket = \"/s\"",
+            "watcher.deadline + fence.timeout (32s)",
+        ),
         ("[watcher]\nmax_staleness = \"11m\"", "within 10m"),
-        ("[watcher]\ninterval = \"10m\"", "watcher.interval + watcher.deadline"),
+        ("[watcher]\ninterval = \"10m\"", "is too short"),
         ("[watcher]\ninterval = \"0s\"", "watcher.interval is 0s"),
         ("[watcher]\nconfirm_after = \"2m\"", "watcher.confirm_after"),
         ("[fence]\nenabled = true", "needs fence.socket or fence.pid_file"),

@@ -60,13 +60,17 @@ fn watcher(config: &Config) -> Result<(), String> {
             text(watcher.confirm_within)
         ));
     }
-    // Otherwise the volume would be cut off between two healthy probes.
-    let round = watcher.interval.saturating_add(watcher.deadline);
+    // Staleness counts to the gate shut, the fence included; and otherwise the volume would be
+    // cut off between two healthy probes.
+    let lead = config.cut_off_lead();
+    let round = watcher.interval.saturating_add(watcher.deadline).saturating_add(lead);
     if round >= watcher.max_staleness {
+        let cut_off = if config.fence.enabled { "fence.timeout" } else { "the cut-off's own time" };
         return Err(format!(
-            "watcher.interval + watcher.deadline ({}) must be shorter than watcher.max_staleness ({})",
-            text(round),
-            text(watcher.max_staleness)
+            "watcher.max_staleness ({}) is too short: it must be longer than watcher.interval + \
+             watcher.deadline + {cut_off} ({})",
+            text(watcher.max_staleness),
+            text(round)
         ));
     }
     Ok(())
@@ -79,15 +83,6 @@ fn fence(config: &Config) -> Result<(), String> {
             "fence.timeout is {}: at least {}",
             text(fence.timeout),
             text(MIN_FENCE)
-        ));
-    }
-    // Staleness counts to the gate shut, the fence included.
-    let tail = fence.timeout.saturating_add(config.watcher.deadline);
-    if tail >= config.watcher.max_staleness {
-        return Err(format!(
-            "fence.timeout + watcher.deadline ({}) must be shorter than watcher.max_staleness ({})",
-            text(tail),
-            text(config.watcher.max_staleness)
         ));
     }
     if fence.enabled && fence.socket.is_none() && fence.pid_file.is_none() {

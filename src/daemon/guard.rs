@@ -11,8 +11,11 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -23,14 +26,17 @@ use super::fence::{Fence, Outcome};
 use super::mountinfo::{self, Device};
 use super::plan::Plan;
 use super::report::{self, Report};
-use super::{control, harden};
+use super::{check, control, harden, notify, start};
 use crate::error::{Context, Error, Kind, Result};
 use crate::observe::audit::{self, Event, Name};
 use crate::sys;
 
+/// For the first lookup on a new mount.
+const LOOKUP_LIMIT: Duration = Duration::from_secs(20);
+
 /// Guards one mount from start to end; returns the daemon's own outcome.
 pub fn run(plan: &Plan) -> Result<()> {
-    harden::process()?;
+    harden::process("byokfs-guard")?;
     let signals = sys::signals::open(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])
         .context(|| "cannot take signals".to_owned())?;
     match plan.watch {
@@ -44,18 +50,52 @@ pub fn run(plan: &Plan) -> Result<()> {
     }
 }
 
+/// The internal verb: a guard in the background, or one that takes over. Its errors go to the verb
+/// that waits for the mount, and to the log.
+pub fn main() -> Result<()> {
+    let result = Plan::from_stdin().and_then(|(plan, _)| {
+        rustix::process::setsid().context(|| "cannot start a session".to_owned())?;
+        start::install_log(&plan)?;
+        run(&plan)
+    });
+    if let Err(error) = &result {
+        log::error!("{error}");
+        Report::Failed(error.into()).send();
+    }
+    result
+}
+
+/// Starts a guard in the background and returns when its mount serves.
+pub fn start_in_background(plan: &Plan) -> Result<()> {
+    let stderr = match &plan.config.log.file {
+        Some(file) => {
+            check::parent_dir(file)?;
+            let file = File::options().append(true).create(true).mode(0o600).open(file);
+            Stdio::from(file.context(|| "cannot open the log".to_owned())?)
+        }
+        None => Stdio::null(),
+    };
+    let mut guard = spawn("__guard", plan, Stdio::piped(), stderr)?;
+    drop(send_plan(&mut guard, plan)?);
+    let reports = guard.stdout.take().ok_or_else(|| Error::usage("the guard has no output"))?;
+    report::wait(BufReader::new(reports))
+}
+
 fn parent(plan: &Plan, signals: &OwnedFd) -> Result<()> {
-    let mut child = spawn("__daemon", plan, Stdio::piped())?;
+    let mut child = spawn("__daemon", plan, Stdio::piped(), Stdio::inherit())?;
     // Held open for as long as the guard lives: its end tells the daemon that the guard is gone.
     let life = send_plan(&mut child, plan)?;
     let pid = i32::try_from(child.id()).unwrap_or_default();
     let daemon = Process::open(pid).context(|| "cannot watch the daemon".to_owned())?;
+    let daemon = Arc::new(daemon);
+    let watched = Arc::clone(&daemon);
     let (told, heard) = mpsc::channel();
     let stdout = child.stdout.take();
     let foreground = plan.foreground;
+    let mnt = plan.mnt.clone();
     let relay = std::thread::Builder::new()
         .name("reports".into())
-        .spawn(move || relay(stdout, foreground, &told))
+        .spawn(move || relay(stdout, &watched, &mnt, foreground, &told))
         .context(|| "cannot start a thread".to_owned())?;
     wait_for(&daemon, signals)?;
     let status = child.wait().context(|| "cannot wait for the daemon".to_owned())?;
@@ -86,7 +126,13 @@ fn parent(plan: &Plan, signals: &OwnedFd) -> Result<()> {
 }
 
 /// Hands the daemon's reports up and keeps them. In the foreground nobody above reads them.
-fn relay(stdout: Option<impl io::Read>, foreground: bool, told: &mpsc::Sender<Report>) {
+fn relay(
+    stdout: Option<impl io::Read>,
+    daemon: &Process,
+    mnt: &Path,
+    foreground: bool,
+    told: &mpsc::Sender<Report>,
+) {
     let Some(stdout) = stdout else { return };
     for line in BufReader::new(stdout).lines() {
         let report = line
@@ -94,6 +140,10 @@ fn relay(stdout: Option<impl io::Read>, foreground: bool, told: &mpsc::Sender<Re
             .and_then(|line| Report::parse(&line));
         match report {
             Ok(report) => {
+                let report = match report {
+                    Report::Ready => ready(daemon, mnt),
+                    report => report,
+                };
                 if !foreground {
                     report.send();
                 }
@@ -106,6 +156,35 @@ fn relay(stdout: Option<impl io::Read>, foreground: bool, told: &mpsc::Sender<Re
     }
     if !foreground && let Err(error) = report::close() {
         log::warn!("{error}");
+    }
+}
+
+/// The daemon says that it serves; the guard may touch the mount, and tries.
+fn ready(daemon: &Process, mnt: &Path) -> Report {
+    let (told, heard) = mpsc::channel();
+    let path = mnt.to_owned();
+    let spawned = std::thread::Builder::new().name("lookup".into()).spawn(move || {
+        // Nobody listens any more when it took too long.
+        let _ = told.send(std::fs::metadata(path));
+    });
+    let looked = match spawned {
+        Ok(_) => heard.recv_timeout(LOOKUP_LIMIT).unwrap_or(Err(io::ErrorKind::TimedOut.into())),
+        Err(error) => Err(error),
+    };
+    match looked {
+        Ok(_) => {
+            notify::ready("Available");
+            Report::Ready
+        }
+        Err(error) => {
+            let error =
+                Error::io(format!("{} is mounted and does not serve", mnt.display()), error);
+            log::error!("{error}");
+            if let Err(error) = daemon.signal(Signal::TERM) {
+                log::error!("cannot signal the daemon: {error}");
+            }
+            Report::Failed((&error).into())
+        }
     }
 }
 
@@ -184,12 +263,13 @@ fn install_audit(plan: &Plan) {
 }
 
 /// Starts this program again, with an internal verb. The mount point is only for `ps`.
-pub(super) fn spawn(verb: &str, plan: &Plan, stdout: Stdio) -> Result<Child> {
+pub(super) fn spawn(verb: &str, plan: &Plan, stdout: Stdio, stderr: Stdio) -> Result<Child> {
     Command::new("/proc/self/exe")
         .arg(verb)
         .arg(&plan.mnt)
         .stdin(Stdio::piped())
         .stdout(stdout)
+        .stderr(stderr)
         .spawn()
         .context(|| "cannot start byokfs again".to_owned())
 }

@@ -1,14 +1,20 @@
 //! What the kernel may do with a process that holds keys, or guards one that does.
 
+use std::ffi::CString;
+
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
 };
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 
 /// No core dump, no debugger without privileges, no new privileges; works in `/`, so that it keeps
 /// no mount busy; takes as many descriptors as it may. To be called before threads are started.
-pub fn process() -> Result<()> {
+/// `name` is what `ps` shows.
+pub fn process(name: &str) -> Result<()> {
+    let name =
+        CString::new(name).map_err(|error| Error::usage("a name with a NUL").with_source(error))?;
+    rustix::thread::set_name(&name).context(|| "cannot name this process".to_owned())?;
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })
         .context(|| "cannot turn core dumps off".to_owned())?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)

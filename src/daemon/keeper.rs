@@ -47,7 +47,7 @@ pub fn start(
 /// Starts a guard and waits for its end.
 fn replace(plan: &Plan, watch: Watch, changed: &impl Fn(i32)) -> Result<()> {
     let plan = Plan { watch: Some(watch), ..plan.clone() };
-    let mut child = guard::spawn("__guard", &plan, Stdio::null())?;
+    let mut child = guard::spawn("__guard", &plan, Stdio::null(), Stdio::inherit())?;
     changed(i32::try_from(child.id()).unwrap_or_default());
     let _life = guard::send_plan(&mut child, &plan)?;
     let status = child.wait().context(|| "cannot wait for the guard".to_owned())?;

@@ -1,5 +1,6 @@
 //! The process behind a mount: start order, readiness, control socket, cut-off, fence, guard.
 
+pub mod check;
 pub mod control;
 pub mod cutoff;
 pub mod fence;
@@ -12,4 +13,7 @@ pub mod notify;
 pub mod pins;
 pub mod plan;
 pub mod report;
+pub mod settings;
+pub mod start;
 pub mod users;
+pub mod volume;

@@ -1,7 +1,9 @@
 //! Everything a mount needs, resolved by the verb and handed down to guard and daemon as one
 //! line of JSON on their standard input. It holds no secret.
 
-use std::io::BufRead;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -9,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::mountinfo::Device;
 use crate::config::{Config, Dir};
 use crate::error::{Context, Error, Kind, Result};
+use crate::sys;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Plan {
@@ -40,6 +43,17 @@ impl Plan {
         })?;
         line.push('\n');
         Ok(line)
+    }
+
+    /// From standard input, and what is left of it: it ends when whoever wrote the plan ends.
+    pub fn from_stdin() -> Result<(Plan, BufReader<File>)> {
+        let failed = || "cannot read the mount's plan".to_owned();
+        let input = io::stdin().as_fd().try_clone_to_owned().context(failed)?;
+        let mut input = BufReader::new(File::from(input));
+        let plan = Plan::read(&mut input)?;
+        let null = File::open("/dev/null").context(failed)?;
+        sys::stdio::replace_stdin(null).context(failed)?;
+        Ok((plan, input))
     }
 
     pub fn read(input: &mut impl BufRead) -> Result<Plan> {

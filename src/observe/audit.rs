@@ -46,8 +46,15 @@ pub enum Name {
     GuardDied,
     /// The key service cannot be reached or trusted; the volume still serves.
     KeyDegraded,
+    /// Fully serving again.
     KeyRecovered,
+    /// Something about the key service's answers that a person should see.
+    KeyAlert,
     KeyExpiryWarning,
+    /// Still Inaccessible, for another reason.
+    ReasonChanged,
+    /// The volume could not open by itself although the key is good again.
+    HealFailed,
     KekRotated,
     DekRotated,
     IntegrityFailure,
@@ -68,6 +75,9 @@ impl Name {
             Name::GuardDied => "GuardDied",
             Name::KeyDegraded => "KeyDegraded",
             Name::KeyRecovered => "KeyRecovered",
+            Name::KeyAlert => "KeyAlert",
+            Name::ReasonChanged => "ReasonChanged",
+            Name::HealFailed => "HealFailed",
             Name::KeyExpiryWarning => "KeyExpiryWarning",
             Name::KekRotated => "KekRotated",
             Name::DekRotated => "DekRotated",
@@ -170,18 +180,19 @@ pub fn emit(event: Event) {
     }
 }
 
-/// Bytes on the backing storage failed their authentication. `path` is the logical name where
-/// one is known. The same failure again within a minute is only counted.
-pub fn integrity_failure(failure: &IntegrityFailure, path: Option<&str>) {
+/// Bytes on the backing storage failed their authentication. `path` is the logical one, empty
+/// where it cannot be read. The same failure again within a minute is only counted.
+pub fn integrity_failure(failure: &IntegrityFailure, path: &str, backing_path: &str) {
     let Some((repeated, dropped)) = admit(failure, Instant::now()) else { return };
     let mut event = Event::new(Name::IntegrityFailure)
         .with("what", failure.what)
         .with("file_id", failure.file_id.as_str())
+        .with("backing_path", backing_path)
         .with("detail", failure.detail.as_str());
     if let Some(index) = failure.index {
         event = event.with("index", index);
     }
-    if let Some(path) = path {
+    if !path.is_empty() {
         event = event.with("path", path);
     }
     if repeated > 0 {

@@ -1,0 +1,225 @@
+//! The daemon's life, from its plan to its end. The order of the start:
+//!
+//! 1. What needs no key, so that a wrong argument costs the key service nothing: mount point,
+//!    header, pin, envelope, the writer lock.
+//! 2. The key: checked in full, unwrapped by its service, compared with the pin.
+//! 3. A session of the store, the gate, the watcher.
+//! 4. The mount, the control socket, and the report that it serves.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicI32;
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use super::control::{self, Description};
+use super::cutoff::{self, CutOff};
+use super::fence::Fence;
+use super::plan::{Plan, Watch};
+use super::report::{self, Report};
+use super::volume::{Integrity, Mount, Orders, Volume, check_key};
+use super::{check, harden, hex, keeper, mountinfo, notify, pins, settings};
+use crate::backing::Backing;
+use crate::backing::linux::LinuxBacking;
+use crate::crypto;
+use crate::error::{Context, Error, Kind, Result};
+use crate::fuse::{self, MountOptions};
+use crate::key::envelope::Envelope;
+use crate::key::gate::Gate;
+use crate::key::provider;
+use crate::key::watcher::Watcher;
+use crate::observe::audit::{self, Event, Name, emit};
+use crate::observe::log as logging;
+use crate::store::Store;
+use crate::sys;
+use crate::vfs::{AuditSink, Filesystem, FilesystemOptions};
+
+/// Runs the daemon of the plan on standard input; returns when its mount is gone.
+pub fn run() -> Result<()> {
+    harden::process("byokfs")?;
+    let signals = sys::signals::open(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])
+        .context(|| "cannot take signals".to_owned())?;
+    let result = Plan::from_stdin().and_then(|(plan, life)| {
+        install_log(&plan)?;
+        serve(plan, life, signals)
+    });
+    if let Err(error) = &result {
+        log::error!("{error}");
+        Report::Failed(error.into()).send();
+    }
+    result
+}
+
+/// The daemon's and the guard's log.
+pub fn install_log(plan: &Plan) -> Result<()> {
+    let target = match &plan.config.log.file {
+        Some(file) if !plan.foreground => {
+            check::parent_dir(file)?;
+            logging::Target::File(file)
+        }
+        _ => logging::Target::Stderr,
+    };
+    logging::install(target, plan.config.log.level.into())
+}
+
+fn serve(plan: Plan, life: BufReader<File>, signals: OwnedFd) -> Result<()> {
+    // A new session: what a terminal sends to the foreground is for the guard alone.
+    rustix::process::setsid().context(|| "cannot start a session".to_owned())?;
+    let volume = open(plan)?;
+    let result = mount_and_serve(&volume, life, signals);
+    let closed = volume.close();
+    result.and(closed)
+}
+
+/// Steps 1 to 3.
+fn open(plan: Plan) -> Result<Arc<Volume>> {
+    crypto::selftest::run()?;
+    check::mount_point(&plan.back, &plan.mnt)?;
+    check::own_paths(&plan)?;
+    let backing: Arc<dyn Backing> = LinuxBacking::open(&plan.back)?;
+    let info = Store::inspect(&*backing)?;
+    if info.damaged_copy {
+        log::warn!("one copy of {}'s volume header is damaged", plan.back.display());
+    }
+    let pin = pins::read(&plan.config_dir, &info.uuid)?;
+    if let Some(file) = &plan.config.audit.file {
+        check::parent_dir(file)?;
+        let context =
+            [("volume", hex::uuid(&info.uuid)), ("mount", plan.mnt.to_string_lossy().into_owned())];
+        audit::install(file, &context)?;
+    }
+    let envelope = Envelope::load(&backing.root())?;
+    let provider = provider::for_key(&envelope.kid, &settings::provider(&plan.config.key))?;
+    let gate = Gate::new();
+    let store = Store::open(Arc::clone(&backing), Arc::clone(&gate), plan.read_only)?;
+
+    let revalidated = check_key(&*provider, &envelope, &info, &pin)?;
+    for row in revalidated.report.warnings() {
+        log::warn!("{}: {}: {} {}", envelope.kid, row.requirement, row.found, row.fix);
+    }
+    store.start_session(&revalidated.keyring)?;
+
+    let syncer = Arc::clone(&store);
+    let sync = move || syncer.sync_all().map_err(|error| Error::new(Kind::Io, error.to_string()));
+    let cut_off = CutOff::new(Arc::clone(&gate), Arc::new(sync));
+    let orders = Arc::new(Orders { volume: OnceLock::new(), cut_off: Arc::clone(&cut_off) });
+    let watcher = Watcher::start(
+        settings::watcher(&plan.config),
+        provider,
+        envelope,
+        Arc::clone(&gate),
+        Arc::clone(&orders) as _,
+    )?;
+    let volume = Arc::new(Volume {
+        plan,
+        info,
+        pin,
+        backing,
+        store,
+        gate,
+        cut_off,
+        integrity: Arc::new(Integrity::default()),
+        watcher: OnceLock::new(),
+        mount: OnceLock::new(),
+        guard: AtomicI32::new(parent()),
+    });
+    watcher.admit(revalidated)?;
+    if volume.watcher.set(watcher).is_err() || orders.volume.set(Arc::downgrade(&volume)).is_err() {
+        log::error!("started twice");
+    }
+    Ok(volume)
+}
+
+/// Step 4, and all that follows until the mount is gone.
+fn mount_and_serve(volume: &Arc<Volume>, life: BufReader<File>, signals: OwnedFd) -> Result<()> {
+    let plan = &volume.plan;
+    let filesystem = Filesystem::new(
+        Arc::clone(&volume.store),
+        Arc::clone(&volume.backing),
+        Arc::clone(&volume.gate),
+        Arc::clone(&volume.integrity) as Arc<dyn AuditSink>,
+        FilesystemOptions { read_only: plan.read_only },
+    );
+    let options = MountOptions {
+        read_only: plan.read_only,
+        errno: settings::errno(&plan.config.mount),
+        transport: settings::transport(&plan.config.mount),
+        threads: plan.config.mount.threads.into(),
+        noexec: plan.no_exec,
+        noatime: plan.no_atime,
+        ..MountOptions::new(plan.back.to_string_lossy(), &plan.mnt)
+    };
+    let session = fuse::mount(filesystem, &options)?;
+    let device = mountinfo::at(&plan.mnt)?
+        .filter(|mount| mount.fs_type == mountinfo::FS_TYPE)
+        .map(|mount| mount.device)
+        .ok_or_else(|| Error::new(Kind::Io, "the new mount is not in the mount table"))?;
+    Report::Mounted(device).send();
+    let fence = Fence::new(plan.config.fence.clone(), device);
+    volume.cut_off.mounted(cutoff::Mounted { fence, cache: Box::new(session.purge()) });
+    // Until here a cut-off could not purge; it had nothing to.
+    if volume.gate.check().is_err() {
+        return Err(Error::new(
+            Kind::Inaccessible,
+            "the key was lost while the volume was mounted",
+        ));
+    }
+    if volume.mount.set(Mount { session, device, since: SystemTime::now() }).is_err() {
+        log::error!("mounted twice");
+    }
+    let description =
+        Description { back: plan.back.clone(), mnt: plan.mnt.clone(), pid: std::process::id() };
+    let control = control::Server::bind(&plan.config.run.dir, &description)?;
+    let answers = Arc::clone(volume);
+    control.serve(move |verb| answers.answer(verb))?;
+    take_signals(Arc::clone(volume), signals)?;
+    let guarded = Arc::clone(volume);
+    let watch = Watch { pid: i32::try_from(std::process::id()).unwrap_or_default(), device };
+    keeper::start(life, plan.clone(), watch, move |pid| {
+        guarded.guard.store(pid, std::sync::atomic::Ordering::Relaxed);
+    })?;
+
+    emit(Event::new(Name::VolumeMounted).with("back", plan.back.to_string_lossy()));
+    log::info!("{} is mounted at {}", plan.back.display(), plan.mnt.display());
+    notify::status("Available");
+    Report::Ready.send();
+    report::close()?;
+
+    if let Some(mount) = volume.mount.get() {
+        mount.session.wait();
+    }
+    notify::stopping();
+    log::info!("{} is unmounted", plan.mnt.display());
+    emit(Event::new(Name::VolumeUnmounted).with("reason", "Unmounted"));
+    drop(control);
+    Ok(())
+}
+
+fn take_signals(volume: Arc<Volume>, signals: OwnedFd) -> Result<()> {
+    let take = move || {
+        loop {
+            match poll(&mut [PollFd::new(&signals, PollFlags::IN)], None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return log::error!("cannot take signals any more: {error}"),
+            }
+            match sys::signals::next(&signals) {
+                Ok(Some(libc::SIGTERM | libc::SIGINT)) => volume.terminate(),
+                Ok(_) => {}
+                Err(error) => return log::error!("cannot take signals any more: {error}"),
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(take)
+        .map(drop)
+        .context(|| "cannot start a thread".to_owned())
+}
+
+fn parent() -> i32 {
+    rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get())
+}

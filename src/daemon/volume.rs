@@ -1,0 +1,331 @@
+//! A mounted volume: what the watcher, the control socket and the signals act on.
+
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::{Value, json};
+
+use super::control::Verb;
+use super::cutoff::{CutOff, Side};
+use super::mountinfo::Device;
+use super::plan::Plan;
+use super::{hex, notify, users};
+use crate::backing::Backing;
+use crate::error::{Error, FsError, Kind, Result};
+use crate::fuse;
+use crate::key::custody::{self, Refusal};
+use crate::key::envelope::Envelope;
+use crate::key::gate::{Gate, State};
+use crate::key::provider::{self, Provider};
+use crate::key::reason::Reason;
+use crate::key::requirement;
+use crate::key::watcher::{self, CutOffOrder, Handler, Notice, Watcher};
+use crate::observe::audit::{self, Event, Name, Status, emit, timestamp};
+use crate::store::{Store, VolumeInfo};
+use crate::vfs::{AuditSink, IntegrityEvent};
+
+/// For the full check of a key, which is several calls.
+pub const REVALIDATE_LIMIT: Duration = Duration::from_secs(30);
+/// How long a revalidation waits for a cut-off under way.
+const TRANSITION_LIMIT: Duration = Duration::from_secs(120);
+const PROBE_LIMIT: Duration = Duration::from_secs(60);
+const STEP: Duration = Duration::from_millis(100);
+
+/// Counts integrity failures and hands them to the audit trail.
+#[derive(Debug, Default)]
+pub struct Integrity(AtomicU64);
+
+impl AuditSink for Integrity {
+    fn integrity_failure(&self, event: &IntegrityEvent) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        audit::integrity_failure(&event.failure, &event.logical_path, &event.backing_path);
+    }
+}
+
+/// The mount of a volume, once there is one.
+#[derive(Debug)]
+pub struct Mount {
+    pub session: fuse::Mounted,
+    pub device: Device,
+    pub since: SystemTime,
+}
+
+#[derive(Debug)]
+pub struct Volume {
+    pub plan: Plan,
+    pub info: VolumeInfo,
+    pub pin: super::pins::Pin,
+    pub backing: Arc<dyn Backing>,
+    pub store: Arc<Store>,
+    pub gate: Arc<Gate>,
+    pub cut_off: Arc<CutOff>,
+    pub integrity: Arc<Integrity>,
+    pub watcher: OnceLock<Arc<Watcher>>,
+    pub mount: OnceLock<Mount>,
+    /// Process id of the guard.
+    pub guard: AtomicI32,
+}
+
+impl Volume {
+    /// Answers a request of the control socket.
+    pub fn answer(&self, verb: Verb) -> Result<Value> {
+        match verb {
+            Verb::Status => self.status(),
+            Verb::Probe => {
+                self.watcher()?.probe_now(PROBE_LIMIT);
+                self.status()
+            }
+            Verb::Revalidate => {
+                self.revalidate(true)?;
+                self.status()
+            }
+            Verb::Sync => self.store.sync_all().map_err(sync_error).map(|()| Value::Null),
+            Verb::Umount => self.unmount().map(|()| Value::Null),
+        }
+    }
+
+    fn watcher(&self) -> Result<&Arc<Watcher>> {
+        self.watcher.get().ok_or_else(|| Error::new(Kind::Busy, "the daemon is still starting"))
+    }
+
+    fn mount(&self) -> Result<&Mount> {
+        self.mount.get().ok_or_else(|| Error::new(Kind::Busy, "the daemon is still starting"))
+    }
+
+    /// Unmounts, unless somebody uses the mount.
+    pub fn unmount(&self) -> Result<()> {
+        let mount = self.mount()?;
+        let mnt = self.plan.mnt.display();
+        let in_use = || {
+            let users = users::of(mount.device);
+            (!users.is_empty()).then(|| {
+                let message = format!("{mnt} is in use: {}", users::list(&users));
+                Error::new(Kind::Busy, message)
+            })
+        };
+        if let Some(error) = in_use() {
+            return Err(error);
+        }
+        match mount.session.unmount(false) {
+            // Somebody came between the look and the unmount.
+            Err(error) if error.kind == Kind::Busy => Err(in_use().unwrap_or(error)),
+            result => result,
+        }
+    }
+
+    /// On a request to terminate: a clean unmount, or a refusal that says why.
+    pub fn terminate(&self) {
+        log::info!("asked to terminate");
+        let Err(error) = self.unmount() else { return };
+        let message = format!("not terminating: {error}");
+        log::error!("{message}");
+        notify::status(&message);
+        emit(Event::new(Name::UnmountRefused).with("error", error.to_string()));
+    }
+
+    /// Checks the key in full, and opens the volume with it if it is shut. `asked` by a person,
+    /// not by the watcher.
+    fn revalidate(&self, asked: bool) -> Result<()> {
+        let mut side = self.settled()?;
+        let shut = *side == Side::CutOff;
+        if shut {
+            emit(Event::new(Name::MakeAccessible).status(Status::Started).with("asked", asked));
+        }
+        let result = self.reopen(shut);
+        if !shut {
+            drop(side);
+            result?;
+            self.watcher()?.probe_now(PROBE_LIMIT);
+            return Ok(());
+        }
+        match result {
+            Ok(()) => {
+                *side = Side::Open;
+                drop(side);
+                emit(Event::new(Name::MakeAccessible).status(Status::Succeeded));
+                log::info!("the volume is Available again");
+                notify::status("Available");
+                Ok(())
+            }
+            Err(error) => {
+                let event = Event::new(Name::MakeAccessible).status(Status::Failed);
+                emit(event.with("error", error.to_string()));
+                log::error!("the volume stays Inaccessible: {error}");
+                Err(error)
+            }
+        }
+    }
+
+    /// No transition under way: either the gate is open, or the cut-off is complete.
+    fn settled(&self) -> Result<parking_lot::MutexGuard<'_, Side>> {
+        let start = Instant::now();
+        while start.elapsed() < TRANSITION_LIMIT {
+            let left = TRANSITION_LIMIT.saturating_sub(start.elapsed());
+            if let Some(side) = self.cut_off.transition(left)
+                && (*side == Side::CutOff || self.gate.check().is_ok())
+            {
+                return Ok(side);
+            }
+            // The gate has shut by itself, and the watcher is about to order the cut-off.
+            std::thread::sleep(STEP);
+        }
+        Err(Error::new(Kind::Busy, "the cut-off is still under way; try again when it is done"))
+    }
+
+    fn reopen(&self, open: bool) -> Result<()> {
+        let envelope = Envelope::load(&self.store.envelope_dir())?;
+        let provider =
+            provider::for_key(&envelope.kid, &super::settings::provider(&self.plan.config.key))?;
+        let revalidated = check_key(&*provider, &envelope, &self.info, &self.pin)?;
+        if !open {
+            return Ok(());
+        }
+        self.store.start_session(&revalidated.keyring)?;
+        let watcher = self.watcher()?;
+        watcher.replace_envelope(envelope);
+        watcher.admit(revalidated)
+    }
+
+    pub fn status(&self) -> Result<Value> {
+        let status = self.watcher()?.status();
+        let gate = &status.gate;
+        let mount = self.mount.get();
+        let kek_version = status.kid.rsplit('/').next();
+        Ok(json!({
+            "state": gate.state.name(),
+            "reason": gate.reason.map(Reason::name),
+            "reason_text": gate.reason.map(Reason::describe),
+            "since": timestamp(gate.since),
+            "volume": hex::uuid(&self.info.uuid),
+            "mnt": self.plan.mnt.to_string_lossy(),
+            "back": self.plan.back.to_string_lossy(),
+            "read_only": self.plan.read_only,
+            "kek": status.kid,
+            "kek_version": kek_version,
+            "kek_expires": status.expires.map(timestamp),
+            "last_success": status.last_success.map(timestamp),
+            "last_probe": status.last_probe.as_ref().map(probe_json),
+            "next_probe": status.next_probe_in.map(|left| timestamp(SystemTime::now() + left)),
+            "valid_for_seconds": gate.valid_for.as_secs(),
+            "mounted_since": mount.map(|mount| timestamp(mount.since)),
+            "device": mount.map(|mount| mount.device.to_string()),
+            "fence": self.plan.config.fence.enabled,
+            "pid": std::process::id(),
+            "guard_pid": self.guard.load(Ordering::Relaxed),
+            "counters": {
+                "epochs": gate.epoch,
+                "failed_probes": status.failures,
+                "integrity_failures": self.integrity.0.load(Ordering::Relaxed),
+            },
+        }))
+    }
+
+    /// Ends the keys' life in this process, after the mount is gone or never was.
+    pub fn close(&self) -> Result<()> {
+        if let Some(watcher) = self.watcher.get() {
+            watcher.stop();
+        }
+        self.gate.shut(Reason::Operator);
+        if !self.gate.drain(Duration::from_secs(5)) {
+            log::error!("operations still hold keys");
+        }
+        self.gate.wipe();
+        self.store.sync_all().map_err(sync_error)
+    }
+}
+
+/// The one way to the volume's key: unwrapped by its service just now, and the one pinned here.
+pub fn check_key(
+    provider: &dyn Provider,
+    envelope: &Envelope,
+    info: &VolumeInfo,
+    pin: &super::pins::Pin,
+) -> Result<custody::Revalidated> {
+    if envelope.volume != info.uuid {
+        return Err(Error::corrupt(format!(
+            "the envelope belongs to volume {}, not to {}: restore envelope.json from a backup",
+            hex::uuid(&envelope.volume),
+            hex::uuid(&info.uuid)
+        )));
+    }
+    let settings = requirement::Settings { tolerant: !pin.requirements, ..Default::default() };
+    custody::revalidate(provider, envelope, &pin.fingerprint, &settings, REVALIDATE_LIMIT)
+        .map_err(|refusal: Refusal| refusal.error)
+}
+
+fn probe_json(probe: &watcher::ProbeReport) -> Value {
+    json!({
+        "at": timestamp(probe.at),
+        "milliseconds": u64::try_from(probe.took.as_millis()).unwrap_or(u64::MAX),
+        "complete": probe.complete,
+        "result": probe.result,
+        "reason": probe.reason.map(Reason::name),
+        "detail": probe.detail,
+    })
+}
+
+fn sync_error(error: FsError) -> Error {
+    match error {
+        FsError::CutOff(_) => Error::new(Kind::Inaccessible, error.to_string()),
+        FsError::Integrity(_) => Error::corrupt(error.to_string()),
+        FsError::Os(errno) => Error::io("cannot flush the volume", errno.into()),
+    }
+}
+
+/// The watcher's handler. It holds the volume weakly: the volume owns the watcher.
+#[derive(Debug)]
+pub struct Orders {
+    pub volume: OnceLock<std::sync::Weak<Volume>>,
+    pub cut_off: Arc<CutOff>,
+}
+
+impl Orders {
+    fn volume(&self) -> Result<Arc<Volume>> {
+        self.volume
+            .get()
+            .and_then(std::sync::Weak::upgrade)
+            .ok_or_else(|| Error::new(Kind::Busy, "the daemon is starting or ending"))
+    }
+}
+
+impl Handler for Orders {
+    fn cut_off(&self, order: &CutOffOrder) {
+        self.cut_off.run(order.reason, order.detail.as_deref());
+    }
+
+    fn heal(&self) -> Result<()> {
+        self.volume()?.revalidate(false)
+    }
+
+    fn notice(&self, notice: &Notice) {
+        let with_reason = |name, reason: &Reason, detail: &Option<String>| {
+            let event = Event::new(name).with("reason", reason.name());
+            match detail {
+                Some(detail) => event.with("detail", detail.as_str()),
+                None => event,
+            }
+        };
+        emit(match notice {
+            Notice::Degraded { reason, detail } => {
+                notify::status(&format!("{}: {}", State::Degraded, reason.describe()));
+                with_reason(Name::KeyDegraded, reason, detail)
+            }
+            Notice::Restored => {
+                notify::status(State::Available.name());
+                Event::new(Name::KeyRecovered)
+            }
+            Notice::ReasonChanged { reason, detail } => {
+                notify::status(&format!("{}: {}", State::Inaccessible, reason.describe()));
+                with_reason(Name::ReasonChanged, reason, detail)
+            }
+            Notice::Alert { reason, detail } => with_reason(Name::KeyAlert, reason, detail),
+            Notice::KeyExpiryWarning { expires, days } => Event::new(Name::KeyExpiryWarning)
+                .with("expires", timestamp(*expires))
+                .with("days", *days),
+            Notice::HealFailed { detail } => {
+                Event::new(Name::HealFailed).with("detail", detail.as_str())
+            }
+        });
+    }
+}
