@@ -2,6 +2,8 @@
 //!
 //! Plain http, so on loopback only; the header secret says whose token is wanted.
 
+use std::net::IpAddr;
+
 use aws_lc_rs::digest::{SHA256, digest};
 use serde_json::json;
 use url::form_urlencoded;
@@ -23,6 +25,7 @@ pub(crate) struct TokenRequest {
     pub(crate) path: String,
     pub(crate) query: String,
     pub(crate) header: Option<HeaderSecret>,
+    pub(crate) client: IpAddr,
 }
 
 /// Not for logs.
@@ -64,7 +67,12 @@ impl Vault {
             ),
         };
         let request_id = codec::new_uuid().unwrap_or_default();
-        let outcome = Outcome { status, reason, request_id: &request_id, client: None };
+        let outcome = Outcome {
+            status,
+            reason,
+            request_id: &request_id,
+            client: Some(request.client.to_string()),
+        };
         self.audit.record(&event, &outcome, (self.clock)());
         Reply {
             status,

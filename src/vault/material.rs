@@ -5,7 +5,7 @@ use std::fmt;
 
 use aws_lc_rs::encoding::{AsDer as _, Pkcs8V1Der};
 use aws_lc_rs::rsa::{
-    KeyPair, KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepAlgorithm,
+    KeyPair, KeyPairComponents, KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepAlgorithm,
     OaepPrivateDecryptingKey, OaepPublicEncryptingKey, Pkcs1PrivateDecryptingKey,
     Pkcs1PublicEncryptingKey, PrivateDecryptingKey,
 };
@@ -56,6 +56,15 @@ pub(crate) fn key_size(bits: u64) -> Option<KeySize> {
     }
 }
 
+/// 65537, the only one taken.
+const PUBLIC_EXPONENT: [u8; 3] = [1, 0, 1];
+
+fn encode(pair: &KeyPair) -> Result<SecretBytes> {
+    let der: Pkcs8V1Der<'_> =
+        pair.as_der().map_err(|_| Error::new(Kind::Io, "cannot encode an RSA key"))?;
+    SecretBytes::new_with(der.as_ref().len(), |place| place.copy_from_slice(der.as_ref()))
+}
+
 /// A private key, parsed once and ready to use.
 pub(crate) struct PrivateKey {
     pair: KeyPair,
@@ -74,10 +83,7 @@ impl PrivateKey {
     pub(crate) fn generate(size: KeySize) -> Result<(PrivateKey, SecretBytes)> {
         let pair = KeyPair::generate(size)
             .map_err(|_| Error::new(Kind::Io, "cannot generate an RSA key"))?;
-        let der: Pkcs8V1Der<'_> =
-            pair.as_der().map_err(|_| Error::new(Kind::Io, "cannot encode an RSA key"))?;
-        let pkcs8 =
-            SecretBytes::new_with(der.as_ref().len(), |place| place.copy_from_slice(der.as_ref()))?;
+        let pkcs8 = encode(&pair)?;
         Ok((PrivateKey::from_pkcs8(&pkcs8)?, pkcs8))
     }
 
@@ -87,6 +93,37 @@ impl PrivateKey {
             pair: KeyPair::from_pkcs8(pkcs8.expose()).map_err(unusable)?,
             decrypting: PrivateDecryptingKey::from_pkcs8(pkcs8.expose()).map_err(unusable)?,
         })
+    }
+
+    /// None unless the numbers are those of one RSA key of a size that this vault makes itself.
+    pub(crate) fn from_components(
+        components: &KeyPairComponents<Vec<u8>>,
+    ) -> Result<Option<(PrivateKey, SecretBytes)>> {
+        let bits = components.public_key.n.len() as u64 * 8;
+        let top_bit = components.public_key.n.first().is_some_and(|byte| byte & 0x80 != 0);
+        // Numbers longer than the modulus would cost time before they are refused.
+        let longest = [
+            &components.d,
+            &components.p,
+            &components.q,
+            &components.dP,
+            &components.dQ,
+            &components.qInv,
+        ]
+        .map(Vec::len)
+        .into_iter()
+        .max();
+        if longest > Some(components.public_key.n.len() + 1) {
+            return Ok(None);
+        }
+        if key_size(bits).is_none() || !top_bit || components.public_key.e != PUBLIC_EXPONENT {
+            return Ok(None);
+        }
+        let Ok(pair) = KeyPair::from_components(components) else {
+            return Ok(None);
+        };
+        let pkcs8 = encode(&pair)?;
+        Ok(Some((PrivateKey::from_pkcs8(&pkcs8)?, pkcs8)))
     }
 
     pub(crate) fn public_numbers(&self) -> PublicNumbers {

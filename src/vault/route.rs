@@ -12,6 +12,7 @@ pub(crate) enum Route {
     GetKey { name: String, version: Option<String> },
     UpdateKey { name: String, version: Option<String> },
     CreateKey { name: String },
+    ImportKey { name: String },
     DeleteKey { name: String },
     RotateKey { name: String },
     BackupKey { name: String },
@@ -54,6 +55,7 @@ impl Route {
             Route::GetKey { .. } | Route::GetDeleted { .. } => Permission::Get,
             Route::UpdateKey { .. } => Permission::Update,
             Route::CreateKey { .. } => Permission::Create,
+            Route::ImportKey { .. } => Permission::Import,
             Route::DeleteKey { .. } => Permission::Delete,
             Route::RotateKey { .. } => Permission::Rotate,
             Route::BackupKey { .. } => Permission::Backup,
@@ -80,6 +82,7 @@ impl Route {
             Route::GetKey { .. } => "KeyGet",
             Route::UpdateKey { .. } => "KeyUpdate",
             Route::CreateKey { .. } => "KeyCreate",
+            Route::ImportKey { .. } => "KeyImport",
             Route::DeleteKey { .. } => "KeyDelete",
             Route::RotateKey { .. } => "KeyRotate",
             Route::BackupKey { .. } => "KeyBackup",
@@ -111,6 +114,7 @@ impl Route {
             | Route::Use { name, version, .. } => (Some(name), version.as_deref()),
             Route::ListVersions { name }
             | Route::CreateKey { name }
+            | Route::ImportKey { name }
             | Route::DeleteKey { name }
             | Route::RotateKey { name }
             | Route::BackupKey { name }
@@ -152,6 +156,7 @@ fn key_route(method: &str, rest: &[&str]) -> Result<Route, Refusal> {
         ("PATCH", [name, version], _) => {
             Ok(Route::UpdateKey { name: key_name(name)?, version: key_version(name, version)? })
         }
+        ("PUT", [name] | [name, ""], _) => Ok(Route::ImportKey { name: key_name(name)? }),
         ("DELETE", [name] | [name, ""], _) => Ok(Route::DeleteKey { name: key_name(name)? }),
         (_, [name] | [name, _] | [name, _, _], _) => {
             key_name(name)?;
@@ -295,6 +300,7 @@ mod tests {
             ("GET", "/keys", Permission::List),
             ("GET", "/keys/k", Permission::Get),
             ("POST", "/keys/k/create", Permission::Create),
+            ("PUT", "/keys/k", Permission::Import),
             ("POST", "/keys/k/unwrapkey", Permission::UnwrapKey),
             ("DELETE", "/deletedkeys/k", Permission::Purge),
             ("POST", "/deletedkeys/k/recover", Permission::Recover),

@@ -35,7 +35,8 @@ use crate::error::{Context, Error, Kind, Result};
 
 /// No request of the protocol comes near it.
 const MAX_BODY: usize = 4 * 1024 * 1024;
-const HEADER_TIMEOUT: Duration = Duration::from_secs(20);
+/// Also how long an idle connection is kept: longer than clients pool theirs.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(90);
 const BODY_TIMEOUT: Duration = Duration::from_secs(20);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long running requests may take once a stop is asked for.
@@ -134,7 +135,9 @@ async fn run(
     let tokens = Router::new().fallback(token_call).with_state(Arc::clone(&vault));
     let mut api =
         tokio::spawn(server.serve(api.into_make_service_with_connect_info::<SocketAddr>()));
-    let mut tokens = tokio::spawn(identity_server.serve(tokens.into_make_service()));
+    let mut tokens = tokio::spawn(
+        identity_server.serve(tokens.into_make_service_with_connect_info::<SocketAddr>()),
+    );
     let purging = tokio::spawn(purge_regularly(vault));
     // The sockets listen since they were bound: whoever reads this can connect.
     announce()?;
@@ -216,13 +219,18 @@ async fn api_call(
     answer(move || vault.handle(&request)).await
 }
 
-async fn token_call(State(vault): State<Arc<Vault>>, request: HttpRequest<Body>) -> Response {
+async fn token_call(
+    State(vault): State<Arc<Vault>>,
+    ConnectInfo(client): ConnectInfo<SocketAddr>,
+    request: HttpRequest<Body>,
+) -> Response {
     let request = TokenRequest {
         method: request.method().as_str().to_owned(),
         path: request.uri().path().to_owned(),
         query: request.uri().query().unwrap_or_default().to_owned(),
         header: text(request.headers(), &HeaderName::from_static("x-identity-header"))
             .map(HeaderSecret),
+        client: client.ip(),
     };
     answer(move || vault.token(&request)).await
 }

@@ -126,6 +126,32 @@ pub(crate) struct CreateRequest {
     pub(crate) release_policy: Option<Value>,
 }
 
+#[derive(Deserialize)]
+pub(crate) struct ImportRequest {
+    #[serde(rename = "Hsm", alias = "hsm")]
+    pub(crate) hsm: Option<bool>,
+    pub(crate) key: PrivateJwk,
+    #[serde(default)]
+    pub(crate) attributes: AttributesPatch,
+    pub(crate) tags: Option<BTreeMap<String, String>>,
+    pub(crate) release_policy: Option<Value>,
+}
+
+/// A private RSA key; the allocator overwrites these strings when they go.
+#[derive(Deserialize)]
+pub(crate) struct PrivateJwk {
+    pub(crate) kty: Option<String>,
+    pub(crate) key_ops: Option<Vec<String>>,
+    pub(crate) n: Option<String>,
+    pub(crate) e: Option<String>,
+    pub(crate) d: Option<String>,
+    pub(crate) p: Option<String>,
+    pub(crate) q: Option<String>,
+    pub(crate) dp: Option<String>,
+    pub(crate) dq: Option<String>,
+    pub(crate) qi: Option<String>,
+}
+
 #[derive(Debug, Deserialize)]
 pub(crate) struct UpdateRequest {
     pub(crate) key_ops: Option<Vec<String>>,

@@ -58,6 +58,22 @@ fn keys_from_the_command_line() {
 }
 
 #[test]
+fn a_purged_key_comes_back_from_its_backup() {
+    let vault = Vault::new(&["--no-purge-protection"]);
+    let _server = vault.serve();
+    let file = vault.dir.join("kek.backup");
+    let file = file.to_str().unwrap();
+    let kid = vault.cli_json(&["key", "create", "--name", "kek"])["key"]["kid"].clone();
+    vault.cli_json(&["key", "backup", "--name", "kek", "--file", file]);
+    assert_eq!(failed(&vault, &["key", "backup", "--name", "kek", "--file", file]).0, 1);
+    assert_eq!(failed(&vault, &["key", "restore", "--file", file]).0, 7);
+    vault.cli_json(&["key", "delete", "--name", "kek"]);
+    vault.cli_json(&["key", "purge", "--name", "kek"]);
+    let restored = vault.cli_json(&["key", "restore", "--file", file]);
+    assert_eq!(restored["key"]["kid"], kid);
+}
+
+#[test]
 fn more_keys_than_a_page_are_all_listed() {
     let vault = Vault::new(&[]);
     let server = vault.serve();

@@ -252,6 +252,42 @@ fn without_purge_protection_a_key_can_be_purged_and_restored_from_its_backup() {
 }
 
 #[test]
+fn an_imported_key_works_and_a_wrong_one_is_refused() {
+    let vault = Vault::new(&[]);
+    let server = vault.serve();
+    let admin = server.admin();
+    // A key made for this test with another library; it protects nothing.
+    let jwk: Value = serde_json::from_str(include_str!("imported.jwk.json")).unwrap();
+    let import = |jwk: Value| server.call(&admin, "PUT", "/keys/mine", json!({ "key": jwk }));
+    let bundle = import(jwk.clone()).ok();
+    assert_eq!((&bundle["key"]["n"], &bundle["key"]["kty"]), (&jwk["n"], &json!("RSA")));
+    assert!(bundle["key"].get("d").is_none());
+    let value = wrap(&server, &admin, "/keys/mine");
+    server.kill();
+    let server = vault.serve();
+    assert_eq!(unwrap(&server, &admin, "/keys/mine", &value).0, 200);
+    let import = |jwk: Value| server.call(&admin, "PUT", "/keys/mine", json!({ "key": jwk }));
+    for (field, bad) in [
+        ("d", Value::Null),
+        ("d", jwk["n"].clone()),
+        ("p", jwk["q"].clone()),
+        ("e", json!("Aw")),
+        ("n", json!("AQAB")),
+        ("n", json!(b64(&[0xff; 256]))),
+        ("qi", json!(b64(&[0xff; 100_000]))),
+        ("kty", json!("EC")),
+        ("key_ops", json!(["fly"])),
+    ] {
+        let mut changed = jwk.clone();
+        changed[field] = bad;
+        let answer = import(changed);
+        assert_eq!((answer.status, answer.code().as_str()), (400, "BadParameter"), "{field}");
+    }
+    let body = json!({ "key": jwk, "Hsm": true });
+    assert_eq!(server.call(&admin, "PUT", "/keys/hsm", body).ok()["key"]["kty"], "RSA-HSM");
+}
+
+#[test]
 fn thirty_two_clients_at_once_get_right_answers() {
     let vault = Vault::new(&[]);
     let server = vault.serve();

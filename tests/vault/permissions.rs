@@ -23,6 +23,10 @@ fn use_permission(server: &Server, admin: &str, token: &str, permission: &str) -
         "get" => server.call(token, "GET", "/keys/kek", Value::Null),
         "list" => server.call(token, "GET", "/keys/kek/versions", Value::Null),
         "create" => server.call(token, "POST", "/keys/new/create", json!({ "kty": "RSA" })),
+        "import" => {
+            let jwk: Value = serde_json::from_str(include_str!("imported.jwk.json")).unwrap();
+            server.call(token, "PUT", "/keys/imported", json!({ "key": jwk }))
+        }
         "update" => server.call(token, "PATCH", "/keys/kek", json!({ "tags": {} })),
         "rotate" => server.call(token, "POST", "/keys/kek/rotate", json!({})),
         "backup" => server.call(token, "POST", "/keys/kek/backup", json!({})),
@@ -80,7 +84,8 @@ fn use_permission(server: &Server, admin: &str, token: &str, permission: &str) -
     }
 }
 
-const PERMISSIONS: [&str; 16] = [
+const PERMISSIONS: [&str; 17] = [
+    "import",
     "get",
     "list",
     "create",

@@ -1,6 +1,7 @@
 //! `vault key`: the verbs of `az keyvault key`.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Map, Value, json};
@@ -10,8 +11,8 @@ use time::format_description::well_known::Rfc3339;
 use super::client::Client;
 use super::{Target, checked_name, date, unexpected};
 use crate::cli::output;
-use crate::error::{Error, Result};
-use crate::vault::VaultDir;
+use crate::error::{Context, Error, Result};
+use crate::vault::{VaultDir, write_new};
 
 #[derive(Debug, Args)]
 pub(super) struct KeyArgs {
@@ -43,6 +44,10 @@ enum KeyVerb {
     Purge(NameArgs),
     /// Create a new version like the newest one
     Rotate(NameArgs),
+    /// Write a key with all of its versions to a file that only this vault can read
+    Backup(BackupArgs),
+    /// Bring a purged key back from its backup
+    Restore(RestoreArgs),
 }
 
 #[derive(Debug, Args)]
@@ -67,6 +72,24 @@ struct VersionArgs {
     /// The version [default: the newest]
     #[arg(long, value_parser = checked_name)]
     version: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct BackupArgs {
+    #[command(flatten)]
+    key: NameArgs,
+    /// The file to write; must not be there yet
+    #[arg(long, short)]
+    file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct RestoreArgs {
+    /// The file that `backup` wrote
+    #[arg(long, short)]
+    file: PathBuf,
+    #[command(flatten)]
+    target: Target,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -222,7 +245,28 @@ pub(super) fn run(args: KeyArgs) -> Result<()> {
             let path = format!("/keys/{}/rotate", args.name);
             show_kid(args.target.json, &client.post(&path, &json!({}))?)
         }
+        KeyVerb::Backup(args) => backup(args),
+        KeyVerb::Restore(args) => restore(args),
     }
+}
+
+fn backup(args: BackupArgs) -> Result<()> {
+    let client = connect(&args.key.target)?;
+    let reply = client.post(&format!("/keys/{}/backup", args.key.name), &json!({}))?;
+    let value = reply["value"].as_str().ok_or_else(|| unexpected("value"))?;
+    write_new(&args.file, value.as_bytes(), 0o600)?;
+    if args.key.target.json {
+        return output::json(&json!({ "key": args.key.name, "file": args.file }));
+    }
+    output::line(&format!("wrote {} to {}", args.key.name, args.file.display()))
+}
+
+fn restore(args: RestoreArgs) -> Result<()> {
+    let client = connect(&args.target)?;
+    let value = std::fs::read_to_string(&args.file)
+        .context(|| format!("cannot read {}", args.file.display()))?;
+    let bundle = client.post("/keys/restore", &json!({ "value": value.trim() }))?;
+    show_bundle(args.target.json, &bundle)
 }
 
 fn connect(target: &Target) -> Result<Client> {

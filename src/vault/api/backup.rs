@@ -48,7 +48,13 @@ impl Vault {
         let backup = self.store.read(|tx| {
             let key = live_key(tx, name)?;
             let mut versions = Vec::new();
-            for version in keys::versions(tx, &key, 0, MAX_VERSIONS)? {
+            let records = keys::versions(tx, &key, 0, MAX_VERSIONS + 1)?;
+            if records.len() > MAX_VERSIONS {
+                return Err(Refusal::bad_parameter(format!(
+                    "A key with more than {MAX_VERSIONS} versions cannot be backed up."
+                )));
+            }
+            for version in records {
                 let private = keys::private(tx, version.id)?;
                 versions.push(to_backup(version, &private));
             }

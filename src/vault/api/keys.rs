@@ -1,9 +1,10 @@
 //! Keys and versions: create, get, list, update, rotate, delete.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use aws_lc_rs::rsa::KeySize;
+use aws_lc_rs::rsa::{KeyPairComponents, KeySize, PublicKeyComponents};
 use rusqlite::Transaction;
 
 use super::paging::Page;
@@ -15,7 +16,8 @@ use crate::vault::material::{PrivateKey, key_size};
 use crate::vault::refusal::Refusal;
 use crate::vault::store::keys::{self, Attributes, DeletedState, KeyRecord, VersionRecord};
 use crate::vault::wire::{
-    CreateRequest, KeyOperation, KeyType, UpdateRequest, check_tags, key_operations,
+    AttributesPatch, CreateRequest, ImportRequest, KeyOperation, KeyType, UpdateRequest,
+    check_tags, key_operations,
 };
 
 /// As the real service.
@@ -28,10 +30,9 @@ const MAX_GENERATIONS: usize = 16;
 /// A version to be made, all but its material.
 struct Blueprint {
     kty: KeyType,
-    size: KeySize,
     operations: Vec<KeyOperation>,
     attributes: Attributes,
-    tags: std::collections::BTreeMap<String, String>,
+    tags: BTreeMap<String, String>,
 }
 
 /// The key, which must be there and not deleted.
@@ -57,6 +58,14 @@ pub(super) fn live_version(
     Ok((key, record))
 }
 
+/// The key that gets a new version, None for a new key; a deleted one keeps its name.
+fn new_or_live(tx: &Transaction<'_>, name: &str) -> Result<Option<KeyRecord>, Refusal> {
+    match keys::find(tx, name)? {
+        Some(key) if key.deleted.is_some() => Err(Refusal::deleted_but_recoverable(name)),
+        found => Ok(found),
+    }
+}
+
 impl Vault {
     pub(super) fn create_key(
         &self,
@@ -64,12 +73,27 @@ impl Vault {
         name: &str,
         event: &mut Event,
     ) -> Result<Reply, Refusal> {
-        let blueprint = blueprint(call.body()?)?;
-        self.add_version(call, name, event, blueprint, |tx| match keys::find(tx, name)? {
-            None => Ok(None),
-            Some(key) if key.deleted.is_none() => Ok(Some(key)),
-            Some(_) => Err(Refusal::deleted_but_recoverable(name)),
-        })
+        let (size, blueprint) = blueprint(call.body()?)?;
+        let material = || self.generate(size);
+        self.add_version(call, name, event, blueprint, material, |tx| new_or_live(tx, name))
+    }
+
+    pub(super) fn import_key(
+        &self,
+        call: &Call<'_>,
+        name: &str,
+        event: &mut Event,
+    ) -> Result<Reply, Refusal> {
+        let (components, blueprint) = imported(call.body()?)?;
+        let material = || {
+            PrivateKey::from_components(&components)?.ok_or_else(|| {
+                Refusal::bad_parameter(
+                    "The key is not a valid RSA key of 2048, 3072 or 4096 bits with the exponent \
+                     65537.",
+                )
+            })
+        };
+        self.add_version(call, name, event, blueprint, material, |tx| new_or_live(tx, name))
     }
 
     /// A new version like the newest one; dates are not carried over.
@@ -86,12 +110,12 @@ impl Vault {
         })?;
         let blueprint = Blueprint {
             kty: newest.kty,
-            size,
             operations: newest.operations,
             attributes: Attributes { enabled: true, nbf: None, exp: None },
             tags: newest.tags,
         };
-        self.add_version(call, name, event, blueprint, |tx| live_key(tx, name).map(Some))
+        let material = || self.generate(size);
+        self.add_version(call, name, event, blueprint, material, |tx| live_key(tx, name).map(Some))
     }
 
     /// `find` says, before the work and again when it is to be committed, which key gets the
@@ -102,11 +126,12 @@ impl Vault {
         name: &str,
         event: &mut Event,
         blueprint: Blueprint,
+        material: impl FnOnce() -> Result<(PrivateKey, SecretBytes), Refusal>,
         find: impl Fn(&Transaction<'_>) -> Result<Option<KeyRecord>, Refusal>,
     ) -> Result<Reply, Refusal> {
         self.store.read(|tx| find(tx))?;
         let version = codec::new_version()?;
-        let (private, pkcs8) = self.generate(blueprint.size)?;
+        let (private, pkcs8) = material()?;
         let sealed = self.sealer.seal_private(name, &version, pkcs8.expose())?;
         drop(pkcs8);
         let mut record = VersionRecord {
@@ -245,25 +270,72 @@ impl Vault {
     }
 }
 
-fn blueprint(request: CreateRequest) -> Result<Blueprint, Refusal> {
+fn blueprint(request: CreateRequest) -> Result<(KeySize, Blueprint), Refusal> {
     refuse_release_policy(request.release_policy.is_some())?;
-    let kty = request.kty.as_deref().and_then(KeyType::from_name).ok_or_else(|| {
-        Refusal::bad_parameter("Property 'kty' must be RSA or RSA-HSM in this vault.")
-    })?;
+    let kty = key_type(request.kty.as_deref())?;
     let size = key_size(request.key_size.unwrap_or(DEFAULT_KEY_SIZE))
         .ok_or_else(|| Refusal::bad_parameter("Property 'key_size' must be 2048, 3072 or 4096."))?;
     if request.public_exponent.is_some_and(|exponent| exponent != PUBLIC_EXPONENT) {
         return Err(Refusal::bad_parameter("Property 'public_exponent' must be 65537."));
     }
-    let operations = match &request.key_ops {
+    let CreateRequest { key_ops, attributes, tags, .. } = request;
+    Ok((size, complete(kty, key_ops.as_deref(), &attributes, tags)?))
+}
+
+fn imported(request: ImportRequest) -> Result<(KeyPairComponents<Vec<u8>>, Blueprint), Refusal> {
+    refuse_release_policy(request.release_policy.is_some())?;
+    let jwk = request.key;
+    let kty = match (key_type(jwk.kty.as_deref())?, request.hsm) {
+        (KeyType::RsaHsm, _) | (_, Some(true)) => KeyType::RsaHsm,
+        (KeyType::Rsa, _) => KeyType::Rsa,
+    };
+    let number = |name: &str, text: Option<&str>| {
+        text.and_then(codec::from_base64url).filter(|bytes| !bytes.is_empty()).ok_or_else(|| {
+            Refusal::bad_parameter(format!("Property '{name}' of the key is missing or invalid."))
+        })
+    };
+    // Some clients write a sign byte before the modulus.
+    let unsigned = |bytes: Vec<u8>| match bytes.iter().position(|byte| *byte != 0) {
+        Some(0) | None => bytes,
+        Some(first) => bytes[first..].to_vec(),
+    };
+    let components = KeyPairComponents {
+        public_key: PublicKeyComponents {
+            n: unsigned(number("n", jwk.n.as_deref())?),
+            e: unsigned(number("e", jwk.e.as_deref())?),
+        },
+        d: number("d", jwk.d.as_deref())?,
+        p: number("p", jwk.p.as_deref())?,
+        q: number("q", jwk.q.as_deref())?,
+        dP: number("dp", jwk.dp.as_deref())?,
+        dQ: number("dq", jwk.dq.as_deref())?,
+        qInv: number("qi", jwk.qi.as_deref())?,
+    };
+    let blueprint = complete(kty, jwk.key_ops.as_deref(), &request.attributes, request.tags)?;
+    Ok((components, blueprint))
+}
+
+fn key_type(name: Option<&str>) -> Result<KeyType, Refusal> {
+    name.and_then(KeyType::from_name).ok_or_else(|| {
+        Refusal::bad_parameter("Property 'kty' must be RSA or RSA-HSM in this vault.")
+    })
+}
+
+fn complete(
+    kty: KeyType,
+    key_ops: Option<&[String]>,
+    patch: &AttributesPatch,
+    tags: Option<BTreeMap<String, String>>,
+) -> Result<Blueprint, Refusal> {
+    let operations = match key_ops {
         Some(names) => key_operations(names)?,
         None => KeyOperation::ALL.to_vec(),
     };
     let mut attributes = Attributes { enabled: true, nbf: None, exp: None };
-    request.attributes.apply(&mut attributes)?;
-    let tags = request.tags.unwrap_or_default();
+    patch.apply(&mut attributes)?;
+    let tags = tags.unwrap_or_default();
     check_tags(&tags)?;
-    Ok(Blueprint { kty, size, operations, attributes, tags })
+    Ok(Blueprint { kty, operations, attributes, tags })
 }
 
 fn refuse_release_policy(given: bool) -> Result<(), Refusal> {

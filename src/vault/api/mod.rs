@@ -172,6 +172,7 @@ impl Vault {
                 self.update_key(call, &name, version.as_deref(), event)
             }
             Route::CreateKey { name } => self.create_key(call, &name, event),
+            Route::ImportKey { name } => self.import_key(call, &name, event),
             Route::RotateKey { name } => self.rotate_key(call, &name, event),
             Route::DeleteKey { name } => self.delete_key(call, &name),
             Route::BackupKey { name } => self.backup_key(&name),
