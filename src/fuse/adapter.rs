@@ -15,6 +15,7 @@ const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 /// and make all its writers take turns.
 const OPEN_FLAGS: u32 = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES | FOPEN_NOFLUSH;
 
+const OPEN_KILL_SUIDGID: u32 = 1 << 0;
 const WRITE_CACHE: u32 = 1 << 0;
 const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 const FSYNC_FDATASYNC: u32 = 1 << 0;
@@ -131,7 +132,7 @@ impl Adapter {
             opcode::OPENDIR => Ok(Writer::new(out).open_out(fs.opendir(node)?, 0).len()),
             opcode::READDIR => self.readdir(args, Plus::No, out),
             opcode::READDIRPLUS => self.readdir(args, Plus::Yes, out),
-            opcode::FALLOCATE => self.fallocate(args),
+            opcode::FALLOCATE => self.fallocate(header, args),
             opcode::LSEEK => self.lseek(args, out),
             opcode::COPY_FILE_RANGE | opcode::COPY_FILE_RANGE_64 => {
                 self.copy_file_range(header, args, out)
@@ -191,7 +192,7 @@ impl Adapter {
             mtime: time(FATTR_MTIME, FATTR_MTIME_NOW, mtime, mtime_nsec),
             drop_set_id: given(FATTR_KILL_SUIDGID),
         };
-        let attr = self.fs.setattr(header.caller, header.node, &change)?;
+        let attr = self.fs.setattr(header.node, &change)?;
         Ok(Writer::new(out).attr_out(&attr).len())
     }
 
@@ -244,8 +245,9 @@ impl Adapter {
     }
 
     fn open(&self, header: &Header, mut args: Reader<'_>, out: &mut [u8]) -> Served {
-        let flags = args.u32()?;
-        let handle = self.fs.open(header.caller, header.node, flags)?;
+        let (flags, open_flags) = (args.u32()?, args.u32()?);
+        let drop_set_id = open_flags & OPEN_KILL_SUIDGID != 0;
+        let handle = self.fs.open(header.node, flags, drop_set_id)?;
         Ok(Writer::new(out).open_out(handle, OPEN_FLAGS).len())
     }
 
@@ -331,9 +333,9 @@ impl Adapter {
         Ok(listing.len())
     }
 
-    fn fallocate(&self, mut args: Reader<'_>) -> Served {
+    fn fallocate(&self, header: &Header, mut args: Reader<'_>) -> Served {
         let (handle, offset, len) = (args.u64()?, args.u64()?, args.u64()?);
-        done(self.fs.fallocate(handle, offset, len, args.u32()?))
+        done(self.fs.fallocate(header.caller, handle, offset, len, args.u32()?))
     }
 
     fn lseek(&self, mut args: Reader<'_>, out: &mut [u8]) -> Served {
@@ -344,7 +346,8 @@ impl Adapter {
     fn copy_file_range(&self, header: &Header, mut args: Reader<'_>, out: &mut [u8]) -> Served {
         let (from, from_offset) = (args.u64()?, args.u64()?);
         let (_to_node, to, to_offset, len) = (args.u64()?, args.u64()?, args.u64()?, args.u64()?);
-        let copied = self.fs.copy_file_range(from, from_offset, to, to_offset, len)?;
+        let (from, to) = ((from, from_offset), (to, to_offset));
+        let copied = self.fs.copy_file_range(header.caller, from, to, len)?;
         let mut writer = Writer::new(out);
         if header.opcode == opcode::COPY_FILE_RANGE_64 {
             return Ok(writer.u64(copied).len());

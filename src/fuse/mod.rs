@@ -5,6 +5,7 @@
 //! - [`reply`] is the one place that picks an errno.
 //! - [`session`] mounts, agrees on the protocol and runs the workers, whose buffers are its own:
 //!   [`purge`] has them overwritten when the volume is cut off.
+//! - [`trim`] keeps the number of nodes the kernel remembers below what descriptors allow.
 //!
 //! Spoken directly over /dev/fuse, with no library between: the number of a node must be one
 //! thing and the inode number that `stat` shows another, a cut-off must reach every buffer that
@@ -16,6 +17,7 @@ mod adapter;
 mod purge;
 mod reply;
 mod session;
+mod trim;
 mod wire;
 mod worker;
 

@@ -18,6 +18,8 @@ use crate::vfs::types::ROOT;
 
 const NOTIFY_INVAL_INODE: u32 = 2;
 const NOTIFY_INC_EPOCH: u32 = 8;
+const NOTIFY_PRUNE: u32 = 9;
+const PRUNE_BATCH: usize = 500;
 
 /// Clone it as you like. Call it from a thread that serves no request and holds no lock.
 #[derive(Clone, Debug)]
@@ -58,6 +60,28 @@ impl Purge {
         wiped && taken
     }
 
+    /// Asks the kernel to forget `nodes`; it keeps those that are in use. False from a kernel
+    /// that cannot be asked (before 6.18).
+    pub(super) fn prune(&self, nodes: &[u64]) -> bool {
+        let mut body = vec![0; 16 + PRUNE_BATCH * 8];
+        for batch in nodes.chunks(PRUNE_BATCH) {
+            let mut writer = Writer::new(&mut body);
+            writer.u32(batch.len() as u32).u32(0).u64(0);
+            for node in batch {
+                writer.u64(*node);
+            }
+            let len = writer.len();
+            match self.send(NOTIFY_PRUNE, &body[..len]) {
+                Ok(()) | Err(Errno::NOENT | Errno::NODEV | Errno::NOTCONN) => {}
+                Err(error) => {
+                    log::info!("the kernel cannot be asked to forget nodes: {error}");
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
     fn invalidate(&self, node: u64) {
         let mut body = [0; 24];
         // From the start, to the end.
@@ -65,13 +89,17 @@ impl Purge {
         self.notify(NOTIFY_INVAL_INODE, &body);
     }
 
-    fn notify(&self, code: u32, body: &[u8]) {
+    fn send(&self, code: u32, body: &[u8]) -> Result<(), Errno> {
         let mut header = [0; OUT_HEADER_LEN];
         let len = OUT_HEADER_LEN + body.len();
         Writer::new(&mut header).u32(len as u32).u32(code).u64(0);
         let parts = [IoSlice::new(&header), IoSlice::new(body)];
-        match rustix::io::writev(self.device.as_fd(), &parts) {
-            Ok(_) => {}
+        rustix::io::writev(self.device.as_fd(), &parts).map(drop)
+    }
+
+    fn notify(&self, code: u32, body: &[u8]) {
+        match self.send(code, body) {
+            Ok(()) => {}
             // The kernel had dropped it, or the mount is gone.
             Err(Errno::NOENT | Errno::NODEV | Errno::NOTCONN) => {}
             // A kernel without epochs (before 6.17): names are looked up anew within the hour,

@@ -16,6 +16,7 @@ use rustix::io::Errno as OsErrno;
 use super::adapter::Adapter;
 use super::purge::Purge;
 use super::reply::CutOffErrno;
+use super::trim;
 use super::wire::{Header, IN_HEADER_LEN, MAJOR, MINOR, OUT_HEADER_LEN, Reader, Writer, opcode};
 use super::worker::{MAX_WRITE, Workers};
 use crate::error::{Context, Error, Kind, Result};
@@ -43,6 +44,7 @@ const ASYNC_DIO: u64 = 1 << 15;
 const PARALLEL_DIROPS: u64 = 1 << 18;
 const POSIX_ACL: u64 = 1 << 20;
 const MAX_PAGES: u64 = 1 << 22;
+const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
 const SETXATTR_EXT: u64 = 1 << 29;
 const INIT_EXT: u64 = 1 << 30;
 const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
@@ -50,7 +52,7 @@ const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
 /// What byokfs cannot do without. Left out on purpose: WRITEBACK_CACHE (acknowledged data would
 /// be lost at a cut-off), PASSTHROUGH (past the encryption), AUTO_INVAL_DATA and the caching of
 /// link targets (plaintext in the page cache), POSIX_LOCKS and FLOCK_LOCKS (the kernel's own
-/// are right for one mount), HANDLE_KILLPRIV (the kernel sends the change of mode itself).
+/// are right for one mount).
 const REQUIRED: u64 = ASYNC_READ
     | ATOMIC_O_TRUNC
     | BIG_WRITES
@@ -59,6 +61,7 @@ const REQUIRED: u64 = ASYNC_READ
     | PARALLEL_DIROPS
     | POSIX_ACL
     | MAX_PAGES
+    | HANDLE_KILLPRIV_V2
     | SETXATTR_EXT
     | INIT_EXT
     | DIRECT_IO_ALLOW_MMAP;
@@ -126,6 +129,7 @@ pub fn mount(fs: Arc<Filesystem>, options: &MountOptions) -> Result<Mounted> {
             return Err(Error::new(Kind::Unsupported, message));
         }
     }
+    trim::raise_descriptor_limit();
     let mountpoint = fs::canonicalize(&options.mountpoint)
         .context(|| format!("cannot use the mount point {}", options.mountpoint.display()))?;
     let device = Arc::new(open_device()?);
@@ -136,7 +140,11 @@ pub fn mount(fs: Arc<Filesystem>, options: &MountOptions) -> Result<Mounted> {
         Workers::start(Adapter::new(fs, options.errno), devices)
     };
     match serve() {
-        Ok(workers) => Ok(Mounted { mountpoint, device, workers }),
+        Ok(workers) => {
+            let mounted = Mounted { mountpoint, device, workers };
+            trim::start(mounted.purge(), &mounted.workers)?;
+            Ok(mounted)
+        }
         Err(error) => {
             if let Err(error) = detach(&mountpoint, true) {
                 log::error!("{error}");

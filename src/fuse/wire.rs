@@ -188,12 +188,13 @@ impl<'a> Writer<'a> {
 
     /// `struct fuse_attr_out`.
     pub(super) fn attr_out(&mut self, attr: &Attr) -> &mut Self {
-        self.u64(VALID_SECONDS).u32(0).u32(0).attr(attr)
+        self.u64(attr_valid(attr)).u32(0).u32(0).attr(attr)
     }
 
     /// `struct fuse_entry_out`. Node ids are never reused, so the generation is always 0.
     pub(super) fn entry_out(&mut self, entry: &Entry) -> &mut Self {
-        self.u64(entry.node).u64(0).u64(VALID_SECONDS).u64(VALID_SECONDS).u32(0).u32(0);
+        self.u64(entry.node).u64(0).u64(VALID_SECONDS).u64(attr_valid(&entry.attr));
+        self.u32(0).u32(0);
         self.attr(&entry.attr)
     }
 
@@ -219,6 +220,11 @@ impl<'a> Writer<'a> {
 /// Names and attributes change through this mount only, so the kernel may keep them; a cut-off
 /// invalidates them.
 const VALID_SECONDS: u64 = 3600;
+
+/// Set-id bits go with a write, and the kernel does not look for that.
+fn attr_valid(attr: &Attr) -> u64 {
+    if attr.mode & 0o6000 != 0 && attr.kind == FileKind::Regular { 0 } else { VALID_SECONDS }
+}
 
 /// Collects a reply to READDIR or READDIRPLUS.
 #[derive(Debug)]

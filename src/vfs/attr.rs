@@ -1,12 +1,13 @@
 //! Attributes: stat, chmod, chown, truncate, utimens.
 
+use rustix::io::Errno;
+
 use super::filesystem::Filesystem;
 use super::inode::{Inode, SetId};
 use super::symlink;
-use super::types::{Attr, Caller, SetAttr};
+use super::types::{Attr, SetAttr};
 use crate::backing::{FileKind, Metadata, SetTime};
 use crate::error::{FsError, FsResult};
-use rustix::io::Errno;
 
 impl Filesystem {
     pub fn getattr(&self, node: u64) -> FsResult<Attr> {
@@ -18,7 +19,7 @@ impl Filesystem {
 
     /// Works on any node that is known, whether or not it has a name. The owner comes first,
     /// because changing it drops the set-id bits that the mode may then set.
-    pub fn setattr(&self, caller: Caller, node: u64, change: &SetAttr) -> FsResult<Attr> {
+    pub fn setattr(&self, node: u64, change: &SetAttr) -> FsResult<Attr> {
         self.writable()?;
         let inode = self.inodes.get(node)?;
         if let Some(size) = change.size {
@@ -34,12 +35,12 @@ impl Filesystem {
             if change.mtime == SetTime::Keep {
                 inode.node.set_times(SetTime::Keep, SetTime::Now)?;
             }
-            if change.drop_set_id && !caller.is_root() {
-                self.drop_set_id(&inode)?;
-            }
         }
         if change.uid.is_some() || change.gid.is_some() {
             inode.node.set_owner(change.uid, change.gid)?;
+        }
+        if change.drop_set_id {
+            self.drop_set_id(&inode)?;
         }
         if let Some(mode) = change.mode {
             inode.node.set_mode(mode & 0o7777)?;

@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 
 use crate::error::IntegrityFailure;
+use crate::observe;
 
 /// Bytes on the backing storage that failed their authentication, and whose they are.
 #[derive(Clone, Debug)]
@@ -32,5 +33,18 @@ impl AuditSink for LogOnly {
             event.backing_path,
             event.failure.detail,
         );
+    }
+}
+
+/// Reports to the audit trail of this process.
+#[derive(Debug)]
+pub struct Trail;
+
+impl AuditSink for Trail {
+    fn integrity_failure(&self, event: &IntegrityEvent) {
+        let mut failure = event.failure.clone();
+        failure.detail = format!("{} (on disk: {})", failure.detail, event.backing_path);
+        let path = Some(event.logical_path.as_str()).filter(|path| !path.is_empty());
+        observe::audit::integrity_failure(&failure, path);
     }
 }

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use super::filesystem::Filesystem;
 use super::handle::{Handle, OpenFile};
 use super::inode::Inode;
-use super::types::{Caller, WriteRequest};
+use super::types::WriteRequest;
 use crate::backing::{Access, FileKind, SetTime};
 use crate::error::{FsError, FsResult};
 use crate::store::{Durability, WriteMode};
@@ -22,8 +22,8 @@ const DSYNC: u32 = libc::O_DSYNC as u32;
 
 impl Filesystem {
     /// Works on any file that is known, whether or not it has a name. `flags` are those of
-    /// open(2), with O_TRUNC.
-    pub fn open(&self, caller: Caller, node: u64, flags: u32) -> FsResult<u64> {
+    /// open(2), with O_TRUNC; `drop_set_id` is for a truncation by someone unprivileged.
+    pub fn open(&self, node: u64, flags: u32, drop_set_id: bool) -> FsResult<u64> {
         self.gate.check()?;
         let truncate = flags & TRUNCATE != 0;
         if truncate || flags & ACCESS_MODE != libc::O_RDONLY as u32 {
@@ -34,7 +34,7 @@ impl Filesystem {
         if truncate {
             self.audited(&inode, open.file.truncate(0))?;
             inode.node.set_times(SetTime::Keep, SetTime::Now)?;
-            if !caller.is_root() {
+            if drop_set_id {
                 self.drop_set_id(&inode)?;
             }
         }

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -89,6 +90,17 @@ impl Filesystem {
         self.inodes.ids()
     }
 
+    /// From how many known nodes on [`Filesystem::crowded`] finds them too many.
+    pub fn set_many_nodes(&self, many: usize) {
+        self.inodes.set_many(many);
+    }
+
+    /// Waits until too many nodes are known, at most `limit`, and returns those that the kernel
+    /// should forget if it can; none if there are not too many.
+    pub fn crowded(&self, limit: Duration) -> Vec<u64> {
+        self.inodes.crowded(limit)
+    }
+
     /// Every node that is open as a file, and so may be mapped.
     pub fn open_nodes(&self) -> Vec<u64> {
         self.handles.open_files()
@@ -167,14 +179,20 @@ impl Filesystem {
 
     /// Reports `error` if it is an integrity failure, with the names of `inode`, and passes it on.
     pub(super) fn audited<T>(&self, inode: &Inode, result: FsResult<T>) -> FsResult<T> {
-        if let Err(FsError::Integrity(failure)) = &result {
+        if let Err(error) = &result {
+            self.report(inode, error);
+        }
+        result
+    }
+
+    pub(super) fn report(&self, inode: &Inode, error: &FsError) {
+        if let FsError::Integrity(failure) = error {
             self.audit.integrity_failure(&IntegrityEvent {
                 failure: (**failure).clone(),
                 logical_path: self.logical_path(inode),
                 backing_path: self.backing_path(inode).display().to_string(),
             });
         }
-        result
     }
 
     /// From the root to `inode`, as disk names; None where the way is not known any more.

@@ -3,14 +3,17 @@
 //! Invariants:
 //! - A node id is given out once. A backing inode that is known has one id, whatever its names.
 //! - An inode stays as long as its lookups are not all forgotten; a handle keeps it beyond that.
+//! - There may be more inodes than descriptors: [`InodeTable::crowded`] has someone ask the kernel
+//!   to forget some, and [`InodeTable::reference`] waits a little for that.
 //! - An inode without a name is not found by its backing identity any more: the disk may give
 //!   that identity to a new file as soon as nothing holds the old one.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Condvar, Mutex, RwLock};
 use rustix::io::Errno;
 
 use super::types::ROOT;
@@ -84,7 +87,14 @@ impl Inode {
 pub(super) struct InodeTable {
     maps: RwLock<Maps>,
     next: AtomicU64,
+    /// How many inodes are many; none are, until somebody says so.
+    many: AtomicUsize,
+    crowd: Mutex<()>,
+    crowded: Condvar,
 }
+
+/// How long a request waits at most for room in a table that is far too full.
+const CROWD_WAIT: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Default)]
 struct Maps {
@@ -98,7 +108,13 @@ impl InodeTable {
         let mut maps = Maps::default();
         maps.by_key.insert(inode.key, ROOT);
         maps.by_id.insert(ROOT, Arc::new(inode));
-        InodeTable { maps: RwLock::new(maps), next: AtomicU64::new(ROOT + 1) }
+        InodeTable {
+            maps: RwLock::new(maps),
+            next: AtomicU64::new(ROOT + 1),
+            many: AtomicUsize::new(usize::MAX),
+            crowd: Mutex::new(()),
+            crowded: Condvar::new(),
+        }
     }
 
     /// ESTALE for an id that was forgotten or never given.
@@ -125,7 +141,41 @@ impl InodeTable {
         let inode = Arc::new(new_inode(id, node, kind));
         maps.by_key.insert(key, id);
         maps.by_id.insert(id, Arc::clone(&inode));
+        let len = maps.by_id.len();
+        drop(maps);
+        let many = self.many.load(Ordering::Relaxed);
+        if len > many {
+            self.crowded.notify_all();
+            if len > many.saturating_add(many / 4) {
+                std::thread::sleep(CROWD_WAIT);
+            }
+        }
         inode
+    }
+
+    pub(super) fn set_many(&self, many: usize) {
+        self.many.store(many, Ordering::Relaxed);
+    }
+
+    /// Waits until there are many inodes, at most `limit`; the ids of as many of the oldest as
+    /// are more than half of that, empty if there are not many.
+    pub(super) fn crowded(&self, limit: Duration) -> Vec<u64> {
+        let many = self.many.load(Ordering::Relaxed);
+        {
+            let mut crowd = self.crowd.lock();
+            if self.maps.read().by_id.len() <= many {
+                self.crowded.wait_for(&mut crowd, limit);
+            }
+        }
+        let mut ids = self.ids();
+        if ids.len() <= many {
+            return Vec::new();
+        }
+        let surplus = ids.len() - many / 2;
+        ids.sort_unstable();
+        ids.retain(|&id| id != ROOT);
+        ids.truncate(surplus);
+        ids
     }
 
     /// Gives `count` lookups back. The root stays.

@@ -4,6 +4,7 @@ use rustix::io::Errno;
 use zeroize::Zeroizing;
 
 use super::filesystem::Filesystem;
+use super::types::Caller;
 use crate::error::{FsError, FsResult};
 use crate::store::WriteMode;
 
@@ -23,9 +24,19 @@ const COPY_MAX: u64 = 16 << 20;
 
 impl Filesystem {
     /// Modes as in fallocate(2): 0, KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE; EOPNOTSUPP for the others.
-    pub fn fallocate(&self, handle: u64, offset: u64, len: u64, mode: u32) -> FsResult<()> {
+    pub fn fallocate(
+        &self,
+        caller: Caller,
+        handle: u64,
+        offset: u64,
+        len: u64,
+        mode: u32,
+    ) -> FsResult<()> {
         self.writable()?;
         let open = self.handles.file(handle)?;
+        if !caller.is_root() {
+            self.drop_set_id(&open.inode)?;
+        }
         let file = &open.file;
         let done = match mode {
             0 => file.allocate(offset, len, false),
@@ -52,18 +63,20 @@ impl Filesystem {
         Ok(found)
     }
 
-    /// Copies up to `len` bytes and returns how many; 0 at the end of the source. The kernel has
-    /// checked that the ranges do not overlap.
+    /// Copies up to `len` bytes between two handles with their offsets, and returns how many; 0
+    /// at the end of the source. The kernel has checked that the ranges do not overlap.
     pub fn copy_file_range(
         &self,
-        from: u64,
-        from_offset: u64,
-        to: u64,
-        to_offset: u64,
+        caller: Caller,
+        (from, from_offset): (u64, u64),
+        (to, to_offset): (u64, u64),
         len: u64,
     ) -> FsResult<u64> {
         self.writable()?;
         let (from, to) = (self.handles.file(from)?, self.handles.file(to)?);
+        if !caller.is_root() {
+            self.drop_set_id(&to.inode)?;
+        }
         let len = len.min(COPY_MAX);
         let mut piece = Zeroizing::new(vec![0u8; COPY_PIECE.min(len as usize)]);
         let mut copied = 0;

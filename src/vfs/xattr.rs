@@ -106,11 +106,9 @@ impl Filesystem {
                 match self.open_xattr_name(sealed)? {
                     Some(name) if name.starts_with(b"trusted.") && !caller.is_root() => continue,
                     Some(name) => name,
+                    // Hidden, like a file name that does not decrypt.
                     None => {
-                        // Hidden like a file name that does not decrypt; the report is all.
-                        if self.audited::<()>(&inode, Err(damaged("name"))).is_err() {
-                            continue;
-                        }
+                        self.report(&inode, &damaged("name"));
                         continue;
                     }
                 }

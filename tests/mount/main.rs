@@ -1,0 +1,22 @@
+//! Operations on a real mount, one module for each family.
+//!
+//! The file system is served by a process of its own (this binary again, see `harness`): a
+//! process that waits for itself in a page fault waits for ever.
+
+mod harness;
+
+mod acl;
+mod create;
+mod cut_off;
+mod dir;
+mod io;
+mod link;
+mod mapping;
+mod names;
+mod open_unlinked;
+mod rename;
+mod space;
+mod symlink;
+mod times;
+mod users;
+mod xattr;
