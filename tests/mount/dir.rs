@@ -9,8 +9,15 @@ use crate::harness::{errno, mounted, names, shell};
 fn a_hundred_thousand_entries_are_listed_once_each() {
     let mount = mounted!();
     let count = 100_000;
+    let pipe = rustix::fs::FileType::Fifo;
     for index in 0..count {
-        File::create(mount.path(&format!("file-{index}"))).unwrap();
+        let path = mount.path(&format!("file-{index}"));
+        // Files cost a header each; what counts here is the directory.
+        if index % 10 == 0 {
+            File::create(path).unwrap();
+        } else {
+            rustix::fs::mknodat(rustix::fs::CWD, path, pipe, rustix::fs::Mode::RUSR, 0).unwrap();
+        }
     }
     let listed: Vec<String> = names(&mount.root());
     assert_eq!(listed.len(), count);
