@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, mpsc};
@@ -265,6 +266,7 @@ fn install_audit(plan: &Plan) {
 /// Starts this program again, with an internal verb. The mount point is only for `ps`.
 pub(super) fn spawn(verb: &str, plan: &Plan, stdout: Stdio, stderr: Stdio) -> Result<Child> {
     Command::new("/proc/self/exe")
+        .arg0("byokfs")
         .arg(verb)
         .arg(&plan.mnt)
         .stdin(Stdio::piped())

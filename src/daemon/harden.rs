@@ -24,7 +24,19 @@ pub fn process(name: &str) -> Result<()> {
     rustix::process::chdir("/").context(|| "cannot change to /".to_owned())?;
     // Modes on the backing storage are those that callers asked for, their umask already applied.
     rustix::process::umask(rustix::fs::Mode::empty());
-    let files = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files })
-        .context(|| "cannot raise the limit of open files".to_owned())
+    raise_open_files().context(|| "cannot raise the limit of open files".to_owned())
+}
+
+/// Every inode that the kernel remembers costs a descriptor, so as many as the kernel allows; a
+/// process without the right to raise its hard limit keeps that.
+fn raise_open_files() -> rustix::io::Result<()> {
+    let hard = getrlimit(Resource::Nofile).maximum;
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open");
+    let most = most.ok().and_then(|text| text.trim().parse().ok()).or(hard);
+    match setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }) {
+        Err(rustix::io::Errno::PERM) => {
+            setrlimit(Resource::Nofile, Rlimit { current: hard, maximum: hard })
+        }
+        done => done,
+    }
 }
