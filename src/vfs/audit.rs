@@ -42,9 +42,7 @@ pub struct Trail;
 
 impl AuditSink for Trail {
     fn integrity_failure(&self, event: &IntegrityEvent) {
-        let mut failure = event.failure.clone();
-        failure.detail = format!("{} (on disk: {})", failure.detail, event.backing_path);
-        let path = Some(event.logical_path.as_str()).filter(|path| !path.is_empty());
-        observe::audit::integrity_failure(&failure, path);
+        let IntegrityEvent { failure, logical_path, backing_path } = event;
+        observe::audit::integrity_failure(failure, logical_path, backing_path);
     }
 }
