@@ -205,7 +205,8 @@ impl Store {
         // The header last: a directory without it is not a volume.
         let write = || -> std::io::Result<()> {
             Pending::format(&root)?;
-            root.mkdir(TREE, 0o700)?.sync()?;
+            // Its mode is that of the mount's root directory: open to its users, as any new file system.
+            root.mkdir(TREE, 0o755)?.sync()?;
             let file = root.create_unnamed()?;
             file.write_at(&pages, 0)?;
             file.sync_all()?;
