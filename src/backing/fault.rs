@@ -58,6 +58,7 @@ pub struct Faults(Mutex<State>);
 struct State {
     rules: Vec<Rule>,
     calls: usize,
+    failed: bool,
 }
 
 impl Faults {
@@ -65,8 +66,11 @@ impl Faults {
         self.0.lock().rules.push(rule);
     }
 
-    pub fn disarm(&self) {
-        self.0.lock().rules.clear();
+    /// Takes all rules back; true if any call has failed since the last time.
+    pub fn disarm(&self) -> bool {
+        let mut state = self.0.lock();
+        state.rules.clear();
+        std::mem::take(&mut state.failed)
     }
 
     /// Calls made so far, failed ones too.
@@ -88,6 +92,7 @@ impl Faults {
                 hit.get_or_insert(*rule);
             }
         }
+        state.failed |= hit.is_some();
         if let Some(spent) = hit.filter(|rule| !rule.lasting) {
             let same = |rule: &Rule| rule.after == 0 && !rule.lasting && rule.call == spent.call;
             if let Some(at) = state.rules.iter().position(same) {
@@ -405,7 +410,7 @@ mod tests {
         file.write_at(b"abcd", 0).unwrap();
         faults.arm(Rule { call: Call::Any, after: 0, lasting: true, partial: None, ..rule });
         assert!(file.sync_all().is_err() && file.metadata().is_err());
-        faults.disarm();
+        assert!(faults.disarm() && !faults.disarm());
         file.sync_all().unwrap();
     }
 }

@@ -1,4 +1,9 @@
 //! The store as a whole, over a real directory.
 
+mod concurrency;
+mod cutoff;
+mod fault;
 mod model;
 mod support;
+mod tamper;
+mod volume;

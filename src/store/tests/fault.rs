@@ -1,0 +1,208 @@
+//! A disk that fails.
+
+use rustix::io::Errno;
+
+use super::support::{Volume, pattern, read_all};
+use crate::backing::fault::{Call, Rule};
+use crate::error::{FsError, FsResult};
+use crate::store::file::{Durability, File, WriteMode};
+use crate::store::layout::{BLOCK_LEN, GROUP_PLAIN};
+
+const LEN: usize = 40 * BLOCK_LEN + 77;
+
+fn os_error<T>(result: FsResult<T>) -> Option<Errno> {
+    match result {
+        Err(FsError::Os(errno)) => Some(errno),
+        _ => None,
+    }
+}
+
+fn blockwise(got: &[u8], old: &[u8], new: &[u8], case: &str) {
+    assert_eq!(got.len(), old.len(), "{case}: size");
+    for (block, got) in got.chunks(BLOCK_LEN).enumerate() {
+        let at = block * BLOCK_LEN;
+        let is = |want: &[u8]| want.get(at..at + got.len()) == Some(got);
+        assert!(is(old) || is(new), "{case}: block {block} is neither old nor new");
+    }
+}
+
+/// Every write of an operation fails in turn, whole or in part, once or from then on.
+fn each_write_fails(
+    case: &str,
+    prepare: impl Fn(&File) -> Vec<u8>,
+    operation: impl Fn(&File) -> FsResult<()>,
+    new: &[u8],
+) {
+    let kinds = [
+        (Errno::IO, None, false),
+        (Errno::NOSPC, Some(0), false),
+        (Errno::NOSPC, Some(BLOCK_LEN), false),
+        (Errno::IO, Some(2 * BLOCK_LEN), true),
+    ];
+    for call in [Call::Write, Call::SetLen, Call::PunchHole, Call::Allocate] {
+        for (errno, partial, lasting) in kinds {
+            for after in 0.. {
+                let case = format!("{case}: {call:?} {after}, {errno:?}, {partial:?}");
+                let volume = Volume::new();
+                let file = volume.create("f");
+                let old = prepare(&file);
+                volume.faults.arm(Rule { call, after, lasting, errno, partial });
+                let done = operation(&file);
+                if !volume.faults.disarm() {
+                    // This operation makes no more such calls.
+                    done.unwrap();
+                    break;
+                }
+                match done {
+                    Ok(()) => assert!(read_all(&file) == new, "{case}"),
+                    done => {
+                        assert_eq!(os_error(done), Some(errno), "{case}");
+                        blockwise(&read_all(&file), &old, new, &case);
+                    }
+                }
+                drop(file);
+                // What the next mount finds is no worse, and nothing is in the way of a retry.
+                let volume = volume.reopen();
+                let file = volume.open("f");
+                let now = read_all(&file);
+                let old = if now.len() == old.len() { &old[..] } else { new };
+                blockwise(&now, old, new, &case);
+                operation(&file).unwrap();
+                assert!(read_all(&file) == new, "{case}: again");
+            }
+        }
+    }
+}
+
+fn write(file: &File, offset: u64, data: &[u8]) -> FsResult<()> {
+    file.write_at(data, offset, WriteMode::default()).map(|_| ())
+}
+
+#[test]
+fn overwrites_leave_old_or_new() {
+    let old = pattern(LEN, 1);
+    let data = pattern(9000, 2);
+    let mut new = old.clone();
+    new[5000..14_000].copy_from_slice(&data);
+    each_write_fails(
+        "overwrite",
+        |file| {
+            write(file, 0, &old).unwrap();
+            old.clone()
+        },
+        |file| write(file, 5000, &data),
+        &new,
+    );
+}
+
+#[test]
+fn extending_writes_leave_the_file_as_it_was() {
+    let old = pattern(LEN, 1);
+    let data = pattern(GROUP_PLAIN as usize, 2);
+    let mut new = old.clone();
+    new.resize(LEN + 10_000, 0);
+    new.extend_from_slice(&data);
+    each_write_fails(
+        "extend",
+        |file| {
+            write(file, 0, &old).unwrap();
+            // Leaves entries past the end behind.
+            write(file, LEN as u64, &[5; 20_000]).unwrap();
+            file.truncate(LEN as u64).unwrap();
+            old.clone()
+        },
+        |file| write(file, LEN as u64 + 10_000, &data),
+        &new,
+    );
+}
+
+#[test]
+fn first_writes_leave_an_empty_file() {
+    let data = pattern(LEN, 2);
+    each_write_fails("first", |_| Vec::new(), |file| write(file, 0, &data), &data);
+}
+
+#[test]
+fn truncation_happens_or_does_not() {
+    let old = pattern(LEN, 1);
+    each_write_fails(
+        "truncate",
+        |file| {
+            write(file, 0, &old).unwrap();
+            old.clone()
+        },
+        |file| file.truncate(10_000),
+        &old[..10_000],
+    );
+    let mut new = old[..10_000].to_vec();
+    new.resize(LEN, 0);
+    each_write_fails(
+        "truncate up",
+        |file| {
+            write(file, 0, &old).unwrap();
+            file.truncate(10_000).unwrap();
+            old[..10_000].to_vec()
+        },
+        |file| file.truncate(LEN as u64),
+        &new,
+    );
+}
+
+#[test]
+fn holes_and_space() {
+    let old = pattern(LEN, 1);
+    let prepare = |file: &File| {
+        write(file, 0, &old).unwrap();
+        old.clone()
+    };
+    let mut new = old.clone();
+    new[3 * BLOCK_LEN + 5..20 * BLOCK_LEN + 9].fill(0);
+    let (from, len) = (3 * BLOCK_LEN as u64 + 5, 17 * BLOCK_LEN as u64 + 4);
+    each_write_fails("zero", prepare, |file| file.zero_range(from, len, true), &new);
+    each_write_fails("punch", prepare, |file| file.punch_hole(from, len), &new);
+    let mut new = old.clone();
+    new.resize(LEN + 600_000, 0);
+    each_write_fails("allocate", prepare, |file| file.allocate(LEN as u64, 600_000, false), &new);
+}
+
+#[test]
+fn a_failed_flush_is_final() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    write(&file, 0, b"content").unwrap();
+    let rule = Rule { call: Call::Sync, after: 0, lasting: false, errno: Errno::IO, partial: None };
+    volume.faults.arm(rule);
+    assert_eq!(os_error(file.sync(true)), Some(Errno::IO));
+    assert_eq!(os_error(file.sync(true)), Some(Errno::IO), "not as if nothing had happened");
+    assert_eq!(os_error(write(&file, 0, b"more")), Some(Errno::IO));
+    assert_eq!(read_all(&file), b"content");
+    drop(file);
+    // Opened anew, as after a remount.
+    let file = volume.open("f");
+    write(&file, 0, b"CONTENT").unwrap();
+    volume.faults.arm(rule);
+    let flushed = WriteMode { durability: Durability::Flushed, ..WriteMode::default() };
+    assert_eq!(os_error(file.write_at(b"x", 0, flushed)), Some(Errno::IO));
+}
+
+#[test]
+fn short_reads_of_the_disk_are_damage_not_zeros() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    let data = pattern(LEN, 4);
+    write(&file, 0, &data).unwrap();
+    let short =
+        Rule { call: Call::Read, after: 0, lasting: true, errno: Errno::IO, partial: Some(100) };
+    volume.faults.arm(short);
+    let mut buf = vec![1; LEN];
+    assert!(matches!(file.read_at(&mut buf, 0), Err(FsError::Integrity(_))));
+    assert!(buf.iter().all(|&byte| byte == 0));
+    volume.faults.disarm();
+    // Once is no more than a second try.
+    volume.faults.arm(Rule { lasting: false, ..short });
+    assert!(read_all(&file) == data);
+    volume.faults.arm(Rule { partial: None, lasting: true, ..short });
+    assert_eq!(os_error(file.read_at(&mut buf, 0)), Some(Errno::IO));
+    volume.faults.disarm();
+    assert!(read_all(&file) == data);
+}
