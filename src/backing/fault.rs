@@ -73,6 +73,11 @@ impl Faults {
         std::mem::take(&mut state.failed)
     }
 
+    /// True if any call has failed since the last [`Faults::disarm`].
+    pub fn has_failed(&self) -> bool {
+        self.0.lock().failed
+    }
+
     /// Calls made so far, failed ones too.
     pub fn calls(&self) -> usize {
         self.0.lock().calls

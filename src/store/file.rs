@@ -162,13 +162,15 @@ impl File {
     /// Makes `size` the size. The groups from the smaller size on are locked.
     fn set_size(&self, size: u64) -> FsResult<()> {
         let mut meta = self.meta.lock();
-        self.update_header(&mut meta, |header| {
-            if size < header.size {
-                let kept = if size == 0 { 0 } else { region_of_group(group_of(size - 1)) + 1 };
-                header.drop_regions_from(kept);
-            }
-            header.size = size;
-        })?;
+        if meta.size != size {
+            self.update_header(&mut meta, |header| {
+                if size < header.size {
+                    let kept = if size == 0 { 0 } else { region_of_group(group_of(size - 1)) + 1 };
+                    header.drop_regions_from(kept);
+                }
+                header.size = size;
+            })?;
+        }
         self.size.store(size, Ordering::Release);
         Ok(())
     }

@@ -131,7 +131,7 @@ impl Header {
         });
     }
 
-    /// Both copies as one piece of the file, from its start to the end of record B.
+    /// Both pages, as one piece of the file.
     pub(super) fn encode(&self, volume: &[u8; 16], key: &MacKey) -> Vec<u8> {
         let mut record = [0; RECORD_LEN];
         record[16..24].copy_from_slice(MAGIC);
@@ -156,9 +156,9 @@ impl Header {
         let mac = key.mac(&[DOMAIN, volume, &record[MAC_LEN..]]);
         record[..MAC_LEN].copy_from_slice(&mac);
 
-        let mut pages = vec![0; BLOCK_LEN + RECORD_LEN];
+        let mut pages = vec![0; HEADERS_LEN as usize];
         pages[..RECORD_LEN].copy_from_slice(&record);
-        pages[BLOCK_LEN..].copy_from_slice(&record);
+        pages[BLOCK_LEN..][..RECORD_LEN].copy_from_slice(&record);
         pages
     }
 

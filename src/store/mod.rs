@@ -23,7 +23,7 @@ mod volume;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use parking_lot::RwLock;
@@ -99,6 +99,8 @@ struct Shared {
     pending: Pending,
     registry: Registry,
     cache_ids: AtomicU64,
+    /// What an earlier daemon left in `pending` has been read.
+    pending_loaded: AtomicBool,
 }
 
 impl Shared {
@@ -166,8 +168,8 @@ pub struct Store {
     header: VolumeHeader,
     info: VolumeInfo,
     shared: Arc<Shared>,
-    /// Keeps a second writer out.
-    _lock: Box<dyn fmt::Debug + Send + Sync>,
+    /// Keeps a second writer out. None where nobody can write.
+    _lock: Option<Box<dyn fmt::Debug + Send + Sync>>,
 }
 
 impl Store {
@@ -233,7 +235,10 @@ impl Store {
                 "one copy of the volume header in {shown}/volume is damaged; the other serves"
             );
         }
-        let lock = lock(&*backing)?;
+        let lock = match lock(&*backing) {
+            Err(error) if read_only && is_read_only_fs(&error) => None,
+            locked => Some(locked?),
+        };
         let tree = root.lookup(TREE).context(|| format!("cannot open {shown}/tree"))?;
         let shared = Arc::new(Shared {
             gate,
@@ -247,6 +252,7 @@ impl Store {
             pending: Pending::open(&root, read_only, &shown)?,
             registry: Registry::default(),
             cache_ids: AtomicU64::new(0),
+            pending_loaded: AtomicBool::new(false),
         });
         let wipe: Arc<dyn Wipe> = shared.clone();
         shared.gate.register(Arc::downgrade(&wipe));
@@ -270,10 +276,11 @@ impl Store {
         if damaged.contains(&true) {
             log::warn!("one copy of the session table in {shown} is damaged; the other serves");
         }
-        if self.shared.cache_ids.fetch_add(1, Ordering::Relaxed) == 0 {
+        if !self.shared.pending_loaded.load(Ordering::Acquire) {
             let key = keys::pending_mac(keyring)?;
             let loaded = self.shared.pending.load(uuid, &key);
             loaded.context(|| format!("cannot read {shown}/pending"))?;
+            self.shared.pending_loaded.store(true, Ordering::Release);
         }
         let mut session = None;
         if !self.shared.read_only {
@@ -328,7 +335,6 @@ impl Store {
             Header::new(id, self.header.volume_key_id, dek, mac_key)
         };
         file::write_header(&self.shared, &file, &header)?;
-        file.set_len(HEADERS_LEN)?;
         let node = file.metadata()?.id;
         self.shared.registry.get_or_insert(node, || {
             Ok(File::new(self.shared.clone(), file.clone(), node, header, true))
@@ -375,6 +381,11 @@ impl Store {
     pub fn sync_all(&self) -> FsResult<()> {
         Ok(self.backing.sync_fs()?)
     }
+}
+
+fn is_read_only_fs(error: &Error) -> bool {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref());
+    source.and_then(Errno::from_io_error) == Some(Errno::ROFS)
 }
 
 fn lock(backing: &dyn Backing) -> Result<Box<dyn fmt::Debug + Send + Sync>> {

@@ -13,6 +13,7 @@ use crate::store::layout::{
     region_of_group, slot_of_group, tag_page_at,
 };
 use crate::store::page::{Page, PageId, PageMac};
+use rustix::io::Errno;
 
 fn position(id: PageId) -> u64 {
     match id {
@@ -143,12 +144,13 @@ impl File {
         })
     }
 
-    /// Notes that the group's tag page counts from now on; it has been written.
-    pub(super) fn materialise(&self, group: u64) -> FsResult<()> {
+    /// Notes that the group's tag page counts from now on; it has been written. Where that takes
+    /// a change of the header, the size becomes `size` by the same write, if it is less.
+    pub(super) fn materialise(&self, group: u64, size: u64) -> FsResult<()> {
         let region = region_of_group(group);
         let mut meta = self.meta.lock();
         if self.generation_page_locked(&meta, region)?.is_none() {
-            self.add_generation_pages(&mut meta, region)?;
+            return self.add_region(&mut meta, group, size);
         }
         self.change_generations(&meta, region, |page| {
             let slot = slot_of_group(group);
@@ -194,16 +196,24 @@ impl File {
         self.store_page(page, first, last)
     }
 
-    fn add_generation_pages(&self, meta: &mut Header, region: u64) -> FsResult<()> {
-        let Ok(number) = u32::try_from(region) else {
-            return Err(rustix::io::Errno::FBIG.into());
-        };
+    /// The first group of its region that is not holes: the region gets a generation page.
+    fn add_region(&self, meta: &mut Header, group: u64, size: u64) -> FsResult<()> {
+        let region = region_of_group(group);
         let mut next = meta.clone();
-        let added = next.add_region(number);
-        for number in added {
-            let page = Page::empty(PageId::Generations(number.into()));
+        let added = next.add_region(u32::try_from(region).map_err(|_| Errno::FBIG)?);
+        next.size = next.size.max(size);
+        for number in added.into_iter().map(u64::from) {
+            let mut page = Page::empty(PageId::Generations(number));
+            if number == region {
+                page.set_generation(slot_of_group(group), 1);
+            }
             self.store_page(page, 0, SECTORS_PER_PAGE - 1)?;
         }
-        self.update_header(meta, |header| *header = next)
+        let done = self.update_header(meta, |header| *header = next);
+        if done.is_err() {
+            // A cached page counts, and without the header this one does not.
+            self.forget_page(PageId::Generations(region));
+        }
+        done
     }
 }

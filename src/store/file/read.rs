@@ -70,8 +70,8 @@ impl File {
 
         // Whole blocks are decrypted where they are wanted, the others in a buffer of ours.
         let (whole_from, whole_to) = (offset.div_ceil(BLOCK), block_of(end));
-        let head = (offset % BLOCK != 0 || first == whole_to).then_some(first);
-        let tail = (end % BLOCK != 0 && Some(last) != head).then_some(last);
+        let head = (!offset.is_multiple_of(BLOCK) || first == whole_to).then_some(first);
+        let tail = (!end.is_multiple_of(BLOCK) && Some(last) != head).then_some(last);
         let mut scratch = (head.is_some() || tail.is_some()).then(|| self.shared.buffers.take());
 
         let whole = if whole_from < whole_to {

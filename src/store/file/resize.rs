@@ -4,8 +4,9 @@ use super::File;
 use super::write::Source;
 use crate::error::FsResult;
 use crate::store::layout::{
-    BLOCK, BLOCK_LEN, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, GROUPS_PER_REGION, MAX_SIZE,
-    backing_len, block_of, blocks_for, group_of, region_of_group, slot_of_block, slot_of_group,
+    BLOCK, BLOCK_LEN, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, GROUP_PLAIN, GROUPS_PER_REGION,
+    MAX_SIZE, backing_len, block_of, blocks_for, group_of, region_of_group, slot_of_block,
+    slot_of_group,
 };
 use crate::store::page::Page;
 use rustix::io::Errno;
@@ -45,10 +46,10 @@ impl File {
     /// Before bytes past `size` become readable without having been written: makes them zeros.
     /// The groups from the one of `size` on are locked.
     pub(super) fn clear_beyond(&self, size: u64) -> FsResult<()> {
-        if size > 0 && size % (BLOCKS_PER_GROUP as u64 * BLOCK) != 0 {
+        if !size.is_multiple_of(GROUP_PLAIN) {
             let group = group_of(size);
             if let Some(page) = self.tag_page(group)? {
-                if size % BLOCK != 0 {
+                if !size.is_multiple_of(BLOCK) {
                     self.clear_tail(size, &page)?;
                 }
                 self.clear_entries_from(group, blocks_for(size))?;
@@ -75,7 +76,7 @@ impl File {
             bytes[(size % BLOCK) as usize..].iter().any(|&byte| byte != 0)
         };
         if stale {
-            self.write_range(size, Source::Zeros(BLOCK - size % BLOCK), size)?;
+            self.write_range(size, Source::Zeros(BLOCK - size % BLOCK), size, size)?;
         }
         Ok(())
     }

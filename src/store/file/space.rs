@@ -7,7 +7,7 @@ use super::write::Source;
 use crate::error::FsResult;
 use crate::store::layout::{
     BLOCK, GROUP_LEN, MAX_SIZE, block_at, block_of, generation_page_at, group_of, group_start,
-    groups, part_in_group, region_of_group, slot_of_block, slot_of_group, tag_page_at,
+    part_in_group, region_of_group, slot_of_block, slot_of_group, tag_page_at,
 };
 
 impl File {
@@ -109,6 +109,11 @@ impl File {
         punch: bool,
     ) -> FsResult<()> {
         if self.generation(group)? == 0 {
+            // Holes already, but perhaps with space reserved for them.
+            if punch {
+                let (at, to) = (block_at(block_of(from)), block_at(block_of(to - 1)) + BLOCK);
+                self.backing.punch_hole(at, to - at)?;
+            }
             return Ok(());
         }
         if from == group_start(group) && (to == group_start(group + 1) || to >= size) {
@@ -150,9 +155,7 @@ impl File {
         if page.entry(slot).is_none() {
             return Ok(());
         }
-        for group in groups(from, to - from) {
-            debug_assert_eq!(group, group_of(from));
-        }
-        self.write_range(from, Source::Zeros(to - from), size)
+        self.write_range(from, Source::Zeros(to - from), size, size)?;
+        Ok(())
     }
 }

@@ -60,15 +60,14 @@ impl File {
             return Ok(if mode.append { self.size() } else { offset });
         }
         let len = data.len() as u64;
-        let (offset, extended) = {
+        let (offset, meta_changed) = {
             let (_guard, offset) = self.lock_for_write(offset, len, mode.append)?;
-            let size = self.size();
-            self.write_locked(offset, data, size)?;
-            (offset, offset + len > size)
+            let changed = self.write_locked(offset, data)?;
+            (offset, changed)
         };
         match mode.durability {
             Durability::Handed => {}
-            Durability::OnDevice => self.write_out(offset, len, extended)?,
+            Durability::OnDevice => self.write_out(offset, len, meta_changed)?,
             Durability::Flushed => self.sync(true)?,
         }
         Ok(offset)
@@ -106,29 +105,49 @@ impl File {
         }
     }
 
-    /// The groups are locked as [`File::lock_for_write`] does.
-    fn write_locked(&self, offset: u64, data: &[u8], size: u64) -> FsResult<()> {
-        let end = offset + data.len() as u64;
+    /// The groups are locked as [`File::lock_for_write`] does. True if the header or a generation
+    /// page has changed.
+    fn write_locked(&self, offset: u64, data: &[u8]) -> FsResult<bool> {
+        let (size, end) = (self.size(), offset + data.len() as u64);
         if offset > size {
             self.clear_beyond(size)?;
         }
-        self.write_range(offset, Source::Data(data), size)?;
-        if end > size { self.set_size(end) } else { Ok(()) }
+        let fresh = self.write_range(offset, Source::Data(data), size, size.max(end))?;
+        if end > size {
+            self.set_size(end)?;
+        }
+        Ok(fresh || end > size)
     }
 
-    /// Writes without changing the size; nothing at or past `size` is taken to exist.
-    pub(super) fn write_range(&self, offset: u64, source: Source<'_>, size: u64) -> FsResult<()> {
+    /// Writes without changing the size, except that the last group of the range may set it to
+    /// `size_then`; nothing at or past `size` is taken to exist. True if a group had been holes.
+    pub(super) fn write_range(
+        &self,
+        offset: u64,
+        source: Source<'_>,
+        size: u64,
+        size_then: u64,
+    ) -> FsResult<bool> {
         let end = offset + source.len();
+        let mut any_fresh = false;
         for group in groups(offset, source.len()) {
             let part = part_in_group(offset, end, group);
             let source = source.slice(part.start - offset, part.end - offset);
-            self.write_part(group, part.start, source, size)?;
+            let size_then = if part.end == end { size_then } else { size };
+            any_fresh |= self.write_part(group, part.start, source, size, size_then)?;
         }
-        Ok(())
+        Ok(any_fresh)
     }
 
     /// Writes a range within one group, whose lock is held alone.
-    fn write_part(&self, group: u64, offset: u64, source: Source<'_>, size: u64) -> FsResult<()> {
+    fn write_part(
+        &self,
+        group: u64,
+        offset: u64,
+        source: Source<'_>,
+        size: u64,
+        size_then: u64,
+    ) -> FsResult<bool> {
         let end = offset + source.len();
         let (first, last) = (block_of(offset), block_of(end - 1));
         let count = (last - first + 1) as usize;
@@ -172,13 +191,13 @@ impl File {
             self.write_sectors(&page, first_sector, last_sector)?;
         }
         if fresh {
-            self.materialise(group)?;
+            self.materialise(group, size_then)?;
         }
         self.cache_page(page);
         if let Some(announced) = announced {
             announced.finished();
         }
-        Ok(())
+        Ok(fresh)
     }
 
     /// Encrypts `blocks` in place, puts their entries into `page` and seals its sectors; returns
@@ -313,7 +332,7 @@ impl File {
     }
 
     /// Hands the device what a write of this range put into the kernel's cache.
-    fn write_out(&self, offset: u64, len: u64, extended: bool) -> FsResult<()> {
+    fn write_out(&self, offset: u64, len: u64, meta_changed: bool) -> FsResult<()> {
         let end = offset + len;
         let write_out = || -> std::io::Result<()> {
             for group in groups(offset, len) {
@@ -322,9 +341,11 @@ impl File {
                 self.backing.write_out(block_at(from), (to - from + 1) * BLOCK)?;
                 self.backing.write_out(tag_page_at(group), BLOCK)?;
             }
-            if extended {
-                let region = region_of_group(group_of(end - 1));
-                self.backing.write_out(generation_page_at(region), BLOCK)?;
+            if meta_changed {
+                let (first, last) = (group_of(offset), group_of(end - 1));
+                for region in region_of_group(first)..=region_of_group(last) {
+                    self.backing.write_out(generation_page_at(region), BLOCK)?;
+                }
                 self.backing.write_out(0, HEADERS_LEN)?;
             }
             Ok(())

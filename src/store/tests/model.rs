@@ -2,8 +2,13 @@
 
 use proptest::prelude::*;
 
+use rustix::io::Errno;
+
 use super::support::{Volume, pattern, read_all};
+use crate::backing::fault::{Call, Rule};
+use crate::error::FsResult;
 use crate::store::file::{Durability, File, WriteMode};
+use crate::store::layout::BLOCK_LEN;
 
 /// Room for four groups and something.
 const MAX_OFFSET: u64 = 2_100_000;
@@ -72,65 +77,88 @@ fn write(model: &mut Vec<u8>, offset: u64, data: &[u8]) {
     model[offset as usize..offset as usize + data.len()].copy_from_slice(data);
 }
 
-fn check_seek(file: &File, model: &[u8], offset: u64) {
-    let data = file.seek_data(offset).unwrap();
+fn check_seek(file: &File, model: &[u8], offset: u64) -> FsResult<()> {
+    let data = file.seek_data(offset)?;
     let end = data.unwrap_or(model.len() as u64) as usize;
     let skipped = &model[(offset as usize).min(end)..end];
     assert!(skipped.iter().all(|&byte| byte == 0), "data was skipped");
-    match file.seek_hole(offset).unwrap() {
+    match file.seek_hole(offset)? {
         None => assert!(offset >= model.len() as u64),
         Some(hole) => assert!(hole >= offset && hole <= model.len() as u64),
     }
+    Ok(())
 }
 
-fn apply(file: &File, model: &mut Vec<u8>, op: Op) {
-    match op {
+/// What the file is after `op`.
+fn predict(model: &[u8], op: &Op) -> Vec<u8> {
+    let mut model = model.to_vec();
+    match *op {
+        Op::Write { offset, len, seed, .. } => write(&mut model, offset, &pattern(len, seed)),
+        Op::Append { len, seed } => model.extend(pattern(len, seed)),
+        Op::Truncate { len } => model.resize(len as usize, 0),
+        Op::Punch { offset, len } => zero(&mut model, offset, len),
+        Op::Zero { offset, len, keep_size } => {
+            if !keep_size {
+                grow(&mut model, offset + len);
+            }
+            zero(&mut model, offset, len);
+        }
+        Op::Allocate { offset, len, keep_size } => {
+            if !keep_size {
+                grow(&mut model, offset + len);
+            }
+        }
+        Op::Read { .. } | Op::Seek { .. } | Op::Sync { .. } | Op::Reopen => {}
+    }
+    model
+}
+
+fn run(file: &File, model: &[u8], op: &Op) -> FsResult<()> {
+    match *op {
         Op::Write { offset, len, seed, durability } => {
-            let data = pattern(len, seed);
             let mode = WriteMode { append: false, durability };
-            assert_eq!(file.write_at(&data, offset, mode).unwrap(), offset);
-            write(model, offset, &data);
+            assert_eq!(file.write_at(&pattern(len, seed), offset, mode)?, offset);
+            Ok(())
         }
         Op::Append { len, seed } => {
-            let data = pattern(len, seed);
             let mode = WriteMode { append: true, ..WriteMode::default() };
-            let at = file.write_at(&data, 5, mode).unwrap();
+            let at = file.write_at(&pattern(len, seed), 5, mode)?;
             assert_eq!(at, model.len() as u64);
-            write(model, at, &data);
+            Ok(())
         }
         Op::Read { offset, len } => {
             let mut bytes = vec![0xee; len];
-            let count = file.read_at(&mut bytes, offset).unwrap();
+            let count = file.read_at(&mut bytes, offset)?;
             let from = (offset as usize).min(model.len());
             let to = (offset as usize + len).min(model.len());
             assert!(bytes[..count] == model[from..to.max(from)], "read {offset}+{len}");
+            Ok(())
         }
-        Op::Truncate { len } => {
-            file.truncate(len).unwrap();
-            model.resize(len as usize, 0);
-        }
-        Op::Punch { offset, len } => {
-            file.punch_hole(offset, len).unwrap();
-            zero(model, offset, len);
-        }
-        Op::Zero { offset, len, keep_size } => {
-            file.zero_range(offset, len, keep_size).unwrap();
-            if !keep_size {
-                grow(model, offset + len);
-            }
-            zero(model, offset, len);
-        }
-        Op::Allocate { offset, len, keep_size } => {
-            file.allocate(offset, len, keep_size).unwrap();
-            if !keep_size {
-                grow(model, offset + len);
-            }
-        }
+        Op::Truncate { len } => file.truncate(len),
+        Op::Punch { offset, len } => file.punch_hole(offset, len),
+        Op::Zero { offset, len, keep_size } => file.zero_range(offset, len, keep_size),
+        Op::Allocate { offset, len, keep_size } => file.allocate(offset, len, keep_size),
         Op::Seek { offset } => check_seek(file, model, offset),
-        Op::Sync { data_only } => file.sync(data_only).unwrap(),
-        Op::Reopen => unreachable!(),
+        Op::Sync { data_only } => file.sync(data_only),
+        Op::Reopen => Ok(()),
     }
-    assert_eq!(file.size(), model.len() as u64);
+}
+
+/// True if every block is as before or as after, and the size is one of the two.
+fn is_between(now: &[u8], old: &[u8], new: &[u8]) -> bool {
+    if now.len() != old.len() && now.len() != new.len() {
+        return false;
+    }
+    now.chunks(BLOCK_LEN).enumerate().all(|(block, now)| {
+        let is = |model: &[u8]| {
+            let mut want = vec![0; now.len()];
+            let from = (block * BLOCK_LEN).min(model.len());
+            let to = (from + now.len()).min(model.len());
+            want[..to - from].copy_from_slice(&model[from..to]);
+            want == now
+        };
+        is(old) || is(new)
+    })
 }
 
 proptest! {
@@ -148,13 +176,55 @@ proptest! {
                 file = volume.open("f");
                 let node = volume.store.tree().lookup(b"f").unwrap();
                 prop_assert_eq!(volume.store.plain_size(&node).unwrap(), model.len() as u64);
-            } else {
-                apply(&file, &mut model, op);
             }
+            run(&file, &model, &op).unwrap();
+            model = predict(&model, &op);
+            prop_assert_eq!(file.size(), model.len() as u64);
         }
         prop_assert!(read_all(&file) == model);
         drop(file);
         let volume = volume.reopen_as(true);
         prop_assert!(read_all(&volume.open("f")) == model, "after a read-only mount");
+    }
+
+    /// The daemon dies at any call, which may be done in part: nothing that was acknowledged is
+    /// lost, and the rest is old or new. Then it goes on, and dies again.
+    #[test]
+    fn a_killed_daemon_loses_nothing(
+        lives in proptest::collection::vec(
+            (proptest::collection::vec(op(), 1..12), 0_usize..60, 0_usize..40),
+            1..4,
+        ),
+    ) {
+        let mut volume = Volume::new();
+        let mut file = volume.create("f");
+        let mut model = Vec::new();
+        for (ops, after, pages) in lives {
+            let partial = Some(pages * BLOCK_LEN);
+            let rule = Rule { call: Call::Any, after, lasting: true, errno: Errno::IO, partial };
+            volume.faults.arm(rule);
+            let mut next = None;
+            for op in ops {
+                let new = predict(&model, &op);
+                // A read may end in an error of its own, once the disk has failed.
+                let done = run(&file, &model, &op);
+                if volume.faults.has_failed() {
+                    next = Some(new);
+                    break;
+                }
+                done.unwrap();
+                model = new;
+            }
+            drop(file);
+            // The dead daemon does nothing any more.
+            volume = volume.reopen();
+            file = volume.open("f");
+            let now = read_all(&file);
+            match next {
+                None => prop_assert!(now == model),
+                Some(new) => prop_assert!(is_between(&now, &model, &new)),
+            }
+            model = now;
+        }
     }
 }

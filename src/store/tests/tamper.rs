@@ -1,5 +1,8 @@
 //! What somebody with access to the disk can do, and what the reader gets.
 
+// A list of one range of blocks is what is meant.
+#![allow(clippy::single_range_in_vec_init)]
+
 use std::ops::Range;
 
 use super::support::{Volume, pattern, read_all};
