@@ -1,10 +1,12 @@
+use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use super::super::custody::{Enrolment, enrol, revalidate};
 use super::super::gate::State;
-use super::super::provider::Algorithm;
-use super::super::requirement;
+use super::super::provider::{Algorithm, Class};
 use super::super::testing::{FakeKey, FakeService};
+use super::super::{requirement, wall_clock};
 use super::*;
 
 const LIMIT: Duration = Duration::from_secs(20);
