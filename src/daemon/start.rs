@@ -97,7 +97,7 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
     let gate = Gate::new();
     let store = Store::open(Arc::clone(&backing), Arc::clone(&gate), plan.read_only)?;
 
-    let revalidated = check_key(&*provider, &envelope, &info, &pin)?;
+    let revalidated = check_key(&*provider, &envelope, &info, &pin, &plan.config)?;
     for row in revalidated.report.warnings() {
         log::warn!("{}: {}: {} {}", envelope.kid, row.requirement, row.found, row.fix);
     }

@@ -177,7 +177,8 @@ impl Volume {
         let envelope = Envelope::load(&self.store.envelope_dir())?;
         let provider =
             provider::for_key(&envelope.kid, &super::settings::provider(&self.plan.config.key))?;
-        let revalidated = check_key(&*provider, &envelope, &self.info, &self.pin)?;
+        let revalidated =
+            check_key(&*provider, &envelope, &self.info, &self.pin, &self.plan.config)?;
         if !open {
             return Ok(());
         }
@@ -241,6 +242,7 @@ pub fn check_key(
     envelope: &Envelope,
     info: &VolumeInfo,
     pin: &super::pins::Pin,
+    config: &crate::config::Config,
 ) -> Result<custody::Revalidated> {
     if envelope.volume != info.uuid {
         return Err(Error::corrupt(format!(
@@ -249,7 +251,11 @@ pub fn check_key(
             hex::uuid(&info.uuid)
         )));
     }
-    let settings = requirement::Settings { tolerant: !pin.requirements, ..Default::default() };
+    let settings = requirement::Settings {
+        tolerant: !pin.requirements,
+        on_expired: super::settings::watcher(config).policy.on_expired,
+        ..Default::default()
+    };
     custody::revalidate(provider, envelope, &pin.fingerprint, &settings, REVALIDATE_LIMIT)
         .map_err(|refusal: Refusal| refusal.error)
 }
