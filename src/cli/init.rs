@@ -10,7 +10,7 @@ use crate::backing::linux::LinuxBacking;
 use crate::config::Config;
 use crate::crypto;
 use crate::daemon::pins::{self, Pin};
-use crate::daemon::{check, harden, hex, mountinfo, settings};
+use crate::daemon::{check, harden, hex, mountinfo, settings, volume};
 use crate::error::{Context, Error, Kind, Result};
 use crate::key::custody::{self, Enrolment};
 use crate::key::provider::{self, Algorithm};
@@ -42,9 +42,9 @@ pub(super) fn run(args: InitArgs) -> Result<()> {
         Ok(enrolment) => enrolment,
         Err(refusal) => {
             if let Some(report) = &refusal.report {
-                output::error_text(&report.to_string());
+                output::text(&report.to_string())?;
             }
-            return Err(refusal.error);
+            return Err(volume::name_the_service(refusal.error, &args.kek));
         }
     };
     for row in enrolment.report.warnings() {

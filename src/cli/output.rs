@@ -38,8 +38,3 @@ pub fn json(value: &impl Serialize) -> Result<()> {
         .map_err(|error| Error::new(Kind::Io, "cannot write JSON").with_source(error))?;
     line(&text)
 }
-
-/// Several lines on standard error, as they are.
-pub fn error_text(text: &str) {
-    let _ = io::stderr().write_all(text.as_bytes());
-}

@@ -257,7 +257,15 @@ pub fn check_key(
         ..Default::default()
     };
     custody::revalidate(provider, envelope, &pin.fingerprint, &settings, REVALIDATE_LIMIT)
-        .map_err(|refusal: Refusal| refusal.error)
+        .map_err(|refusal: Refusal| name_the_service(refusal.error, &envelope.kid))
+}
+
+/// A failure to connect says what was tried.
+pub fn name_the_service(error: Error, kid: &str) -> Error {
+    if error.kind != Kind::Unreachable || error.to_string().contains(kid) {
+        return error;
+    }
+    Error::new(error.kind, format!("cannot reach the key service for {kid}: {error}"))
 }
 
 fn probe_json(probe: &watcher::ProbeReport) -> Value {
