@@ -3,6 +3,7 @@
 mod concurrency;
 mod cutoff;
 mod fault;
+mod format;
 mod model;
 mod support;
 mod tamper;
