@@ -10,6 +10,7 @@
 
 pub mod fault;
 pub mod linux;
+pub mod memory;
 
 use std::any::Any;
 use std::fmt::Debug;
