@@ -182,6 +182,11 @@ impl Backing for MemoryBacking {
         })
     }
 
+    fn sync_fs(&self) -> io::Result<()> {
+        self.0.state.lock().run(Op::SyncFs);
+        Ok(())
+    }
+
     fn lock(&self, name: &[u8]) -> io::Result<Box<dyn Debug + Send + Sync>> {
         if self.0.locked.swap(true, Ordering::SeqCst) {
             return Err(io::ErrorKind::WouldBlock.into());

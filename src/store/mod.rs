@@ -12,6 +12,7 @@ mod block;
 mod cache;
 mod file;
 mod header;
+pub mod intent_log;
 mod keys;
 mod layout;
 mod page;

@@ -141,6 +141,10 @@ impl Trace {
         let mut last_covered = None;
         let mut pending = Pending::default();
         for (at, op) in ops.iter().enumerate().rev() {
+            if matches!(op, Op::SyncFs) {
+                last_covered = last_covered.max(Some(at));
+                break;
+            }
             synced.note(op);
             let keys = op.keys();
             if !keys.is_empty() {

@@ -227,8 +227,11 @@ impl Image {
                     inode.change(change);
                 }
             }
-            Op::SyncData { .. } | Op::SyncAll { .. } | Op::SyncDir { .. } | Op::WriteOut { .. } => {
-            }
+            Op::SyncData { .. }
+            | Op::SyncAll { .. }
+            | Op::SyncDir { .. }
+            | Op::SyncFs
+            | Op::WriteOut { .. } => {}
         }
     }
 

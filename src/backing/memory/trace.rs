@@ -84,6 +84,7 @@ pub(super) enum Op {
     SyncDir {
         dir: u64,
     },
+    SyncFs,
 }
 
 /// What of an operation is ordered with what of others, however much a disk reorders.
@@ -213,8 +214,9 @@ impl Trace {
 
     /// Positions of the calls that make something durable.
     pub fn syncs(&self) -> Vec<usize> {
-        let is_sync =
-            |op: &Op| matches!(op, Op::SyncData { .. } | Op::SyncAll { .. } | Op::SyncDir { .. });
+        let is_sync = |op: &Op| {
+            matches!(op, Op::SyncData { .. } | Op::SyncAll { .. } | Op::SyncDir { .. } | Op::SyncFs)
+        };
         (0..self.ops.len()).filter(|&at| is_sync(&self.ops[at])).collect()
     }
 }

@@ -1,0 +1,105 @@
+//! Where a stream's live records begin: two pages at the start of its file, written in turn.
+//!
+//! ```text
+//!  0  16  MAC, by a key of the volume    16  8  "BYOKLOGA"    24  4  1, the format
+//! 28   4  stream                         32  8  generation    40  16 log id
+//! 56   8  length of the ring             64  8  tail seq      72  8  tail position
+//! ```
+//!
+//! The record is 512 bytes, the rest of it and of its page zero. The higher generation counts. The
+//! tail is the first record that recovery looks at; it moves on only when what is before it is
+//! durable at home.
+
+use std::io;
+
+use super::PAGE;
+use super::record::{get_u32, get_u64, put_u32, put_u64};
+use crate::backing::FileRef;
+use crate::crypto::mac::{MAC_LEN, MacKey};
+
+const MAGIC: &[u8; 8] = b"BYOKLOGA";
+const DOMAIN: &[u8; 16] = b"byokfs log anch\0";
+const FORMAT: u32 = 1;
+const RECORD_LEN: usize = 512;
+/// Before the ring.
+pub(crate) const ANCHORS_LEN: u64 = 2 * PAGE as u64;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Anchor {
+    pub log_id: [u8; 16],
+    pub stream: u8,
+    pub generation: u64,
+    pub ring_len: u64,
+    pub tail_seq: u64,
+    pub tail_at: u64,
+}
+
+impl Anchor {
+    pub(crate) fn ring_end(&self) -> u64 {
+        ANCHORS_LEN + self.ring_len
+    }
+
+    fn encode(&self, key: &MacKey) -> [u8; RECORD_LEN] {
+        let mut bytes = [0; RECORD_LEN];
+        bytes[16..24].copy_from_slice(MAGIC);
+        put_u32(&mut bytes, 24, FORMAT);
+        put_u32(&mut bytes, 28, u32::from(self.stream));
+        put_u64(&mut bytes, 32, self.generation);
+        bytes[40..56].copy_from_slice(&self.log_id);
+        put_u64(&mut bytes, 56, self.ring_len);
+        put_u64(&mut bytes, 64, self.tail_seq);
+        put_u64(&mut bytes, 72, self.tail_at);
+        let mac = key.mac(&[DOMAIN, &bytes[MAC_LEN..]]);
+        bytes[..MAC_LEN].copy_from_slice(&mac);
+        bytes
+    }
+
+    fn decode(bytes: &[u8], stream: u8, key: &MacKey) -> Option<Anchor> {
+        let mut mac = [0; MAC_LEN];
+        mac.copy_from_slice(&bytes[..MAC_LEN]);
+        let authentic = key.verify(&[DOMAIN, &bytes[MAC_LEN..RECORD_LEN]], &mac);
+        if !authentic || get_u32(bytes, 24) != FORMAT || get_u32(bytes, 28) != u32::from(stream) {
+            return None;
+        }
+        let mut log_id = [0; 16];
+        log_id.copy_from_slice(&bytes[40..56]);
+        Some(Anchor {
+            log_id,
+            stream,
+            generation: get_u64(bytes, 32),
+            ring_len: get_u64(bytes, 56),
+            tail_seq: get_u64(bytes, 64),
+            tail_at: get_u64(bytes, 72),
+        })
+    }
+
+    /// The newer of the two that prove themselves, and whether one does not.
+    pub(crate) fn read(
+        file: &FileRef,
+        stream: u8,
+        key: &MacKey,
+    ) -> io::Result<Option<(Anchor, bool)>> {
+        let mut pages = vec![0; ANCHORS_LEN as usize];
+        file.read_at(&mut pages, 0)?;
+        let copies = [
+            Anchor::decode(&pages[..PAGE], stream, key),
+            Anchor::decode(&pages[PAGE..], stream, key),
+        ];
+        let damaged = copies.iter().any(Option::is_none);
+        let newest = copies.into_iter().flatten().max_by_key(|anchor| anchor.generation);
+        Ok(newest.map(|anchor| (anchor, damaged)))
+    }
+
+    /// Durable when this returns; the copy before it stays.
+    pub(crate) fn write(&self, file: &FileRef, key: &MacKey) -> io::Result<()> {
+        file.write_at(&self.encode(key), self.generation % 2 * PAGE as u64)?;
+        file.sync_data()
+    }
+
+    /// Both copies, for a new file; the caller syncs.
+    pub(crate) fn write_first(&self, file: &FileRef, key: &MacKey) -> io::Result<()> {
+        let bytes = self.encode(key);
+        file.write_at(&bytes, 0)?;
+        file.write_at(&bytes, PAGE as u64)
+    }
+}

@@ -1,0 +1,294 @@
+//! Group commit: the first who waits writes, or flushes, for all who wait.
+//!
+//! Nobody holds the lock during I/O. A leader takes every record that is ready and lies without a
+//! gap, writes them with one call, and tells the others; whoever came meanwhile finds the next
+//! leader among them. The same again for the flush, which covers all that was written before it
+//! began.
+
+use std::collections::VecDeque;
+use std::io;
+
+use parking_lot::MutexGuard;
+use rustix::io::Errno;
+
+use super::anchor::Anchor;
+use super::ring::{Ring, Spot};
+use super::{Log, PAGE, Position, STREAMS, Stream};
+use crate::error::{FsError, FsResult};
+
+/// The most that one write takes along.
+const BATCH: usize = 4 << 20;
+
+/// A record on its way to the kernel; `bytes` is None until its MAC is made.
+#[derive(Debug)]
+struct Queued {
+    spot: Spot,
+    bytes: Option<[Vec<u8>; 2]>,
+}
+
+#[derive(Debug)]
+pub(super) struct Queue {
+    pub ring: Ring,
+    pub anchor: Anchor,
+    waiting: VecDeque<Queued>,
+    /// Records before this are in the kernel's hands.
+    written: u64,
+    /// Records before this are on stable storage.
+    durable: u64,
+    writing: bool,
+    flushing: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Streams {
+    pub queues: [Queue; STREAMS],
+    poison: Option<String>,
+}
+
+impl Queue {
+    pub(super) fn new(ring: Ring, anchor: Anchor) -> Queue {
+        let next = ring.next_seq();
+        let waiting = VecDeque::new();
+        Queue {
+            ring,
+            anchor,
+            waiting,
+            written: next,
+            durable: next,
+            writing: false,
+            flushing: false,
+        }
+    }
+
+    pub(super) fn place(&mut self, pages: u64) -> Option<Spot> {
+        let spot = self.ring.place(pages)?;
+        self.waiting.push_back(Queued { spot, bytes: None });
+        Some(spot)
+    }
+
+    /// The last record that is on stable storage.
+    pub(super) fn durable_seq(&self) -> u64 {
+        self.durable.saturating_sub(1)
+    }
+
+    fn is_ready(&self) -> bool {
+        self.waiting.front().is_some_and(|queued| queued.bytes.is_some())
+    }
+
+    /// Every ready record that lies behind the first without a gap: position, bytes, last seq.
+    fn take_batch(&mut self) -> (u64, Vec<[Vec<u8>; 2]>, u64) {
+        let mut batch = Vec::new();
+        let (mut from, mut end, mut last) = (0, None, 0);
+        let mut len = 0;
+        while let Some(queued) = self.waiting.front_mut() {
+            if end.is_some_and(|end| end != queued.spot.at) || len >= BATCH {
+                break;
+            }
+            let Some(bytes) = queued.bytes.take() else { break };
+            if end.is_none() {
+                from = queued.spot.at;
+            }
+            let record_len = bytes[0].len() + bytes[1].len();
+            len += record_len;
+            end = Some(queued.spot.at + record_len as u64);
+            last = queued.spot.seq;
+            batch.push(bytes);
+            self.waiting.pop_front();
+        }
+        (from, batch, last)
+    }
+}
+
+impl Streams {
+    pub(super) fn new(queues: [Queue; STREAMS]) -> Streams {
+        Streams { queues, poison: None }
+    }
+
+    /// For those who come after the failure.
+    pub(super) fn check_writable(&self) -> FsResult<()> {
+        if self.poison.is_some() { Err(Errno::ROFS.into()) } else { Ok(()) }
+    }
+
+    /// For those whom the failure met.
+    fn check(&self) -> FsResult<()> {
+        if self.poison.is_some() { Err(Errno::IO.into()) } else { Ok(()) }
+    }
+}
+
+/// A place in the queue that has to be filled: if its owner is lost, so is the sequence.
+pub(super) struct Slot<'a> {
+    log: &'a Log,
+    index: usize,
+    seq: u64,
+    filled: bool,
+}
+
+impl<'a> Slot<'a> {
+    pub(super) fn new(log: &'a Log, index: usize, seq: u64) -> Slot<'a> {
+        Slot { log, index, seq, filled: false }
+    }
+
+    pub(super) fn fill(mut self, head: Vec<u8>, body: Vec<u8>) {
+        let mut streams = self.log.streams.lock();
+        let queue = &mut streams.queues[self.index];
+        let first = queue.waiting.front().map(|queued| queued.spot.seq);
+        let at = first.map_or(0, |first| (self.seq - first) as usize);
+        if let Some(queued) = queue.waiting.get_mut(at) {
+            queued.bytes = Some([head, body]);
+        }
+        if at == 0 {
+            self.log.written[self.index].notify_all();
+        }
+        self.filled = true;
+    }
+}
+
+impl Drop for Slot<'_> {
+    fn drop(&mut self) {
+        if !self.filled {
+            let lost = io::Error::other("a record was never finished");
+            self.log.poison(self.index, "a request was interrupted", &lost);
+        }
+    }
+}
+
+impl Log {
+    /// Returns when the record is in the kernel's hands: it survives this process.
+    pub fn wait_written(&self, position: &Position) -> FsResult<()> {
+        self.write_until(position.stream as usize, position.seq + 1)
+    }
+
+    /// Returns when the record is on the device, perhaps in its cache.
+    pub fn wait_on_device(&self, position: &Position) -> FsResult<()> {
+        self.wait_written(position)?;
+        let index = position.stream as usize;
+        self.files[index]
+            .write_out(position.at, position.len)
+            .map_err(|error| self.poison(index, "a record cannot be written out", &error))
+    }
+
+    /// Returns when the record, and all before it in its stream, is on stable storage.
+    pub fn wait_durable(&self, position: &Position) -> FsResult<()> {
+        self.flush_until(position.stream as usize, position.seq + 1)
+    }
+
+    /// As [`Log::wait_durable`], by the number alone.
+    pub fn flush_through(&self, stream: Stream, seq: u64) -> FsResult<()> {
+        self.flush_until(stream as usize, seq + 1)
+    }
+
+    /// Everything appended so far is on stable storage afterwards. Needs no key.
+    pub fn flush(&self) -> FsResult<()> {
+        for index in 0..STREAMS {
+            let next = self.streams.lock().queues[index].ring.next_seq();
+            self.flush_until(index, next)?;
+        }
+        Ok(())
+    }
+
+    /// Returns when the stream has room for `draft_pages`, or `give_up` says why not to wait. It is
+    /// asked again whenever something changes, and by [`Log::wake`].
+    pub fn wait_for_room(
+        &self,
+        stream: Stream,
+        draft_pages: u64,
+        give_up: impl Fn() -> FsResult<()>,
+    ) -> FsResult<()> {
+        let index = stream as usize;
+        let mut streams = self.streams.lock();
+        loop {
+            streams.check_writable()?;
+            if streams.queues[index].ring.has_room(draft_pages) {
+                return Ok(());
+            }
+            MutexGuard::unlocked(&mut streams, &give_up)?;
+            self.space[index].wait_for(&mut streams, std::time::Duration::from_secs(1));
+        }
+    }
+
+    /// Makes everyone who waits for room ask again whether to give up.
+    pub fn wake(&self) {
+        self.space.iter().for_each(|space| _ = space.notify_all());
+    }
+
+    /// Why the log takes nothing more, if so.
+    pub fn poisoned(&self) -> Option<String> {
+        self.streams.lock().poison.clone()
+    }
+
+    /// Writes until every record before `seq` is in the kernel's hands.
+    fn write_until(&self, index: usize, seq: u64) -> FsResult<()> {
+        let mut streams = self.streams.lock();
+        loop {
+            if streams.queues[index].written >= seq {
+                return Ok(());
+            }
+            streams.check()?;
+            let queue = &mut streams.queues[index];
+            if queue.writing || !queue.is_ready() {
+                self.written[index].wait(&mut streams);
+                continue;
+            }
+            queue.writing = true;
+            let (at, batch, last) = queue.take_batch();
+            let result = MutexGuard::unlocked(&mut streams, || {
+                let parts: Vec<&[u8]> = batch.iter().flatten().map(|part| &part[..]).collect();
+                self.files[index].write_parts_at(&parts, at)
+            });
+            let queue = &mut streams.queues[index];
+            queue.writing = false;
+            match result {
+                Ok(()) => queue.written = last + 1,
+                Err(error) => {
+                    self.poison_locked(&mut streams, index, "a record cannot be written", &error);
+                }
+            }
+            self.written[index].notify_all();
+        }
+    }
+
+    fn flush_until(&self, index: usize, seq: u64) -> FsResult<()> {
+        self.write_until(index, seq)?;
+        let mut streams = self.streams.lock();
+        loop {
+            if streams.queues[index].durable >= seq {
+                return Ok(());
+            }
+            streams.check()?;
+            let queue = &mut streams.queues[index];
+            if queue.flushing {
+                self.durable[index].wait(&mut streams);
+                continue;
+            }
+            queue.flushing = true;
+            let covered = queue.written;
+            let result = MutexGuard::unlocked(&mut streams, || self.files[index].sync_data());
+            let queue = &mut streams.queues[index];
+            queue.flushing = false;
+            match result {
+                Ok(()) => queue.durable = queue.durable.max(covered),
+                Err(error) => {
+                    self.poison_locked(&mut streams, index, "the log cannot be flushed", &error);
+                }
+            }
+            self.durable[index].notify_all();
+        }
+    }
+
+    pub(super) fn poison(&self, index: usize, what: &str, error: &io::Error) -> FsError {
+        self.poison_locked(&mut self.streams.lock(), index, what, error);
+        Errno::IO.into()
+    }
+
+    fn poison_locked(&self, streams: &mut Streams, index: usize, what: &str, error: &io::Error) {
+        let file = String::from_utf8_lossy(super::FILES[index]);
+        let reason = format!("{file}: {what}: {error}");
+        log::error!("{reason}; the volume is read-only until it is mounted again");
+        streams.poison.get_or_insert(reason);
+        for waiting in [&self.written, &self.durable, &self.space].into_iter().flatten() {
+            waiting.notify_all();
+        }
+    }
+}
+
+const _: () = assert!(BATCH >= super::record::MAX_PAGES * PAGE);

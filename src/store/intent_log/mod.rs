@@ -1,0 +1,393 @@
+//! The intent log: records of whole requests, durable before anything at home is overwritten.
+//!
+//! Two streams, each a ring in a file of its own, so that the flush of a small synchronous write
+//! never has to wait for bulk data. The files are written whole when they are made: a commit
+//! changes no metadata of the backing file system. Whoever waits for a record shares one write and
+//! one flush with everyone else who waits.
+//!
+//! Invariants:
+//! - A record is placed and gets its MAC in one go, under the caller's lease, and is then written
+//!   whatever happens to the keys: [`Log::append`] never leaves a gap in a stream's sequence.
+//! - A failed write or flush is final: the log is poisoned, everyone who waits gets EIO, everyone
+//!   after them EROFS, and only the next mount's recovery goes on. Nothing is tried again.
+//! - Space is used again only after [`Log::trim`], which the caller owes: data, tags and headers of
+//!   the trimmed records are durable at home. Records that are being read stay.
+//! - After recovery a stream's sequence goes on past every seq that an unread rest of the ring may
+//!   hold, so that no record of an earlier life is ever taken for a new one.
+//!
+//! What the log does not do: it knows nothing of files, keys of files or blocks at home; it never
+//! reads a body but for its caller. The store does not use it yet.
+
+mod anchor;
+mod commit;
+mod record;
+mod ring;
+mod scan;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::backing::{Access, FileRef, NodeRef};
+use crate::crypto::mac::MacKey;
+use crate::error::{Context, Error, FsResult, Result};
+use anchor::{ANCHORS_LEN, Anchor};
+use commit::{Queue, Streams};
+pub use record::{Draft, Entry, Kind, Place, Record};
+use ring::{Ring, Spot};
+use scan::Scan;
+pub use scan::SessionKeys;
+
+pub(crate) const PAGE: usize = 4096;
+pub(crate) const STREAMS: usize = 2;
+
+/// The log's files in the volume's root.
+pub const FILES: [&[u8]; STREAMS] = [b"log.hot", b"log.bulk"];
+
+/// Which ring a record goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Stream {
+    /// Small and synchronous.
+    Hot = 0,
+    Bulk = 1,
+}
+
+/// Bytes of each ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    pub hot: u64,
+    pub bulk: u64,
+}
+
+impl Size {
+    /// The smallest that holds a few of the largest records.
+    pub const MIN: u64 = 4 << 20;
+
+    /// `total` shared out: a quarter to the hot stream.
+    pub fn of_total(total: u64) -> Size {
+        let hot = (total / 4).max(Size::MIN) / PAGE as u64 * PAGE as u64;
+        Size { hot, bulk: total.saturating_sub(hot).max(Size::MIN) / PAGE as u64 * PAGE as u64 }
+    }
+}
+
+impl Default for Size {
+    fn default() -> Size {
+        Size::of_total(256 << 20)
+    }
+}
+
+/// A record's place in the sequence, to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    pub stream: Stream,
+    pub seq: u64,
+    /// Of the record's body in its stream's file.
+    pub body_at: u64,
+    at: u64,
+    len: u64,
+}
+
+/// The key of one session's records.
+#[derive(Clone, Debug)]
+pub struct SessionKey {
+    pub session: u32,
+    pub key: Arc<MacKey>,
+}
+
+/// An open log.
+#[derive(Debug)]
+pub struct Log {
+    files: [FileRef; STREAMS],
+    /// Rises with every record of either stream.
+    order: AtomicU64,
+    streams: Mutex<Streams>,
+    /// A batch of the stream is in the kernel's hands, or its oldest record is ready to go there.
+    written: [Condvar; STREAMS],
+    durable: [Condvar; STREAMS],
+    space: [Condvar; STREAMS],
+    /// One trim at a time.
+    trimming: Mutex<()>,
+}
+
+/// A log as a crash, or a clean end, left it.
+#[derive(Debug)]
+pub struct Found {
+    /// What has to go home, in order.
+    pub records: Vec<Record>,
+    /// One anchor copy of a stream is damaged; the other serves.
+    pub damaged_copy: bool,
+    files: [FileRef; STREAMS],
+    anchors: [Anchor; STREAMS],
+    ends: [Spot; STREAMS],
+    next_order: u64,
+}
+
+impl Log {
+    /// Makes the files of an empty log in `dir`, durable when this returns. `shown` is the
+    /// directory's path, for messages.
+    pub fn format(
+        dir: &NodeRef,
+        size: Size,
+        log_id: [u8; 16],
+        key: &MacKey,
+        shown: &str,
+    ) -> Result<()> {
+        for (stream, len) in [size.hot, size.bulk].into_iter().enumerate() {
+            if len < Size::MIN || len % PAGE as u64 != 0 {
+                return Err(Error::usage(format!(
+                    "a log stream of {len} bytes is not possible: at least {} in whole pages of {PAGE}",
+                    Size::MIN
+                )));
+            }
+            let anchor = Anchor {
+                log_id,
+                stream: stream as u8,
+                generation: 1,
+                ring_len: len,
+                tail_seq: 1,
+                tail_at: ANCHORS_LEN,
+            };
+            let make = || -> io::Result<()> {
+                let file = dir.create_unnamed()?;
+                // Written, not only allocated: an unwritten extent costs a journal commit later.
+                let zeros = vec![0; 1 << 20];
+                let mut at = 0;
+                while at < anchor.ring_end() {
+                    let take = (anchor.ring_end() - at).min(zeros.len() as u64);
+                    file.write_at(&zeros[..take as usize], at)?;
+                    at += take;
+                }
+                anchor.write_first(&file, key)?;
+                file.sync_all()?;
+                dir.link_file(&*file, FILES[stream])
+            };
+            make().context(|| cannot("make", stream, shown))?;
+        }
+        dir.sync().context(|| format!("cannot sync {shown}"))
+    }
+
+    /// Reads what is there and changes nothing. Fails where a log is missing, foreign, or damaged
+    /// in a part that was durable.
+    pub fn find(
+        dir: &NodeRef,
+        log_id: &[u8; 16],
+        key: &MacKey,
+        sessions: &SessionKeys,
+        shown: &str,
+    ) -> Result<Found> {
+        let (hot, hot_damaged) = open_stream(dir, 0, log_id, key, shown)?;
+        let (bulk, bulk_damaged) = open_stream(dir, 1, log_id, key, shown)?;
+        let files = [hot.0, bulk.0];
+        let anchors = [hot.1, bulk.1];
+        let scan = |stream: usize| {
+            let scan = Scan::run(&files[stream], &anchors[stream], sessions)
+                .context(|| cannot("read", stream, shown))?;
+            if scan.damaged {
+                return Err(Error::corrupt(format!(
+                    "the log {} is damaged: record {} was on stable storage and is not there; \
+                     restore the volume from a backup, or give up what the log holds with \
+                     `--discard-log`",
+                    path(stream, shown),
+                    scan.next_seq
+                )));
+            }
+            Ok(scan)
+        };
+        let scans = [scan(0)?, scan(1)?];
+        let ends = [0, 1].map(|i: usize| Spot { seq: scans[i].next_seq, at: scans[i].end_at });
+        let last = scans.iter().flat_map(|scan| &scan.records).map(|record| record.place.order);
+        let next_order = last.max().unwrap_or(0) + 1;
+        let records = scan::merge(scans);
+        let damaged_copy = hot_damaged || bulk_damaged;
+        Ok(Found { records, damaged_copy, files, anchors, ends, next_order })
+    }
+
+    /// A record in the kernel's or the writers' hands; None while its stream has no room for it
+    /// ([`Log::wait_for_room`], without a lease). The caller holds the lease that `key` came from.
+    pub fn append(
+        &self,
+        stream: Stream,
+        draft: Draft,
+        key: &SessionKey,
+    ) -> FsResult<std::result::Result<Position, Draft>> {
+        draft.check().map_err(|_| rustix::io::Errno::INVAL)?;
+        let index = stream as usize;
+        let pages = draft.pages();
+        let (spot, durable_seq, order) = {
+            let mut streams = self.streams.lock();
+            streams.check_writable()?;
+            let queue = &mut streams.queues[index];
+            let Some(spot) = queue.place(pages) else { return Ok(Err(draft)) };
+            (spot, queue.durable_seq(), self.order.fetch_add(1, Ordering::Relaxed))
+        };
+        let slot = commit::Slot::new(self, index, spot.seq);
+        let place = Place {
+            stream: stream as u8,
+            session: key.session,
+            seq: spot.seq,
+            at: spot.at,
+            durable_seq,
+            order,
+        };
+        let head = draft.encode_head(&place, &key.key);
+        let body_at = spot.at + head.len() as u64;
+        slot.fill(head, draft.body);
+        Ok(Ok(Position { stream, seq: spot.seq, body_at, at: spot.at, len: pages * PAGE as u64 }))
+    }
+
+    /// Reads ciphertext of a pinned record.
+    pub fn read(&self, stream: Stream, buf: &mut [u8], at: u64) -> io::Result<()> {
+        let count = self.files[stream as usize].read_at(buf, at)?;
+        if count < buf.len() { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+    }
+
+    /// Keeps the record where it is until the pin is dropped; None if its space may be used again
+    /// already: then everything in it is home.
+    pub fn pin(self: &Arc<Self>, stream: Stream, seq: u64) -> Option<Pin> {
+        let pinned = self.streams.lock().queues[stream as usize].ring.pin(seq);
+        pinned.then(|| Pin { log: self.clone(), stream, seq })
+    }
+
+    /// Gives back the space of every record of `stream` before `seq`: all of them are durable at
+    /// home. Writes the anchor, and flushes it, first.
+    pub fn trim(&self, stream: Stream, seq: u64, key: &MacKey) -> FsResult<()> {
+        let _one = self.trimming.lock();
+        let index = stream as usize;
+        let anchor = {
+            let streams = self.streams.lock();
+            streams.check_writable()?;
+            let queue = &streams.queues[index];
+            let tail = queue.ring.tail_for(seq);
+            let generation = queue.anchor.generation + 1;
+            Anchor { generation, tail_seq: tail.seq, tail_at: tail.at, ..queue.anchor }
+        };
+        if let Err(error) = anchor.write(&self.files[index], key) {
+            return Err(self.poison(index, "the anchor cannot be written", &error));
+        }
+        let mut streams = self.streams.lock();
+        let queue = &mut streams.queues[index];
+        queue.anchor = anchor;
+        if queue.ring.trim(anchor.tail_seq) {
+            self.space[index].notify_all();
+        }
+        Ok(())
+    }
+
+    /// Bytes in use and in all, of a stream.
+    pub fn fill(&self, stream: Stream) -> (u64, u64) {
+        let streams = self.streams.lock();
+        let ring = &streams.queues[stream as usize].ring;
+        (ring.used(), ring.capacity())
+    }
+
+    /// The seq that the stream's next record will have.
+    pub fn next_seq(&self, stream: Stream) -> u64 {
+        self.streams.lock().queues[stream as usize].ring.next_seq()
+    }
+
+    fn unpin(&self, stream: Stream, seq: u64) {
+        if self.streams.lock().queues[stream as usize].ring.unpin(seq) {
+            self.space[stream as usize].notify_all();
+        }
+    }
+}
+
+/// A record whose space is not used again while this lives.
+#[derive(Debug)]
+pub struct Pin {
+    log: Arc<Log>,
+    stream: Stream,
+    seq: u64,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.log.unpin(self.stream, self.seq);
+    }
+}
+
+impl Found {
+    /// Reads the ciphertext of one of [`Found::records`].
+    pub fn body(&self, record: &Record) -> io::Result<Vec<u8>> {
+        let mut body = vec![0; record.body_len()];
+        let file = &self.files[usize::from(record.place.stream) % STREAMS];
+        if file.read_at(&mut body, record.body_at())? < body.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(body)
+    }
+
+    /// Empties the log and opens it for writing. The caller owes: all of [`Found::records`] is
+    /// durable at home.
+    pub fn start(self, key: &MacKey, shown: &str) -> Result<Arc<Log>> {
+        let begin = |stream: usize| -> Result<Queue> {
+            let old = self.anchors[stream];
+            // Past every seq that what lies behind the end may hold: a record takes a page at
+            // least. The scan ends there at the latest, whatever is written before the next crash.
+            let seq = self.ends[stream].seq + old.ring_len / PAGE as u64 + 1;
+            let spot = Spot { seq, at: self.ends[stream].at };
+            let generation = old.generation + 1;
+            let anchor = Anchor { generation, tail_seq: seq, tail_at: spot.at, ..old };
+            anchor.write(&self.files[stream], key).context(|| cannot("write", stream, shown))?;
+            Ok(Queue::new(Ring::new(ANCHORS_LEN, anchor.ring_end(), spot), anchor))
+        };
+        let queues = [begin(0)?, begin(1)?];
+        Ok(Arc::new(Log {
+            files: self.files,
+            order: AtomicU64::new(self.next_order),
+            streams: Mutex::new(Streams::new(queues)),
+            written: Default::default(),
+            durable: Default::default(),
+            space: Default::default(),
+            trimming: Mutex::new(()),
+        }))
+    }
+}
+
+fn path(stream: usize, shown: &str) -> String {
+    format!("{shown}/{}", String::from_utf8_lossy(FILES[stream]))
+}
+
+fn cannot(verb: &str, stream: usize, shown: &str) -> String {
+    format!("cannot {verb} {}", path(stream, shown))
+}
+
+type Opened = ((FileRef, Anchor), bool);
+
+fn open_stream(
+    dir: &NodeRef,
+    stream: usize,
+    log_id: &[u8; 16],
+    key: &MacKey,
+    shown: &str,
+) -> Result<Opened> {
+    let foreign = |what: &str| {
+        Error::corrupt(format!(
+            "the log {} is {what}; put this volume's own log back, or give up what it holds with \
+             `--discard-log`",
+            path(stream, shown)
+        ))
+    };
+    let open = || dir.lookup(FILES[stream])?.open(Access::ReadWrite);
+    let file = match open() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(foreign("missing")),
+        opened => opened.context(|| cannot("open", stream, shown))?,
+    };
+    let read = Anchor::read(&file, stream as u8, key).context(|| cannot("read", stream, shown))?;
+    let (anchor, damaged) = read.ok_or_else(|| foreign("damaged, or not of this volume"))?;
+    if anchor.log_id != *log_id {
+        return Err(foreign("not this volume's"));
+    }
+    let in_ring = (ANCHORS_LEN..=anchor.ring_end()).contains(&anchor.tail_at);
+    let aligned = anchor.tail_at % PAGE as u64 == 0 && anchor.ring_len % PAGE as u64 == 0;
+    let whole = file.metadata().context(|| cannot("read", stream, shown))?.size;
+    if !in_ring || !aligned || whole < anchor.ring_end() {
+        return Err(foreign("shorter than it says"));
+    }
+    Ok(((file, anchor), damaged))
+}

@@ -1,0 +1,127 @@
+//! Reading a stream after a crash: which records are there, and whether one that was durable is
+//! missing.
+//!
+//! The scan follows the seqs from the anchor's tail and stops at the first record that does not
+//! prove itself: torn, or of an earlier lap. That is the end of what a crash left, unless a later
+//! record is valid and says that the missing one was durable before it: then the log was damaged
+//! or tampered with, and nothing must be replayed over it.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::sync::Arc;
+
+use super::anchor::{ANCHORS_LEN, Anchor};
+use super::record::{Claim, HEAD_LEN, MAX_PAGES, Record};
+use super::{PAGE, STREAMS};
+use crate::backing::FileRef;
+use crate::crypto::mac::MacKey;
+
+/// Log keys by session.
+pub type SessionKeys = HashMap<u32, Arc<MacKey>>;
+
+/// What one stream holds.
+#[derive(Debug)]
+pub(crate) struct Scan {
+    pub records: Vec<Record>,
+    /// The seq that is not there any more.
+    pub next_seq: u64,
+    pub end_at: u64,
+    /// A record that was durable is not there.
+    pub damaged: bool,
+}
+
+struct Reader<'a> {
+    file: &'a FileRef,
+    anchor: &'a Anchor,
+    keys: &'a SessionKeys,
+    buffer: Vec<u8>,
+}
+
+impl Reader<'_> {
+    /// The record at `at`, if one proves itself there and `wanted` likes its claim.
+    fn record(
+        &mut self,
+        at: u64,
+        wanted: impl FnOnce(&Claim) -> bool,
+    ) -> io::Result<Option<Record>> {
+        if at + PAGE as u64 > self.anchor.ring_end() {
+            return Ok(None);
+        }
+        let mut head = [0; HEAD_LEN];
+        self.fill(at, &mut head)?;
+        let Some(claim) = Claim::read(&head) else { return Ok(None) };
+        let fits = at + (claim.pages * PAGE) as u64 <= self.anchor.ring_end();
+        let here = claim.place.at == at && claim.place.stream == self.anchor.stream;
+        if !fits || !here || !wanted(&claim) {
+            return Ok(None);
+        }
+        let Some(key) = self.keys.get(&claim.place.session).cloned() else { return Ok(None) };
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let read = self.fill(at, &mut buffer[..claim.pages * PAGE]);
+        let record = claim.prove(&buffer, &key);
+        self.buffer = buffer;
+        read?;
+        Ok(record)
+    }
+
+    /// What the file does not have reads as zeros, and proves nothing.
+    fn fill(&self, at: u64, buf: &mut [u8]) -> io::Result<()> {
+        let count = self.file.read_at(buf, at)?;
+        buf[count..].fill(0);
+        Ok(())
+    }
+
+    /// Whether a valid record after `missing` says that `missing` was durable.
+    fn was_durable(&mut self, missing: u64) -> io::Result<bool> {
+        let most = self.anchor.ring_len / PAGE as u64;
+        let proof = |claim: &Claim| {
+            let seq = claim.place.seq;
+            seq > missing && seq - missing <= most && claim.place.durable_seq >= missing
+        };
+        for page in 0..most {
+            if self.record(ANCHORS_LEN + page * PAGE as u64, proof)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+impl Scan {
+    pub(crate) fn run(file: &FileRef, anchor: &Anchor, keys: &SessionKeys) -> io::Result<Scan> {
+        let mut reader = Reader { file, anchor, keys, buffer: vec![0; MAX_PAGES * PAGE] };
+        let mut records = Vec::new();
+        let (mut next_seq, mut at) = (anchor.tail_seq, anchor.tail_at);
+        loop {
+            let mut found = reader.record(at, |claim| claim.place.seq == next_seq)?;
+            if found.is_none() {
+                found = reader.record(ANCHORS_LEN, |claim| claim.place.seq == next_seq)?;
+            }
+            let Some(record) = found else { break };
+            at = record.place.at + record.pages() * PAGE as u64;
+            next_seq += 1;
+            records.push(record);
+        }
+        let damaged = reader.was_durable(next_seq)?;
+        Ok(Scan { records, next_seq, end_at: at, damaged })
+    }
+}
+
+/// The records of both streams in the order in which they were made. A record that follows one of
+/// the same file which the crash took from the other stream goes too, and so does all after it:
+/// nothing of it was acknowledged as durable.
+pub(crate) fn merge(scans: [Scan; STREAMS]) -> Vec<Record> {
+    let ends = [scans[0].next_seq, scans[1].next_seq];
+    let mut all: Vec<Record> = scans.into_iter().flat_map(|scan| scan.records).collect();
+    all.sort_by_key(|record| record.place.order);
+    let mut cut_short: HashSet<[u8; 16]> = HashSet::new();
+    all.retain(|record| {
+        let other_end = ends[1 - usize::from(record.place.stream)];
+        let follows = record.draft.other == 0 || record.draft.other < other_end;
+        if !follows {
+            cut_short.insert(record.draft.file_id);
+        }
+        !cut_short.contains(&record.draft.file_id)
+    });
+    all
+}

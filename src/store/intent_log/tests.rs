@@ -1,0 +1,402 @@
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::time::Duration;
+
+use super::*;
+use crate::backing::Backing;
+use crate::backing::fault::{Call, FaultBacking, Rule};
+use crate::backing::memory::{MemoryBacking, Options, Random};
+use crate::crypto::secret::Secret;
+use crate::error::FsError;
+use rustix::io::Errno;
+
+const ID: [u8; 16] = [3; 16];
+const FILE: [u8; 16] = [7; 16];
+
+fn mac_key(byte: u8) -> Arc<MacKey> {
+    Arc::new(MacKey::new(&Secret::new_with(|key| key.fill(byte)).unwrap()).unwrap())
+}
+
+fn session(session: u32) -> SessionKey {
+    SessionKey { session, key: mac_key(session as u8) }
+}
+
+fn sessions() -> SessionKeys {
+    HashMap::from([(1, mac_key(1)), (2, mac_key(2))])
+}
+
+fn anchor_key() -> Arc<MacKey> {
+    mac_key(200)
+}
+
+fn small() -> Size {
+    Size { hot: Size::MIN, bulk: Size::MIN }
+}
+
+fn fresh(backing: &dyn Backing) {
+    Log::format(&backing.root(), small(), ID, &anchor_key(), "v").unwrap();
+}
+
+fn find(backing: &dyn Backing) -> Result<Found> {
+    Log::find(&backing.root(), &ID, &anchor_key(), &sessions(), "v")
+}
+
+fn start(backing: &dyn Backing) -> Arc<Log> {
+    find(backing).unwrap().start(&anchor_key(), "v").unwrap()
+}
+
+/// A write of `blocks` blocks, all bytes `byte`, whose size field says which write it is.
+fn draft(number: u64, blocks: u64, byte: u8) -> Draft {
+    let mut draft = Draft::new(Kind::Write, FILE, number);
+    draft.entries = (0..blocks).map(|block| Entry { block, bytes: [byte; 32] }).collect();
+    draft.body = vec![byte; blocks as usize * PAGE];
+    draft
+}
+
+fn append(log: &Log, stream: Stream, draft: Draft) -> Position {
+    log.append(stream, draft, &session(1)).unwrap().unwrap()
+}
+
+fn numbers(found: &Found) -> Vec<u64> {
+    found.records.iter().map(|record| record.draft.size).collect()
+}
+
+fn errno<T: Debug>(result: FsResult<T>) -> Errno {
+    match result.unwrap_err() {
+        FsError::Os(errno) => errno,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_was_appended_is_found_in_order() {
+    let backing = MemoryBacking::new();
+    fresh(&*backing);
+    let log = start(&*backing);
+    let streams = [Stream::Hot, Stream::Bulk, Stream::Bulk, Stream::Hot, Stream::Hot];
+    for (number, stream) in streams.into_iter().enumerate() {
+        let number = number as u64 + 1;
+        let position = append(&log, stream, draft(number, number, number as u8));
+        log.wait_written(&position).unwrap();
+        let mut body = vec![0; PAGE];
+        log.read(stream, &mut body, position.body_at).unwrap();
+        assert_eq!(body, vec![number as u8; PAGE]);
+    }
+    let found = find(&*backing).unwrap();
+    assert_eq!(numbers(&found), [1, 2, 3, 4, 5]);
+    for record in &found.records {
+        let number = record.draft.size;
+        assert_eq!(found.body(record).unwrap(), vec![number as u8; number as usize * PAGE]);
+        assert_eq!(record.draft.entries.len() as u64, number);
+    }
+    // Emptied, nothing is left; and numbers go on.
+    let log = found.start(&anchor_key(), "v").unwrap();
+    assert!(numbers(&find(&*backing).unwrap()).is_empty());
+    log.wait_written(&append(&log, Stream::Hot, draft(9, 1, 9))).unwrap();
+    assert_eq!(numbers(&find(&*backing).unwrap()), [9]);
+}
+
+#[test]
+fn laps_come_and_go_and_readers_keep_their_record() {
+    let backing = MemoryBacking::new();
+    fresh(&*backing);
+    let log = start(&*backing);
+    let mut random = Random::new(5);
+    let mut live: Vec<(u64, Position)> = Vec::new();
+    for number in 1..600 {
+        let draft = draft(number, 1 + random.below(120), number as u8);
+        match log.append(Stream::Bulk, draft, &session(1)).unwrap() {
+            Ok(position) => live.push((number, position)),
+            Err(draft) => {
+                let keep = random.below(live.len() as u64) as usize;
+                let seq = live[keep].1.seq;
+                let pin = log.pin(Stream::Bulk, live[keep / 2].1.seq).unwrap();
+                log.trim(Stream::Bulk, seq, &anchor_key()).unwrap();
+                let mut body = vec![0; PAGE];
+                log.wait_written(&live[keep / 2].1).unwrap();
+                log.read(Stream::Bulk, &mut body, live[keep / 2].1.body_at).unwrap();
+                assert_eq!(body, vec![live[keep / 2].0 as u8; PAGE]);
+                drop(pin);
+                live.drain(..keep);
+                if let Ok(position) = log.append(Stream::Bulk, draft, &session(1)).unwrap() {
+                    live.push((number, position));
+                }
+            }
+        }
+        log.wait_written(&live[live.len() - 1].1).unwrap();
+        if number % 20 == 0 {
+            let expected: Vec<u64> = live.iter().map(|(number, _)| *number).collect();
+            assert_eq!(numbers(&find(&*backing).unwrap()), expected);
+        }
+    }
+    let (used, capacity) = log.fill(Stream::Bulk);
+    assert!(used > 0 && used <= capacity);
+}
+
+#[test]
+fn a_full_stream_makes_writers_wait_until_space_comes() {
+    let backing = MemoryBacking::new();
+    fresh(&*backing);
+    let log = start(&*backing);
+    let mut last = None;
+    while let Ok(position) = log.append(Stream::Hot, draft(1, 100, 1), &session(1)).unwrap() {
+        last = Some(position);
+    }
+    log.wait_written(&last.unwrap()).unwrap();
+    // Somebody gives up when told to.
+    let refused = log.wait_for_room(Stream::Hot, 101, || Err(Errno::INTR.into()));
+    assert_eq!(errno(refused), Errno::INTR);
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| log.wait_for_room(Stream::Hot, 101, || Ok(())));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!waiting.is_finished());
+        log.trim(Stream::Hot, last.unwrap().seq, &anchor_key()).unwrap();
+        waiting.join().unwrap().unwrap();
+    });
+    assert!(log.append(Stream::Hot, draft(2, 100, 2), &session(1)).unwrap().is_ok());
+}
+
+#[test]
+fn waiters_share_writes_and_flushes() {
+    let backing = MemoryBacking::new();
+    fresh(&*backing);
+    let log = start(&*backing);
+    let before = backing.position();
+    let positions: Vec<Position> =
+        (0..20).map(|number| append(&log, Stream::Hot, draft(number, 1, 1))).collect();
+    std::thread::scope(|scope| {
+        for position in &positions {
+            let log = &log;
+            scope.spawn(move || log.wait_durable(position).unwrap());
+        }
+    });
+    // One write, one flush, or a few when threads started late: never one for each.
+    let calls = backing.position() - before;
+    assert!((2..=8).contains(&calls), "{calls} calls");
+    assert_eq!(find(&*backing).unwrap().records.len(), 20);
+}
+
+#[test]
+fn many_threads_and_both_streams() {
+    let backing = MemoryBacking::new();
+    fresh(&*backing);
+    let log = start(&*backing);
+    std::thread::scope(|scope| {
+        for thread in 0..8_u64 {
+            let log = &log;
+            scope.spawn(move || {
+                for i in 0..40 {
+                    let stream = if i % 3 == 0 { Stream::Bulk } else { Stream::Hot };
+                    let position = append(log, stream, draft(thread * 1000 + i, 1, thread as u8));
+                    match i % 4 {
+                        0 => log.wait_durable(&position).unwrap(),
+                        1 => log.wait_on_device(&position).unwrap(),
+                        _ => log.wait_written(&position).unwrap(),
+                    }
+                }
+            });
+        }
+    });
+    let found = find(&*backing).unwrap();
+    let mut next = HashMap::new();
+    for number in numbers(&found) {
+        let expected = next.entry(number / 1000).or_insert(0);
+        assert_eq!(number % 1000, *expected, "a thread's records keep their order");
+        *expected += 1;
+    }
+    assert_eq!(found.records.len(), 320);
+}
+
+#[test]
+fn a_failed_write_or_flush_poisons_for_good() {
+    for (call, partial) in [(Call::Write, None), (Call::Write, Some(5000)), (Call::Sync, None)] {
+        let memory = MemoryBacking::new();
+        fresh(&*memory);
+        let (backing, faults) = FaultBacking::new(memory.clone());
+        let log = start(&*backing);
+        let first = append(&log, Stream::Hot, draft(1, 1, 1));
+        log.wait_durable(&first).unwrap();
+        let rule = Rule { call, after: 0, lasting: false, errno: Errno::NOSPC, partial };
+        faults.arm(rule);
+        let second = append(&log, Stream::Hot, draft(2, 1, 2));
+        assert_eq!(errno(log.wait_durable(&second)), Errno::IO);
+        assert_eq!(errno(log.wait_durable(&second)), Errno::IO, "not tried again");
+        assert_eq!(errno(log.append(Stream::Bulk, draft(3, 1, 3), &session(1))), Errno::ROFS);
+        assert_eq!(errno(log.wait_for_room(Stream::Bulk, 1, || Ok(()))), Errno::ROFS);
+        assert_eq!(errno(log.trim(Stream::Hot, 1, &anchor_key())), Errno::ROFS);
+        assert!(log.poisoned().unwrap().contains("log.hot"));
+        log.wait_durable(&first).unwrap();
+        let kept = numbers(&find(&*memory).unwrap());
+        assert_eq!(kept, if call == Call::Sync { vec![1, 2] } else { vec![1] });
+    }
+}
+
+#[test]
+fn a_request_that_is_lost_between_place_and_mac_poisons() {
+    let backing = MemoryBacking::new();
+    fresh(&*backing);
+    let log = start(&*backing);
+    let seq = log.streams.lock().queues[0].place(2).unwrap().seq;
+    let after = append(&log, Stream::Hot, draft(1, 1, 1));
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| log.wait_written(&after));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!waiting.is_finished());
+        drop(commit::Slot::new(&log, 0, seq));
+        assert_eq!(errno(waiting.join().unwrap()), Errno::IO);
+    });
+}
+
+#[test]
+fn a_missing_foreign_or_damaged_log_is_refused() {
+    let backing = MemoryBacking::new();
+    fresh(&*backing);
+    let root = backing.root();
+    let other = Log::find(&root, &[4; 16], &anchor_key(), &sessions(), "v").unwrap_err();
+    assert_eq!(other.kind, crate::Kind::Corrupt);
+    assert!(Log::find(&root, &ID, &mac_key(9), &sessions(), "v").is_err());
+
+    let log = start(&*backing);
+    let positions: Vec<Position> =
+        (1..=5).map(|number| append(&log, Stream::Hot, draft(number, 2, 1))).collect();
+    log.wait_durable(&positions[2]).unwrap();
+    log.wait_durable(&append(&log, Stream::Hot, draft(6, 1, 1))).unwrap();
+    log.wait_durable(&append(&log, Stream::Hot, draft(7, 1, 1))).unwrap();
+    let file = root.lookup(FILES[0]).unwrap().open(Access::ReadWrite).unwrap();
+    let flip = |at: u64| {
+        let mut byte = [0];
+        file.read_at(&mut byte, at).unwrap();
+        file.write_at(&[byte[0] ^ 1], at).unwrap();
+    };
+    // One that was durable when a later one was written: damage.
+    flip(positions[1].body_at + 5000);
+    assert_eq!(find(&*backing).unwrap_err().kind, crate::Kind::Corrupt);
+    flip(positions[1].body_at + 5000);
+    assert_eq!(numbers(&find(&*backing).unwrap()), [1, 2, 3, 4, 5, 6, 7]);
+    // One copy of the anchor is enough, none is not.
+    flip(20);
+    assert!(find(&*backing).unwrap().damaged_copy);
+    flip(PAGE as u64 + 20);
+    assert!(find(&*backing).is_err());
+    root.unlink(FILES[0]).unwrap();
+    let missing = find(&*backing).unwrap_err();
+    assert!(missing.kind == crate::Kind::Corrupt && missing.to_string().contains("missing"));
+}
+
+#[test]
+fn what_follows_a_record_that_the_crash_took_from_the_other_stream_goes_too() {
+    let backing = MemoryBacking::new();
+    fresh(&*backing);
+    let log = start(&*backing);
+    let durable = append(&log, Stream::Bulk, draft(1, 1, 1));
+    log.wait_durable(&durable).unwrap();
+    let lost = append(&log, Stream::Bulk, draft(2, 1, 1));
+    let follow = |number, other: &Position| Draft { other: other.seq, ..draft(number, 1, 1) };
+    log.wait_durable(&append(&log, Stream::Hot, follow(3, &durable))).unwrap();
+    log.wait_durable(&append(&log, Stream::Hot, follow(4, &lost))).unwrap();
+    log.wait_durable(&append(&log, Stream::Hot, draft(5, 1, 1))).unwrap();
+    let stranger = Draft { file_id: [8; 16], ..draft(6, 1, 1) };
+    log.wait_durable(&append(&log, Stream::Hot, stranger)).unwrap();
+    assert_eq!(numbers(&find(&*backing).unwrap()), [1, 3, 6]);
+}
+
+/// Whatever the crash: what was acknowledged is there, what is there is a prefix of each stream,
+/// every body is whole, and the recovered log works, through a second crash too.
+#[test]
+fn every_crash_leaves_a_prefix_with_all_that_was_durable() {
+    for seed in 0..3 {
+        let backing = MemoryBacking::new();
+        fresh(&*backing);
+        backing.settle();
+        let log = start(&*backing);
+        let mut random = Random::new(seed);
+        // (trace position, number) of durable records; trims likewise.
+        let mut durable: Vec<(usize, u64)> = Vec::new();
+        let mut trims: Vec<(usize, u64)> = Vec::new();
+        let mut all = Vec::new();
+        for number in 1..=14_u64 {
+            let position =
+                append(&log, Stream::Hot, draft(number, 1 + random.below(3), number as u8));
+            all.push(position);
+            match random.below(5) {
+                0 => {}
+                1..=2 => log.wait_written(&position).unwrap(),
+                3 => {
+                    log.wait_durable(&position).unwrap();
+                    durable.push((backing.position(), number));
+                }
+                _ => {
+                    log.wait_durable(&position).unwrap();
+                    durable.push((backing.position(), number));
+                    let upto = random.below(number) + 1;
+                    trims.push((backing.position(), upto));
+                    log.trim(Stream::Hot, all[upto as usize - 1].seq, &anchor_key()).unwrap();
+                }
+            }
+        }
+        let trace = backing.trace();
+        let options = Options { budget: 24, seed, ..Options::default() };
+        for cut in 0..=trace.len() {
+            let must = durable.iter().filter(|(at, _)| *at <= cut).map(|(_, number)| *number).max();
+            let gone = trims.iter().filter(|(at, _)| *at < cut).map(|(_, upto)| *upto).max();
+            for crash in trace.crashes(cut, &options) {
+                let after = trace.materialise(&crash);
+                let found = find(&*after).unwrap_or_else(|error| panic!("{crash:?}: {error}"));
+                let there = numbers(&found);
+                assert!(there.windows(2).all(|pair| pair[1] == pair[0] + 1), "{crash:?} {there:?}");
+                let first = there.first().copied().unwrap_or(u64::MAX);
+                assert!(there.is_empty() || first <= gone.unwrap_or(1), "{crash:?} {there:?}");
+                if let Some(must) = must {
+                    assert!(there.last() >= Some(&must), "{crash:?}: {must} is not in {there:?}");
+                }
+                for record in &found.records {
+                    let body = found.body(record).unwrap();
+                    assert!(body.iter().all(|&byte| byte == record.draft.size as u8));
+                }
+                if random.below(100) != 0 {
+                    continue;
+                }
+                second_life(&after, &there);
+            }
+        }
+    }
+}
+
+/// Recovery and two more records; a crash at any point of it leaves the old records or the new.
+fn second_life(backing: &MemoryBacking, old: &[u64]) {
+    let log = start(backing);
+    let recovered = backing.position();
+    log.wait_durable(&append(&log, Stream::Hot, draft(101, 1, 101))).unwrap();
+    let first = backing.position();
+    log.wait_written(&append(&log, Stream::Hot, draft(102, 1, 102))).unwrap();
+    let trace = backing.trace();
+    let options = Options { budget: 12, ..Options::default() };
+    for cut in 0..=trace.len() {
+        for crash in trace.crashes(cut, &options) {
+            let there = numbers(&find(&*trace.materialise(&crash)).unwrap());
+            let fine = match cut {
+                cut if cut >= first => there == [101] || there == [101, 102],
+                cut if cut >= recovered => there.is_empty() || there == [101],
+                _ => there == old || there.is_empty(),
+            };
+            assert!(fine, "{crash:?}: {there:?}, before {old:?}");
+        }
+    }
+}
+
+/// The same with a flush left out must be found out.
+#[test]
+fn a_forgotten_flush_is_found_out() {
+    let backing = MemoryBacking::new();
+    fresh(&*backing);
+    let log = start(&*backing);
+    backing.settle();
+    log.wait_durable(&append(&log, Stream::Hot, draft(1, 1, 1))).unwrap();
+    let trace = backing.trace();
+    let is_lost = |trace: &crate::backing::memory::Trace| {
+        let crashes = trace.crashes(trace.len(), &Options::default());
+        crashes.iter().any(|crash| numbers(&find(&*trace.materialise(crash)).unwrap()).is_empty())
+    };
+    assert!(!is_lost(&trace));
+    assert!(is_lost(&trace.without(trace.syncs()[0])));
+}
