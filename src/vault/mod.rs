@@ -30,6 +30,7 @@ mod init;
 mod material;
 mod permission;
 mod refusal;
+mod rotation;
 mod route;
 mod seal;
 mod server;

@@ -15,6 +15,8 @@ pub(crate) enum Route {
     ImportKey { name: String },
     DeleteKey { name: String },
     RotateKey { name: String },
+    GetRotationPolicy { name: String },
+    SetRotationPolicy { name: String },
     BackupKey { name: String },
     RestoreKey,
     Use { name: String, version: Option<String>, operation: KeyOperation },
@@ -58,6 +60,8 @@ impl Route {
             Route::ImportKey { .. } => Permission::Import,
             Route::DeleteKey { .. } => Permission::Delete,
             Route::RotateKey { .. } => Permission::Rotate,
+            Route::GetRotationPolicy { .. } => Permission::GetRotationPolicy,
+            Route::SetRotationPolicy { .. } => Permission::SetRotationPolicy,
             Route::BackupKey { .. } => Permission::Backup,
             Route::RestoreKey => Permission::Restore,
             Route::RecoverDeleted { .. } => Permission::Recover,
@@ -85,6 +89,8 @@ impl Route {
             Route::ImportKey { .. } => "KeyImport",
             Route::DeleteKey { .. } => "KeyDelete",
             Route::RotateKey { .. } => "KeyRotate",
+            Route::GetRotationPolicy { .. } => "KeyRotationPolicyGet",
+            Route::SetRotationPolicy { .. } => "KeyRotationPolicySet",
             Route::BackupKey { .. } => "KeyBackup",
             Route::RestoreKey => "KeyRestore",
             Route::ListDeleted => "KeyListDeleted",
@@ -117,6 +123,8 @@ impl Route {
             | Route::ImportKey { name }
             | Route::DeleteKey { name }
             | Route::RotateKey { name }
+            | Route::GetRotationPolicy { name }
+            | Route::SetRotationPolicy { name }
             | Route::BackupKey { name }
             | Route::GetDeleted { name }
             | Route::RecoverDeleted { name }
@@ -136,6 +144,12 @@ fn key_route(method: &str, rest: &[&str]) -> Result<Route, Refusal> {
         (_, [] | [""], _) => Err(Refusal::method_not_allowed(method)),
         ("POST", [_], ["restore"]) => Ok(Route::RestoreKey),
         ("GET", [name, _], [_, "versions"]) => Ok(Route::ListVersions { name: key_name(name)? }),
+        ("GET", [name, _], [_, "rotationpolicy"]) => {
+            Ok(Route::GetRotationPolicy { name: key_name(name)? })
+        }
+        ("PUT", [name, _], [_, "rotationpolicy"]) => {
+            Ok(Route::SetRotationPolicy { name: key_name(name)? })
+        }
         ("POST", [name, _], [_, action]) => {
             let name = key_name(name)?;
             match *action {
@@ -301,6 +315,8 @@ mod tests {
             ("GET", "/keys/k", Permission::Get),
             ("POST", "/keys/k/create", Permission::Create),
             ("PUT", "/keys/k", Permission::Import),
+            ("GET", "/keys/k/rotationPolicy", Permission::GetRotationPolicy),
+            ("PUT", "/keys/k/rotationpolicy", Permission::SetRotationPolicy),
             ("POST", "/keys/k/unwrapkey", Permission::UnwrapKey),
             ("DELETE", "/deletedkeys/k", Permission::Purge),
             ("POST", "/deletedkeys/k/recover", Permission::Recover),

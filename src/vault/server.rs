@@ -41,7 +41,7 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(20);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long running requests may take once a stop is asked for.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
-const PURGE_INTERVAL: Duration = Duration::from_secs(60);
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(60);
 const BLOCKING_THREADS: usize = 64;
 
 #[derive(Debug, Clone)]
@@ -138,7 +138,7 @@ async fn run(
     let mut tokens = tokio::spawn(
         identity_server.serve(tokens.into_make_service_with_connect_info::<SocketAddr>()),
     );
-    let purging = tokio::spawn(purge_regularly(vault));
+    let upkeep = tokio::spawn(keep_up(vault));
     // The sockets listen since they were bound: whoever reads this can connect.
     announce()?;
 
@@ -148,7 +148,7 @@ async fn run(
         ended = &mut api => Some(ended),
         ended = &mut tokens => Some(ended),
     };
-    purging.abort();
+    upkeep.abort();
     handle.graceful_shutdown(Some(STOP_TIMEOUT));
     identity_handle.graceful_shutdown(Some(STOP_TIMEOUT));
     match ended {
@@ -175,15 +175,19 @@ fn limit(builder: &mut hyper_util::server::conn::auto::Builder<hyper_util::rt::T
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
 }
 
-async fn purge_regularly(vault: Arc<Vault>) {
-    let mut interval = tokio::time::interval(PURGE_INTERVAL);
+/// What is due by the clock: purges and rotations.
+async fn keep_up(vault: Arc<Vault>) {
+    let mut interval = tokio::time::interval(UPKEEP_INTERVAL);
     loop {
         interval.tick().await;
         let vault = Arc::clone(&vault);
-        match tokio::task::spawn_blocking(move || vault.purge_due()).await {
+        let done = tokio::task::spawn_blocking(move || {
+            vault.purge_due().and_then(|()| vault.rotate_due())
+        });
+        match done.await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => log::error!("cannot purge deleted keys: {error}"),
-            Err(error) => log::error!("cannot purge deleted keys: {error}"),
+            Ok(Err(error)) => log::error!("the vault's upkeep: {error}"),
+            Err(error) => log::error!("the vault's upkeep: {error}"),
         }
     }
 }
@@ -196,7 +200,12 @@ async fn api_call(
     let (parts, body) = request.into_parts();
     let body = match read_body(body).await {
         Ok(body) => body,
-        Err(refusal) => return refused(&refusal),
+        Err(refusal) => {
+            // The rest of the body is not read: nothing can follow it on this connection.
+            let mut response = refused(&refusal);
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            return response;
+        }
     };
     // An absolute request target names the host; else the header does.
     let host = parts

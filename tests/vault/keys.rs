@@ -288,6 +288,33 @@ fn an_imported_key_works_and_a_wrong_one_is_refused() {
 }
 
 #[test]
+fn a_rotation_policy_dates_the_versions_it_makes() {
+    let vault = Vault::new(&[]);
+    let server = vault.serve();
+    let admin = server.admin();
+    server.create_key(&admin, "kek");
+    let path = "/keys/kek/rotationpolicy";
+    let default = server.call(&admin, "GET", path, Value::Null).ok();
+    assert_eq!(default["id"], format!("{}{path}", server.url).as_str());
+    assert_eq!(default["lifetimeActions"][0]["action"]["type"], "Notify");
+    let policy = json!({
+        "lifetimeActions": [
+            { "trigger": { "timeAfterCreate": "P90D" }, "action": { "type": "Rotate" } },
+        ],
+        "attributes": { "expiryTime": "P1Y" },
+    });
+    let stored = server.call(&admin, "PUT", path, policy.clone()).ok();
+    assert!(stored["attributes"]["created"].is_i64());
+    assert_eq!(server.call(&admin, "GET", path, Value::Null).ok(), stored);
+    let bad = json!({ "attributes": { "expiryTime": "P1D" } });
+    assert_eq!(server.call(&admin, "PUT", path, bad).status, 400);
+    let rotated = server.call(&admin, "POST", "/keys/kek/rotate", json!({})).ok();
+    let left = rotated["attributes"]["exp"].as_i64().unwrap() - now();
+    assert!((364 * 86400..=366 * 86400).contains(&left), "{left}");
+    assert_eq!(server.call(&admin, "GET", "/keys/none/rotationpolicy", Value::Null).status, 404);
+}
+
+#[test]
 fn thirty_two_clients_at_once_get_right_answers() {
     let vault = Vault::new(&[]);
     let server = vault.serve();

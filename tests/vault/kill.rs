@@ -2,11 +2,13 @@
 //! was not is there whole or not at all.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::harness::{Server, Vault, b64};
+use crate::harness::{Answer, Server, Vault, b64};
 
 const ROUNDS: u64 = 12;
 const DEK: [u8; 32] = [0x42; 32];
@@ -22,27 +24,43 @@ struct Ledger {
     /// Is `deletable` deleted? None: asked, not acknowledged.
     deleted: Option<bool>,
     identities: Vec<String>,
+    /// Requests sent so far: the killer goes by it, not by a clock that a busy machine slows.
+    sent: Arc<AtomicU64>,
+}
+
+impl Ledger {
+    fn send(
+        &self,
+        (server, admin): (&Server, &str),
+        method: &str,
+        path: &str,
+        body: &Value,
+    ) -> Result<Value, ureq::Error> {
+        self.sent.fetch_add(1, Ordering::SeqCst);
+        server.try_call(admin, method, path, body).map(Answer::ok)
+    }
 }
 
 /// Changes things until the server is gone.
 fn work(server: &Server, admin: &str, round: u64, ledger: &mut Ledger) -> Result<(), ureq::Error> {
+    let at = (server, admin);
     for step in 0.. {
         let name = format!("k{}", (round + step) % 5);
         let body = json!({ "kty": "RSA", "key_size": 2048 });
-        let made = server.try_call(admin, "POST", &format!("/keys/{name}/create"), &body)?.ok();
+        let made = ledger.send(at, "POST", &format!("/keys/{name}/create"), &body)?;
         let kid = made["key"]["kid"].as_str().unwrap().to_owned();
-        let versions = ledger.versions.entry(name).or_default();
+        let versions = ledger.versions.entry(name.clone()).or_default();
         versions.push((kid.clone(), Value::Null));
         let path = kid.strip_prefix(&server.url).unwrap();
         let body = json!({ "alg": "RSA-OAEP-256", "value": b64(&DEK) });
-        let wrapped = server.try_call(admin, "POST", &format!("{path}/wrapkey"), &body)?.ok();
-        if let Some(last) = versions.last_mut() {
+        let wrapped = ledger.send(at, "POST", &format!("{path}/wrapkey"), &body)?;
+        if let Some(last) = ledger.versions.get_mut(&name).and_then(|list| list.last_mut()) {
             last.1 = wrapped["value"].clone();
         }
         for _ in 0..5 {
             ledger.tag_asked += 1;
             let body = json!({ "tags": { "n": ledger.tag_asked.to_string() } });
-            server.try_call(admin, "PATCH", "/keys/steady", &body)?.ok();
+            ledger.send(at, "PATCH", "/keys/steady", &body)?;
             ledger.tag = ledger.tag_asked;
         }
         let (method, path, then) = match ledger.deleted {
@@ -50,12 +68,12 @@ fn work(server: &Server, admin: &str, round: u64, ledger: &mut Ledger) -> Result
             _ => ("DELETE", "/keys/deletable", true),
         };
         ledger.deleted = None;
-        server.try_call(admin, method, path, &json!({}))?.ok();
+        ledger.send(at, method, path, &json!({}))?;
         ledger.deleted = Some(then);
         let name = format!("i-{round}-{step}");
         let hash = [(round * 31 + step) as u8, round as u8, step as u8].repeat(11);
         let body = json!({ "name": name, "headerSha256": b64(&hash[..32]) });
-        server.try_call(admin, "POST", "/byokfs/identities", &body)?.ok();
+        ledger.send(at, "POST", "/byokfs/identities", &body)?;
         ledger.identities.push(name);
     }
     Ok(())
@@ -120,8 +138,14 @@ fn what_was_acknowledged_survives_kill_9() {
     let mut server = server;
     for round in 0..ROUNDS {
         let pid = rustix::process::Pid::from_raw(server.pid()).unwrap();
+        let sent = Arc::clone(&ledger.sent);
+        // In another place each round; within a request by a delay of its own.
+        let enough = sent.load(Ordering::SeqCst) + 1 + (round * 5) % 23;
         let killer = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(120 + (round * 137) % 900));
+            while sent.load(Ordering::SeqCst) < enough {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            std::thread::sleep(Duration::from_micros((round * 3571) % 25_000));
             rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
         });
         assert!(work(&server, &admin, round, &mut ledger).is_err());

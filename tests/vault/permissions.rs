@@ -27,6 +27,11 @@ fn use_permission(server: &Server, admin: &str, token: &str, permission: &str) -
             let jwk: Value = serde_json::from_str(include_str!("imported.jwk.json")).unwrap();
             server.call(token, "PUT", "/keys/imported", json!({ "key": jwk }))
         }
+        "getRotationPolicy" => server.call(token, "GET", "/keys/kek/rotationpolicy", Value::Null),
+        "setRotationPolicy" => {
+            let body = json!({ "attributes": { "expiryTime": "P1Y" } });
+            server.call(token, "PUT", "/keys/kek/rotationpolicy", body)
+        }
         "update" => server.call(token, "PATCH", "/keys/kek", json!({ "tags": {} })),
         "rotate" => server.call(token, "POST", "/keys/kek/rotate", json!({})),
         "backup" => server.call(token, "POST", "/keys/kek/backup", json!({})),
@@ -84,7 +89,9 @@ fn use_permission(server: &Server, admin: &str, token: &str, permission: &str) -
     }
 }
 
-const PERMISSIONS: [&str; 17] = [
+const PERMISSIONS: [&str; 19] = [
+    "getRotationPolicy",
+    "setRotationPolicy",
     "import",
     "get",
     "list",

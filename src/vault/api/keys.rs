@@ -28,11 +28,16 @@ const SECONDS_PER_DAY: i64 = 86400;
 const MAX_GENERATIONS: usize = 16;
 
 /// A version to be made, all but its material.
-struct Blueprint {
-    kty: KeyType,
-    operations: Vec<KeyOperation>,
-    attributes: Attributes,
-    tags: BTreeMap<String, String>,
+pub(super) struct Blueprint {
+    pub(super) kty: KeyType,
+    pub(super) operations: Vec<KeyOperation>,
+    pub(super) attributes: Attributes,
+    pub(super) tags: BTreeMap<String, String>,
+}
+
+pub(super) struct NewVersion {
+    pub(super) key: KeyRecord,
+    pub(super) version: VersionRecord,
 }
 
 /// The key, which must be there and not deleted.
@@ -75,7 +80,9 @@ impl Vault {
     ) -> Result<Reply, Refusal> {
         let (size, blueprint) = blueprint(call.body()?)?;
         let material = || self.generate(size);
-        self.add_version(call, name, event, blueprint, material, |tx| new_or_live(tx, name))
+        let made =
+            self.add_version(name, call.now, blueprint, material, |tx| new_or_live(tx, name))?;
+        Ok(self.show_new(call, &made, event))
     }
 
     pub(super) fn import_key(
@@ -93,42 +100,21 @@ impl Vault {
                 )
             })
         };
-        self.add_version(call, name, event, blueprint, material, |tx| new_or_live(tx, name))
-    }
-
-    /// A new version like the newest one; dates are not carried over.
-    pub(super) fn rotate_key(
-        &self,
-        call: &Call<'_>,
-        name: &str,
-        event: &mut Event,
-    ) -> Result<Reply, Refusal> {
-        let (_, newest) = self.store.read(|tx| live_version(tx, name, None))?;
-        let size = key_size(newest.public.modulus.len() as u64 * 8).ok_or_else(|| {
-            log::error!("the key {name} has an unknown size");
-            Refusal::internal()
-        })?;
-        let blueprint = Blueprint {
-            kty: newest.kty,
-            operations: newest.operations,
-            attributes: Attributes { enabled: true, nbf: None, exp: None },
-            tags: newest.tags,
-        };
-        let material = || self.generate(size);
-        self.add_version(call, name, event, blueprint, material, |tx| live_key(tx, name).map(Some))
+        let made =
+            self.add_version(name, call.now, blueprint, material, |tx| new_or_live(tx, name))?;
+        Ok(self.show_new(call, &made, event))
     }
 
     /// `find` says, before the work and again when it is to be committed, which key gets the
     /// version: None for a new one.
-    fn add_version(
+    pub(super) fn add_version(
         &self,
-        call: &Call<'_>,
         name: &str,
-        event: &mut Event,
+        now: i64,
         blueprint: Blueprint,
         material: impl FnOnce() -> Result<(PrivateKey, SecretBytes), Refusal>,
         find: impl Fn(&Transaction<'_>) -> Result<Option<KeyRecord>, Refusal>,
-    ) -> Result<Reply, Refusal> {
+    ) -> Result<NewVersion, Refusal> {
         self.store.read(|tx| find(tx))?;
         let version = codec::new_version()?;
         let (private, pkcs8) = material()?;
@@ -142,8 +128,8 @@ impl Vault {
             operations: blueprint.operations,
             tags: blueprint.tags,
             attributes: blueprint.attributes,
-            created: call.now,
-            updated: call.now,
+            created: now,
+            updated: now,
         };
         let key = self.store.write(|tx| {
             let key = match find(tx)? {
@@ -154,12 +140,16 @@ impl Vault {
             Ok::<_, Refusal>(key)
         })?;
         self.remember_private_key(record.id, Arc::new(private));
-        event.version = Some(record.version.clone());
-        Ok(Reply::ok(&self.wire(call).bundle(&key.name, &record)))
+        Ok(NewVersion { key, version: record })
+    }
+
+    pub(super) fn show_new(&self, call: &Call<'_>, made: &NewVersion, event: &mut Event) -> Reply {
+        event.version = Some(made.version.version.clone());
+        Reply::ok(&self.wire(call).bundle(&made.key.name, &made.version))
     }
 
     /// One key at a time. Only a few requests may wait: they hold threads that others need.
-    fn generate(&self, size: KeySize) -> Result<(PrivateKey, SecretBytes), Refusal> {
+    pub(super) fn generate(&self, size: KeySize) -> Result<(PrivateKey, SecretBytes), Refusal> {
         struct Place<'a>(&'a AtomicUsize);
         impl Drop for Place<'_> {
             fn drop(&mut self) {

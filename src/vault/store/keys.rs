@@ -184,6 +184,36 @@ pub(crate) fn set_deleted(
     Ok(())
 }
 
+pub(crate) fn rotation_policy(
+    tx: &Transaction<'_>,
+    key: &KeyRecord,
+) -> rusqlite::Result<Option<String>> {
+    tx.prepare_cached("SELECT rotation_policy FROM key WHERE id = ?1")?
+        .query_row([key.id], |row| row.get(0))
+}
+
+pub(crate) fn set_rotation_policy(
+    tx: &Transaction<'_>,
+    key: &KeyRecord,
+    policy: &str,
+) -> rusqlite::Result<()> {
+    tx.prepare_cached("UPDATE key SET rotation_policy = ?2 WHERE id = ?1")?
+        .execute((key.id, policy))?;
+    Ok(())
+}
+
+/// Keys that have a policy and are not deleted, each with its policy.
+pub(crate) fn with_rotation_policy(
+    tx: &Transaction<'_>,
+) -> rusqlite::Result<Vec<(KeyRecord, String)>> {
+    tx.prepare_cached(
+        "SELECT id, name, deleted, scheduled_purge, rotation_policy FROM key
+         WHERE rotation_policy IS NOT NULL AND deleted IS NULL",
+    )?
+    .query_map([], |row| Ok((key_record(row, 0)?, row.get(4)?)))?
+    .collect()
+}
+
 /// Removes the key and all of its versions for good.
 pub(crate) fn purge(tx: &Transaction<'_>, key: &KeyRecord) -> rusqlite::Result<()> {
     tx.prepare_cached("DELETE FROM key WHERE id = ?1")?.execute([key.id])?;

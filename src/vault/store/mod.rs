@@ -39,7 +39,8 @@ CREATE TABLE key (
     id              INTEGER PRIMARY KEY,
     name            TEXT NOT NULL UNIQUE COLLATE NOCASE,
     deleted         INTEGER,
-    scheduled_purge INTEGER
+    scheduled_purge INTEGER,
+    rotation_policy TEXT
 ) STRICT;
 CREATE TABLE version (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
