@@ -137,17 +137,20 @@ pub fn revalidate(
     limit: Duration,
 ) -> Result<Revalidated, Refusal> {
     let started = BootTime::now();
-    let mut session = provider.session(started + limit)?;
-    let session = &mut *session;
-    let Envelope { kid, algorithm, .. } = envelope;
-    let (info, report) = checked(session, kid, *algorithm, settings)?;
-    unwrap_canary(session, envelope)?;
-    let unwrapped = session.unwrap(kid, *algorithm, &envelope.wrapped_volume_key)?;
-    let keyring = Keyring::new(to_key(&unwrapped).ok_or_else(foreign_envelope)?);
-    if keyring.fingerprint()? != *pinned {
-        return Err(foreign_envelope());
-    }
-    Ok(Revalidated { keyring, started, info, report })
+    // The whole conversation: the key also passes through the frames of HTTP and TLS.
+    stack::with_burnt_stack(|| {
+        let mut session = provider.session(started + limit)?;
+        let session = &mut *session;
+        let Envelope { kid, algorithm, .. } = envelope;
+        let (info, report) = checked(session, kid, *algorithm, settings)?;
+        unwrap_canary(session, envelope)?;
+        let unwrapped = session.unwrap(kid, *algorithm, &envelope.wrapped_volume_key)?;
+        let keyring = Keyring::new(to_key(&unwrapped).ok_or_else(foreign_envelope)?);
+        if keyring.fingerprint()? != *pinned {
+            return Err(foreign_envelope());
+        }
+        Ok(Revalidated { keyring, started, info, report })
+    })
 }
 
 /// Has the canary unwrapped and compares it: what each probe does.
