@@ -3,7 +3,6 @@
 use std::fmt::Debug;
 
 use crate::error::IntegrityFailure;
-use crate::observe;
 
 /// Bytes on the backing storage that failed their authentication, and whose they are.
 #[derive(Clone, Debug)]
@@ -33,16 +32,5 @@ impl AuditSink for LogOnly {
             event.backing_path,
             event.failure.detail,
         );
-    }
-}
-
-/// Reports to the audit trail of this process.
-#[derive(Debug)]
-pub struct Trail;
-
-impl AuditSink for Trail {
-    fn integrity_failure(&self, event: &IntegrityEvent) {
-        let IntegrityEvent { failure, logical_path, backing_path } = event;
-        observe::audit::integrity_failure(failure, logical_path, backing_path);
     }
 }

@@ -154,6 +154,10 @@ impl Filesystem {
         umask: u32,
     ) -> FsResult<Ownership> {
         let parent = dir.node.metadata()?;
+        // Some file systems answer a creation in a removed directory with another error.
+        if parent.nlink == 0 {
+            return Err(FsError::Os(Errno::NOENT));
+        }
         let gid = if parent.mode & SET_GID != 0 { parent.gid } else { caller.gid };
         // The kernel leaves the umask to us: it does not apply below a default list.
         let mode = match dir.node.get_xattr(acl::DEFAULT) {

@@ -17,7 +17,7 @@ use super::types::ROOT;
 use crate::backing::{Backing, FileKind, NodeRef, StatFs};
 use crate::error::{CutOff, FsError, FsResult, IntegrityFailure};
 use crate::key::gate::Gate;
-use crate::store::Store;
+use crate::store::{FEATURE_PLAINTEXT_NAMES, Store};
 
 /// Foreign names reported at most: someone may have copied a whole tree into the volume.
 const FOREIGN_REPORTED_MAX: usize = 1000;
@@ -36,6 +36,8 @@ pub struct Filesystem {
     pub(super) keys: Arc<Keys>,
     pub(super) inodes: InodeTable,
     pub(super) handles: HandleTable,
+    /// A volume made with `--plaintext-names`: names go to the disk as they are.
+    pub(super) plain_names: bool,
     /// Held while a long name's side file and its entry change together.
     pub(super) long_names: Mutex<()>,
     audit: Arc<dyn AuditSink>,
@@ -53,6 +55,7 @@ impl Filesystem {
     ) -> Arc<Filesystem> {
         let keys = Keys::new(Arc::clone(&gate));
         let inodes = InodeTable::new(store.tree());
+        let plain_names = store.info().features & FEATURE_PLAINTEXT_NAMES != 0;
         Arc::new(Filesystem {
             store,
             backing,
@@ -60,6 +63,7 @@ impl Filesystem {
             keys,
             inodes,
             handles: HandleTable::new(),
+            plain_names,
             long_names: Mutex::new(()),
             audit,
             foreign_reported: Mutex::new(HashSet::new()),
@@ -118,12 +122,18 @@ impl Filesystem {
 
     pub(super) fn seal_name(&self, name: &[u8]) -> FsResult<DiskName> {
         name::check(name)?;
+        if self.plain_names {
+            return Ok(DiskName { entry: name.to_vec(), long: None });
+        }
         self.keys.with(|ciphers| name::seal(ciphers, name))
     }
 
     /// The plaintext of a directory entry; None for what is not to be listed. Entries that are
     /// not byokfs's, or damaged, are reported once.
     pub(super) fn open_name(&self, dir: &Inode, entry: &[u8]) -> FsResult<Option<Vec<u8>>> {
+        if self.plain_names {
+            return Ok(Some(entry.to_vec()));
+        }
         let sealed = match name::classify(entry) {
             Listed::Name(sealed) => sealed,
             Listed::Long(side) => match self.read_side_file(&dir.node, &side) {
@@ -231,6 +241,9 @@ impl Filesystem {
     /// Empty when some name on the way cannot be read.
     fn logical_path(&self, inode: &Inode) -> String {
         let name_of = |(parent, entry): (u64, Box<[u8]>)| -> Option<String> {
+            if self.plain_names {
+                return Some(format!("/{}", lossy(&entry)));
+            }
             let sealed = match name::classify(&entry) {
                 Listed::Name(sealed) => sealed,
                 Listed::Long(side) => {

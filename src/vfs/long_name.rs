@@ -95,6 +95,9 @@ impl Filesystem {
 
     /// Removes the side files of a directory that holds nothing else; false if it does.
     pub(super) fn sweep_side_files(&self, dir: &NodeRef) -> FsResult<bool> {
+        if self.plain_names {
+            return Ok(false);
+        }
         let _guard = self.long_names.lock();
         let mut sides = Vec::new();
         let mut stream = dir.read_dir()?;
