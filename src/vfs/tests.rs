@@ -373,3 +373,20 @@ fn too_many_nodes_are_noticed() {
     let surplus = volume.fs.crowded(Duration::ZERO);
     assert_eq!((surplus.len(), surplus[0]), (8, first));
 }
+
+#[test]
+fn plaintext_names_go_to_the_disk_as_they_are() {
+    let mut volume = Volume::new();
+    Arc::get_mut(&mut volume.fs).unwrap().plain_names = true;
+    let long = "n".repeat(255);
+    let mut expected = vec![".".to_owned(), "..".to_owned()];
+    for name in ["short", &long, "%N.x"] {
+        let dir = volume.fs.mkdir(ME, ROOT, name.as_bytes(), 0o755, 0).unwrap().node;
+        volume.file(dir, name, b"sealed");
+        assert!(volume.tree().join(name).join(name).is_file());
+        assert_eq!(os(volume.fs.rmdir(ROOT, name.as_bytes())), Errno::NOTEMPTY);
+        expected.push(name.to_owned());
+    }
+    expected.sort();
+    assert_eq!(list(&volume.fs, ROOT, 2, Plus::Yes).unwrap().names, expected);
+}

@@ -15,7 +15,7 @@ use byokfs::fuse::{self, CutOffErrno, MountOptions};
 use byokfs::key::clock::BootTime;
 use byokfs::key::gate::{Gate, Keyring};
 use byokfs::key::reason::Reason;
-use byokfs::store::{FormatOptions, Store};
+use byokfs::store::Store;
 use byokfs::vfs::audit::LogOnly;
 use byokfs::vfs::{Filesystem, FilesystemOptions};
 
@@ -48,7 +48,7 @@ macro_rules! mounted {
 pub(crate) use mounted;
 
 impl Mount {
-    /// `options`: words of `ro`, `key` (the cut-off errno of its name), `plain` (names).
+    /// `options`: words of `ro`, `key` (the cut-off errno of its name).
     pub(crate) fn new(options: &str) -> Result<Mount, String> {
         if !rustix::process::geteuid().is_root() {
             return Err("mounting needs root".into());
@@ -161,8 +161,7 @@ fn serve() {
     rustix::process::umask(rustix::fs::Mode::empty());
     let backing: Arc<dyn Backing> = LinuxBacking::open(&dir.join("back")).unwrap();
     if !dir.join("back/tree").exists() {
-        let format = FormatOptions { plaintext_names: options.contains("plain") };
-        Store::format(&*backing, &keyring(), format).unwrap();
+        Store::format(&*backing, &keyring(), Default::default()).unwrap();
     }
     let gate = Gate::new();
     let store = Store::open(Arc::clone(&backing), Arc::clone(&gate), read_only).unwrap();

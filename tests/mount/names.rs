@@ -93,19 +93,3 @@ fn case_matters() {
     fs::write(mount.path("Test.lower-test"), "").unwrap();
     assert!(!mount.path("test.lower-test").exists());
 }
-
-#[test]
-fn a_volume_with_plaintext_names_has_them_on_the_disk() {
-    let mount = mounted!("plain");
-    let mut expected = vec!["short".to_owned(), long(255), "%N.x".to_owned()];
-    for name in &expected {
-        fs::create_dir(mount.path(name)).unwrap();
-        fs::write(mount.path(name).join(name), "the content is sealed").unwrap();
-    }
-    expected.sort();
-    assert_eq!(names(&mount.root()), expected);
-    assert_eq!(names(&mount.tree()), expected);
-    let disk = fs::read(mount.tree().join("short/short")).unwrap();
-    assert!(!String::from_utf8_lossy(&disk).contains("sealed"));
-    assert_eq!(errno(fs::remove_dir(mount.path("short"))), libc::ENOTEMPTY);
-}
