@@ -49,8 +49,7 @@ use crate::key::gate::{Gate, Keyring, Wipe};
 
 /// 0 is the preview: the format is not frozen yet.
 pub const FORMAT_VERSION: u32 = 0;
-/// Names are stored as they are, not encrypted. Reserved: this version makes and opens no such
-/// volume.
+/// Names are stored as they are, not encrypted.
 pub const FEATURE_PLAINTEXT_NAMES: u64 = 1 << 0;
 
 const TREE: &[u8] = b"tree";
@@ -70,10 +69,11 @@ pub struct VolumeInfo {
     pub damaged_copy: bool,
 }
 
-/// How a volume is to be made. There is nothing to choose yet.
+/// How a volume is to be made.
 #[derive(Clone, Copy, Debug, Default)]
-#[non_exhaustive]
-pub struct FormatOptions {}
+pub struct FormatOptions {
+    pub plaintext_names: bool,
+}
 
 /// From one start to the next one, or to the end of the daemon.
 #[derive(Debug)]
@@ -173,7 +173,7 @@ impl Store {
     pub fn format(
         backing: &dyn Backing,
         keyring: &Keyring,
-        _options: FormatOptions,
+        options: FormatOptions,
     ) -> Result<VolumeInfo> {
         let shown = backing.display_path();
         let root = backing.root();
@@ -190,7 +190,8 @@ impl Store {
         let created = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .map_or(0, |since| since.as_secs());
-        let mut header = VolumeHeader::new(random::bytes()?, 0, created);
+        let features = if options.plaintext_names { FEATURE_PLAINTEXT_NAMES } else { 0 };
+        let mut header = VolumeHeader::new(random::bytes()?, features, created);
         let pages = header.encode(&keys::volume_mac(keyring)?);
         SessionTable::default().store(
             &root,
