@@ -2,10 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
-
 use crate::daemon::control::Verb;
-use crate::daemon::fence::process::Process;
 use crate::daemon::{mountinfo, users};
 use crate::error::{Error, Kind, Result};
 
@@ -14,7 +11,6 @@ use super::target::Target;
 
 /// For the daemon's last flush.
 const TIMEOUT: Duration = Duration::from_secs(600);
-const STATUS_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(super) fn run(args: TargetArgs) -> Result<()> {
     let mut target = Target::find(&args)?;
@@ -27,28 +23,13 @@ pub(super) fn run(args: TargetArgs) -> Result<()> {
         // plain unmount does no harm.
         return unmount_unattended(&mount);
     }
-    // Held before they end: the daemon, and the guard that reaps it.
-    let status = target.call(Verb::Status, STATUS_TIMEOUT)?;
-    let processes: Vec<Process> =
-        ["pid", "guard_pid"].iter().filter_map(|field| process(&status[*field])).collect();
     match target.call(Verb::Umount, TIMEOUT) {
         // The daemon may have ended before its answer was out.
         Err(_) if !mountinfo::is_mounted(mount.device)? => {}
         result => result.map(drop)?,
     }
     target.client()?.wait_for_end(TIMEOUT)?;
-    for process in processes {
-        if !process.wait(TIMEOUT) {
-            let message = format!("process {} of the mount has not ended", process.pid());
-            return Err(Error::new(Kind::Busy, message));
-        }
-    }
     wait_for_the_table(&mount)
-}
-
-fn process(pid: &Value) -> Option<Process> {
-    let pid = pid.as_i64().and_then(|pid| i32::try_from(pid).ok())?;
-    Process::open(pid).ok()
 }
 
 fn unmount_unattended(mount: &mountinfo::Mount) -> Result<()> {

@@ -49,7 +49,8 @@ use crate::key::gate::{Gate, Keyring, Wipe};
 
 /// 0 is the preview: the format is not frozen yet.
 pub const FORMAT_VERSION: u32 = 0;
-/// Names are stored as they are, not encrypted.
+/// Names are stored as they are, not encrypted. Reserved: this version makes and opens no such
+/// volume.
 pub const FEATURE_PLAINTEXT_NAMES: u64 = 1 << 0;
 
 const TREE: &[u8] = b"tree";
@@ -69,11 +70,10 @@ pub struct VolumeInfo {
     pub damaged_copy: bool,
 }
 
-/// How a volume is to be made.
+/// How a volume is to be made. There is nothing to choose yet.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct FormatOptions {
-    pub plaintext_names: bool,
-}
+#[non_exhaustive]
+pub struct FormatOptions {}
 
 /// From one start to the next one, or to the end of the daemon.
 #[derive(Debug)]
@@ -173,7 +173,7 @@ impl Store {
     pub fn format(
         backing: &dyn Backing,
         keyring: &Keyring,
-        options: FormatOptions,
+        _options: FormatOptions,
     ) -> Result<VolumeInfo> {
         let shown = backing.display_path();
         let root = backing.root();
@@ -190,8 +190,7 @@ impl Store {
         let created = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .map_or(0, |since| since.as_secs());
-        let features = if options.plaintext_names { FEATURE_PLAINTEXT_NAMES } else { 0 };
-        let mut header = VolumeHeader::new(random::bytes()?, features, created);
+        let mut header = VolumeHeader::new(random::bytes()?, 0, created);
         let pages = header.encode(&keys::volume_mac(keyring)?);
         SessionTable::default().store(
             &root,

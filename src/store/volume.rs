@@ -7,7 +7,7 @@ use ring::digest::{SHA256, digest};
 
 use super::layout::BLOCK_LEN;
 use super::page::{u32_at, u64_at};
-use super::{FEATURE_PLAINTEXT_NAMES, FORMAT_VERSION, VolumeInfo};
+use super::{FORMAT_VERSION, VolumeInfo};
 use crate::backing::{FileRef, NodeRef};
 use crate::crypto::mac::{MAC_LEN, MacKey};
 use crate::error::{Context, Error, Kind, Result};
@@ -18,7 +18,7 @@ const DOMAIN: &[u8; 16] = b"byokfs volume 0\0";
 const RECORD_LEN: usize = 512;
 const SUM_LEN: usize = 32;
 const MAC_AT: usize = 96;
-const KNOWN_FEATURES: u64 = FEATURE_PLAINTEXT_NAMES;
+const KNOWN_FEATURES: u64 = 0;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct VolumeHeader {

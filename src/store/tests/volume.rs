@@ -8,7 +8,7 @@ use crate::crypto::secret::Secret;
 use crate::error::{FsError, Kind};
 use crate::key::gate::{Gate, Keyring};
 use crate::store::file::WriteMode;
-use crate::store::{FEATURE_PLAINTEXT_NAMES, FormatOptions, Store};
+use crate::store::{FormatOptions, Store};
 use rustix::io::Errno;
 
 fn open(volume: &Volume) -> crate::Result<Arc<Store>> {
@@ -22,12 +22,12 @@ fn a_volume_is_made_in_an_empty_directory_only() {
     let backing = LinuxBacking::open(dir.path()).unwrap();
     assert_eq!(Store::inspect(&*backing).unwrap_err().kind, Kind::NotAVolume);
     std::fs::write(dir.path().join("something"), b"").unwrap();
-    let options = FormatOptions { plaintext_names: true };
+    let options = FormatOptions::default();
     let error = Store::format(&*backing, &keyring(), options).unwrap_err();
     assert_eq!(error.kind, Kind::Busy);
     std::fs::remove_file(dir.path().join("something")).unwrap();
     let info = Store::format(&*backing, &keyring(), options).unwrap();
-    assert_eq!(info.features, FEATURE_PLAINTEXT_NAMES);
+    assert_eq!(info.features, 0);
     assert_eq!(Store::inspect(&*backing).unwrap(), info);
     assert!(Store::format(&*backing, &keyring(), options).is_err(), "not twice");
 }

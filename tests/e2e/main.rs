@@ -1,0 +1,16 @@
+//! The real binary on real mounts, with a real key vault and real database servers.
+//!
+//! Each test has a sandbox of its own: a directory with a running vault, a volume and a mount.
+//! What needs root, /dev/fuse, loop devices or MariaDB says `skipped: ...` on standard error where
+//! it is missing. Waits are bounded and generous; how long something takes never decides a test.
+
+mod support;
+
+mod backing;
+mod bad_input;
+mod mariadb;
+mod mariadb_cut_off;
+mod memory;
+mod plaintext;
+mod revoke;
+mod tamper;
