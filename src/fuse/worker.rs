@@ -210,7 +210,11 @@ impl<'a> Worker<'a> {
         let reply_len = match outcome {
             Outcome::Silent => 0,
             Outcome::Reply(body_len) => self.send(&header, 0, body_len),
-            Outcome::Error(errno) => self.send(&header, -errno.raw(), 0),
+            Outcome::Error(errno) => {
+                // How far the operation had got with its reply is not known.
+                self.reply.used = self.reply.bytes.len();
+                self.send(&header, -errno.raw(), 0)
+            }
         };
         self.reply.used = self.reply.used.max(reply_len);
         if self.workers.adapter.filesystem().check_open().is_err() {
