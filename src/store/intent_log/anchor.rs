@@ -1,37 +1,40 @@
-//! Where a stream's live records begin: two pages at the start of its file, written in turn.
+//! Where the live records begin: two pages at the start of a stream's file, written in turn.
 //!
 //! ```text
 //!  0  16  MAC, by a key of the volume    16  8  "BYOKLOGA"    24  4  1, the format
-//! 28   4  stream                         32  8  generation    40  16 log id
-//! 56   8  length of the ring             64  8  tail seq      72  8  tail position
+//! 28   4  stream                         32  8  generation    40 16  log id
+//! 56   8  length of the ring
+//! 64  16  tail of the hot stream: seq, position    80  16  tail of the bulk stream
 //! ```
 //!
 //! The record is 512 bytes, the rest of it and of its page zero. The higher generation counts. The
-//! tail is the first record that recovery looks at; it moves on only when what is before it is
-//! durable at home.
+//! tails are those in the hot stream's file, where one write moves both: if one moved alone, a
+//! crash could leave a record whose successor in the other stream is gone, and replay would put an
+//! old block over a new one. In the bulk stream's file they stay as they were made.
 
 use std::io;
 
-use super::PAGE;
 use super::record::{get_u32, get_u64, put_u32, put_u64};
+use super::ring::Spot;
+use super::{PAGE, STREAMS};
 use crate::backing::FileRef;
 use crate::crypto::mac::{MAC_LEN, MacKey};
 
 const MAGIC: &[u8; 8] = b"BYOKLOGA";
 const DOMAIN: &[u8; 16] = b"byokfs log anch\0";
 const FORMAT: u32 = 1;
-const RECORD_LEN: usize = 512;
+pub(crate) const RECORD_LEN: usize = 512;
 /// Before the ring.
 pub(crate) const ANCHORS_LEN: u64 = 2 * PAGE as u64;
 
+/// The content of one of the two pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Anchor {
+pub struct Anchor {
     pub log_id: [u8; 16],
     pub stream: u8,
     pub generation: u64,
     pub ring_len: u64,
-    pub tail_seq: u64,
-    pub tail_at: u64,
+    pub(crate) tails: [Spot; STREAMS],
 }
 
 impl Anchor {
@@ -39,7 +42,8 @@ impl Anchor {
         ANCHORS_LEN + self.ring_len
     }
 
-    fn encode(&self, key: &MacKey) -> [u8; RECORD_LEN] {
+    /// The record with its MAC.
+    pub fn seal(&self, key: &MacKey) -> [u8; RECORD_LEN] {
         let mut bytes = [0; RECORD_LEN];
         bytes[16..24].copy_from_slice(MAGIC);
         put_u32(&mut bytes, 24, FORMAT);
@@ -47,8 +51,10 @@ impl Anchor {
         put_u64(&mut bytes, 32, self.generation);
         bytes[40..56].copy_from_slice(&self.log_id);
         put_u64(&mut bytes, 56, self.ring_len);
-        put_u64(&mut bytes, 64, self.tail_seq);
-        put_u64(&mut bytes, 72, self.tail_at);
+        for (at, tail) in [64, 80].into_iter().zip(&self.tails) {
+            put_u64(&mut bytes, at, tail.seq);
+            put_u64(&mut bytes, at + 8, tail.at);
+        }
         let mac = key.mac(&[DOMAIN, &bytes[MAC_LEN..]]);
         bytes[..MAC_LEN].copy_from_slice(&mac);
         bytes
@@ -68,8 +74,7 @@ impl Anchor {
             stream,
             generation: get_u64(bytes, 32),
             ring_len: get_u64(bytes, 56),
-            tail_seq: get_u64(bytes, 64),
-            tail_at: get_u64(bytes, 72),
+            tails: [64, 80].map(|at| Spot { seq: get_u64(bytes, at), at: get_u64(bytes, at + 8) }),
         })
     }
 
@@ -90,15 +95,15 @@ impl Anchor {
         Ok(newest.map(|anchor| (anchor, damaged)))
     }
 
-    /// Durable when this returns; the copy before it stays.
-    pub(crate) fn write(&self, file: &FileRef, key: &MacKey) -> io::Result<()> {
-        file.write_at(&self.encode(key), self.generation % 2 * PAGE as u64)?;
+    /// Writes what [`Anchor::seal`] made. Durable when this returns; the copy before it stays.
+    pub(crate) fn write(&self, file: &FileRef, sealed: &[u8; RECORD_LEN]) -> io::Result<()> {
+        file.write_at(sealed, self.generation % 2 * PAGE as u64)?;
         file.sync_data()
     }
 
     /// Both copies, for a new file; the caller syncs.
     pub(crate) fn write_first(&self, file: &FileRef, key: &MacKey) -> io::Result<()> {
-        let bytes = self.encode(key);
+        let bytes = self.seal(key);
         file.write_at(&bytes, 0)?;
         file.write_at(&bytes, PAGE as u64)
     }

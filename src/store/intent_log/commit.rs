@@ -11,7 +11,6 @@ use std::io;
 use parking_lot::MutexGuard;
 use rustix::io::Errno;
 
-use super::anchor::Anchor;
 use super::ring::{Ring, Spot};
 use super::{Log, PAGE, Position, STREAMS, Stream};
 use crate::error::{FsError, FsResult};
@@ -29,7 +28,6 @@ struct Queued {
 #[derive(Debug)]
 pub(super) struct Queue {
     pub ring: Ring,
-    pub anchor: Anchor,
     waiting: VecDeque<Queued>,
     /// Records before this are in the kernel's hands.
     written: u64,
@@ -46,18 +44,10 @@ pub(super) struct Streams {
 }
 
 impl Queue {
-    pub(super) fn new(ring: Ring, anchor: Anchor) -> Queue {
+    pub(super) fn new(ring: Ring) -> Queue {
         let next = ring.next_seq();
         let waiting = VecDeque::new();
-        Queue {
-            ring,
-            anchor,
-            waiting,
-            written: next,
-            durable: next,
-            writing: false,
-            flushing: false,
-        }
+        Queue { ring, waiting, written: next, durable: next, writing: false, flushing: false }
     }
 
     pub(super) fn place(&mut self, pages: u64) -> Option<Spot> {

@@ -35,9 +35,10 @@ use parking_lot::{Condvar, Mutex};
 use crate::backing::{Access, FileRef, NodeRef};
 use crate::crypto::mac::MacKey;
 use crate::error::{Context, Error, FsResult, Result};
-use anchor::{ANCHORS_LEN, Anchor};
+use anchor::ANCHORS_LEN;
+pub use anchor::Anchor;
 use commit::{Queue, Streams};
-pub use record::{Draft, Entry, Kind, Place, Record};
+pub use record::{Draft, Entry, Kind, Place, Record, SAME_SIZE};
 use ring::{Ring, Spot};
 use scan::Scan;
 pub use scan::SessionKeys;
@@ -110,8 +111,8 @@ pub struct Log {
     written: [Condvar; STREAMS],
     durable: [Condvar; STREAMS],
     space: [Condvar; STREAMS],
-    /// One trim at a time.
-    trimming: Mutex<()>,
+    /// The newest on disk. One trim at a time.
+    anchor: Mutex<Anchor>,
 }
 
 /// A log as a crash, or a clean end, left it.
@@ -123,6 +124,8 @@ pub struct Found {
     pub damaged_copy: bool,
     files: [FileRef; STREAMS],
     anchors: [Anchor; STREAMS],
+    /// Every record of the rings, also those that do not go home, with its length.
+    live: [Vec<(Spot, u64)>; STREAMS],
     ends: [Spot; STREAMS],
     next_order: u64,
 }
@@ -138,7 +141,7 @@ impl Log {
         shown: &str,
     ) -> Result<()> {
         for (stream, len) in [size.hot, size.bulk].into_iter().enumerate() {
-            if len < Size::MIN || len % PAGE as u64 != 0 {
+            if len < Size::MIN || !len.is_multiple_of(PAGE as u64) {
                 return Err(Error::usage(format!(
                     "a log stream of {len} bytes is not possible: at least {} in whole pages of {PAGE}",
                     Size::MIN
@@ -149,8 +152,7 @@ impl Log {
                 stream: stream as u8,
                 generation: 1,
                 ring_len: len,
-                tail_seq: 1,
-                tail_at: ANCHORS_LEN,
+                tails: [Spot { seq: 1, at: ANCHORS_LEN }; STREAMS],
             };
             let make = || -> io::Result<()> {
                 let file = dir.create_unnamed()?;
@@ -178,14 +180,22 @@ impl Log {
         log_id: &[u8; 16],
         key: &MacKey,
         sessions: &SessionKeys,
+        access: Access,
         shown: &str,
     ) -> Result<Found> {
-        let (hot, hot_damaged) = open_stream(dir, 0, log_id, key, shown)?;
-        let (bulk, bulk_damaged) = open_stream(dir, 1, log_id, key, shown)?;
+        let (hot, hot_damaged) = open_stream(dir, 0, log_id, key, access, shown)?;
+        let (bulk, bulk_damaged) = open_stream(dir, 1, log_id, key, access, shown)?;
         let files = [hot.0, bulk.0];
         let anchors = [hot.1, bulk.1];
+        for (stream, tail) in anchors[0].tails.iter().enumerate() {
+            let in_ring = (ANCHORS_LEN..=anchors[stream].ring_end()).contains(&tail.at);
+            if !in_ring || !tail.at.is_multiple_of(PAGE as u64) {
+                return Err(Error::corrupt(format!("the anchor of {shown}/log.hot is impossible")));
+            }
+        }
         let scan = |stream: usize| {
-            let scan = Scan::run(&files[stream], &anchors[stream], sessions)
+            let tail = anchors[0].tails[stream];
+            let scan = Scan::run(&files[stream], &anchors[stream], tail, sessions)
                 .context(|| cannot("read", stream, shown))?;
             if scan.damaged {
                 return Err(Error::corrupt(format!(
@@ -199,12 +209,17 @@ impl Log {
             Ok(scan)
         };
         let scans = [scan(0)?, scan(1)?];
+        let live = [0, 1].map(|i: usize| {
+            let spot = |record: &Record| Spot { seq: record.place.seq, at: record.place.at };
+            let records = scans[i].records.iter();
+            records.map(|record| (spot(record), record.pages() * PAGE as u64)).collect()
+        });
         let ends = [0, 1].map(|i: usize| Spot { seq: scans[i].next_seq, at: scans[i].end_at });
         let last = scans.iter().flat_map(|scan| &scan.records).map(|record| record.place.order);
         let next_order = last.max().unwrap_or(0) + 1;
         let records = scan::merge(scans);
         let damaged_copy = hot_damaged || bulk_damaged;
-        Ok(Found { records, damaged_copy, files, anchors, ends, next_order })
+        Ok(Found { records, damaged_copy, files, anchors, live, ends, next_order })
     }
 
     /// A record in the kernel's or the writers' hands; None while its stream has no room for it
@@ -253,27 +268,34 @@ impl Log {
         pinned.then(|| Pin { log: self.clone(), stream, seq })
     }
 
-    /// Gives back the space of every record of `stream` before `seq`: all of them are durable at
-    /// home. Writes the anchor, and flushes it, first.
-    pub fn trim(&self, stream: Stream, seq: u64, key: &MacKey) -> FsResult<()> {
-        let _one = self.trimming.lock();
-        let index = stream as usize;
-        let anchor = {
+    /// Gives back the space of the records of each stream before its seq in `seqs`: all of them
+    /// are durable at home, and of each file, all that is older than one of them. Writes the
+    /// anchor that `seal` has sealed, and flushes it, first.
+    pub fn trim(
+        &self,
+        seqs: [u64; STREAMS],
+        seal: impl FnOnce(&Anchor) -> FsResult<[u8; anchor::RECORD_LEN]>,
+    ) -> FsResult<()> {
+        let mut anchor = self.anchor.lock();
+        let mut next = *anchor;
+        next.generation += 1;
+        {
             let streams = self.streams.lock();
             streams.check_writable()?;
-            let queue = &streams.queues[index];
-            let tail = queue.ring.tail_for(seq);
-            let generation = queue.anchor.generation + 1;
-            Anchor { generation, tail_seq: tail.seq, tail_at: tail.at, ..queue.anchor }
-        };
-        if let Err(error) = anchor.write(&self.files[index], key) {
-            return Err(self.poison(index, "the anchor cannot be written", &error));
+            for (stream, seq) in seqs.into_iter().enumerate() {
+                next.tails[stream] = streams.queues[stream].ring.tail_for(seq);
+            }
         }
+        let sealed = seal(&next)?;
+        if let Err(error) = next.write(&self.files[0], &sealed) {
+            return Err(self.poison(0, "the anchor cannot be written", &error));
+        }
+        *anchor = next;
         let mut streams = self.streams.lock();
-        let queue = &mut streams.queues[index];
-        queue.anchor = anchor;
-        if queue.ring.trim(anchor.tail_seq) {
-            self.space[index].notify_all();
+        for (stream, tail) in next.tails.iter().enumerate() {
+            if streams.queues[stream].ring.trim(tail.seq) {
+                self.space[stream].notify_all();
+            }
         }
         Ok(())
     }
@@ -285,9 +307,10 @@ impl Log {
         (ring.used(), ring.capacity())
     }
 
-    /// The seq that the stream's next record will have.
-    pub fn next_seq(&self, stream: Stream) -> u64 {
-        self.streams.lock().queues[stream as usize].ring.next_seq()
+    /// The seqs that the streams' next records will have.
+    pub fn next_seqs(&self) -> [u64; STREAMS] {
+        let streams = self.streams.lock();
+        [0, 1].map(|stream: usize| streams.queues[stream].ring.next_seq())
     }
 
     fn unpin(&self, stream: Stream, seq: u64) {
@@ -322,30 +345,28 @@ impl Found {
         Ok(body)
     }
 
-    /// Empties the log and opens it for writing. The caller owes: all of [`Found::records`] is
-    /// durable at home.
-    pub fn start(self, key: &MacKey, shown: &str) -> Result<Arc<Log>> {
-        let begin = |stream: usize| -> Result<Queue> {
-            let old = self.anchors[stream];
+    /// Opens the log with its records in it. Before the first append the caller owes: all of
+    /// [`Found::records`] durable at home, and a [`Log::trim`] of everything.
+    pub fn resume(self) -> Arc<Log> {
+        let queue = |stream: usize| {
+            let anchor = self.anchors[stream];
             // Past every seq that what lies behind the end may hold: a record takes a page at
             // least. The scan ends there at the latest, whatever is written before the next crash.
-            let seq = self.ends[stream].seq + old.ring_len / PAGE as u64 + 1;
-            let spot = Spot { seq, at: self.ends[stream].at };
-            let generation = old.generation + 1;
-            let anchor = Anchor { generation, tail_seq: seq, tail_at: spot.at, ..old };
-            anchor.write(&self.files[stream], key).context(|| cannot("write", stream, shown))?;
-            Ok(Queue::new(Ring::new(ANCHORS_LEN, anchor.ring_end(), spot), anchor))
+            let seq = self.ends[stream].seq + anchor.ring_len / PAGE as u64 + 1;
+            let next = Spot { seq, at: self.ends[stream].at };
+            let ring = Ring::resume(ANCHORS_LEN, anchor.ring_end(), next, &self.live[stream]);
+            Queue::new(ring)
         };
-        let queues = [begin(0)?, begin(1)?];
-        Ok(Arc::new(Log {
+        let queues = [queue(0), queue(1)];
+        Arc::new(Log {
             files: self.files,
             order: AtomicU64::new(self.next_order),
             streams: Mutex::new(Streams::new(queues)),
             written: Default::default(),
             durable: Default::default(),
             space: Default::default(),
-            trimming: Mutex::new(()),
-        }))
+            anchor: Mutex::new(self.anchors[0]),
+        })
     }
 }
 
@@ -364,6 +385,7 @@ fn open_stream(
     stream: usize,
     log_id: &[u8; 16],
     key: &MacKey,
+    access: Access,
     shown: &str,
 ) -> Result<Opened> {
     let foreign = |what: &str| {
@@ -373,7 +395,7 @@ fn open_stream(
             path(stream, shown)
         ))
     };
-    let open = || dir.lookup(FILES[stream])?.open(Access::ReadWrite);
+    let open = || dir.lookup(FILES[stream])?.open(access);
     let file = match open() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(foreign("missing")),
         opened => opened.context(|| cannot("open", stream, shown))?,
@@ -383,10 +405,8 @@ fn open_stream(
     if anchor.log_id != *log_id {
         return Err(foreign("not this volume's"));
     }
-    let in_ring = (ANCHORS_LEN..=anchor.ring_end()).contains(&anchor.tail_at);
-    let aligned = anchor.tail_at % PAGE as u64 == 0 && anchor.ring_len % PAGE as u64 == 0;
     let whole = file.metadata().context(|| cannot("read", stream, shown))?.size;
-    if !in_ring || !aligned || whole < anchor.ring_end() {
+    if !anchor.ring_len.is_multiple_of(PAGE as u64) || whole < anchor.ring_end() {
         return Err(foreign("shorter than it says"));
     }
     Ok(((file, anchor), damaged))

@@ -11,7 +11,7 @@
 //!   56   8  order: rises over both streams
 //!   64   8  the other stream's last record of the same file, 0 for none
 //!   72  16  file id
-//!   88   8  size of the file afterwards
+//!   88   8  size of the file afterwards, all ones where it stays
 //!   96  16  range (start, end) that becomes a hole before the entries apply, in blocks
 //!  112   4  entries     116  4  body blocks   120  4  bytes of the note
 //!  124   4  zero
@@ -33,8 +33,11 @@ pub(crate) const ENTRY_LEN: usize = 32;
 const LISTED_LEN: usize = 8 + ENTRY_LEN;
 const MAGIC: &[u8; 8] = b"BYOKLOG1";
 const DOMAIN: &[u8; 16] = b"byokfs log rec\0\0";
-/// A request of 1 MiB that starts within a block touches one more.
-pub(crate) const MAX_BLOCKS: usize = (1 << 20) / PAGE + 1;
+/// [`Draft::size`] of a record that leaves the size alone.
+pub const SAME_SIZE: u64 = u64::MAX;
+/// A request of 1 MiB that starts within a block touches one more, and one that starts past the
+/// end of the file changes the last block before it.
+pub(crate) const MAX_BLOCKS: usize = (1 << 20) / PAGE + 2;
 pub(crate) const MAX_NOTE: usize = 2 * PAGE;
 /// The most pages of a record.
 pub(crate) const MAX_PAGES: usize =
@@ -151,7 +154,7 @@ impl Draft {
     }
 
     /// Pages of the record on disk.
-    pub(crate) fn pages(&self) -> u64 {
+    pub fn pages(&self) -> u64 {
         (self.head_pages() + self.body.len() / PAGE) as u64
     }
 

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::PAGE;
 
+/// A record's number, and its position in the stream's file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Spot {
     pub seq: u64,
@@ -37,6 +38,23 @@ impl Ring {
     pub(crate) fn new(start: u64, end: u64, next: Spot) -> Ring {
         let (live, pins) = (VecDeque::new(), BTreeMap::new());
         Ring { start, end, next, used: 0, live, pins, trimmed: next.seq }
+    }
+
+    /// A ring that holds `records` already, given with their lengths.
+    pub(crate) fn resume(start: u64, end: u64, next: Spot, records: &[(Spot, u64)]) -> Ring {
+        let mut ring = Ring::new(start, end, next);
+        for (i, &(spot, len)) in records.iter().enumerate() {
+            // Up to where the next one begins: what is left over at the end counts with it.
+            let past = spot.at + len;
+            let leftover = match records.get(i + 1) {
+                Some((next, _)) if next.at != past => end - past,
+                _ => 0,
+            };
+            ring.used += len + leftover;
+            ring.live.push_back(Live { spot, len: len + leftover });
+        }
+        ring.trimmed = records.first().map_or(next.seq, |(spot, _)| spot.seq);
+        ring
     }
 
     pub(crate) fn capacity(&self) -> u64 {
@@ -77,6 +95,8 @@ impl Ring {
 
     /// The first record that is not before `seq`: the tail, once all before `seq` is home.
     pub(crate) fn tail_for(&self, seq: u64) -> Spot {
+        // A pinned record before it is home all the same.
+        let seq = seq.max(self.trimmed);
         let live = self.live.iter().map(|live| live.spot);
         live.filter(|spot| spot.seq >= seq).min_by_key(|spot| spot.seq).unwrap_or(self.next)
     }

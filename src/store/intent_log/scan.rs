@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use super::anchor::{ANCHORS_LEN, Anchor};
 use super::record::{Claim, HEAD_LEN, MAX_PAGES, Record};
+use super::ring::Spot;
 use super::{PAGE, STREAMS};
 use crate::backing::FileRef;
 use crate::crypto::mac::MacKey;
@@ -88,10 +89,15 @@ impl Reader<'_> {
 }
 
 impl Scan {
-    pub(crate) fn run(file: &FileRef, anchor: &Anchor, keys: &SessionKeys) -> io::Result<Scan> {
+    pub(crate) fn run(
+        file: &FileRef,
+        anchor: &Anchor,
+        tail: Spot,
+        keys: &SessionKeys,
+    ) -> io::Result<Scan> {
         let mut reader = Reader { file, anchor, keys, buffer: vec![0; MAX_PAGES * PAGE] };
         let mut records = Vec::new();
-        let (mut next_seq, mut at) = (anchor.tail_seq, anchor.tail_at);
+        let Spot { seq: mut next_seq, mut at } = tail;
         loop {
             let mut found = reader.record(at, |claim| claim.place.seq == next_seq)?;
             if found.is_none() {

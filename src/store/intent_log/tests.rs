@@ -38,11 +38,22 @@ fn fresh(backing: &dyn Backing) {
 }
 
 fn find(backing: &dyn Backing) -> Result<Found> {
-    Log::find(&backing.root(), &ID, &anchor_key(), &sessions(), "v")
+    Log::find(&backing.root(), &ID, &anchor_key(), &sessions(), Access::ReadWrite, "v")
 }
 
 fn start(backing: &dyn Backing) -> Arc<Log> {
-    find(backing).unwrap().start(&anchor_key(), "v").unwrap()
+    empty(find(backing).unwrap())
+}
+
+/// As if everything in it had gone home.
+fn empty(found: Found) -> Arc<Log> {
+    let log = found.resume();
+    log.trim(log.next_seqs(), seal).unwrap();
+    log
+}
+
+fn seal(anchor: &Anchor) -> FsResult<[u8; 512]> {
+    Ok(anchor.seal(&anchor_key()))
 }
 
 /// A write of `blocks` blocks, all bytes `byte`, whose size field says which write it is.
@@ -90,7 +101,7 @@ fn what_was_appended_is_found_in_order() {
         assert_eq!(record.draft.entries.len() as u64, number);
     }
     // Emptied, nothing is left; and numbers go on.
-    let log = found.start(&anchor_key(), "v").unwrap();
+    let log = empty(found);
     assert!(numbers(&find(&*backing).unwrap()).is_empty());
     log.wait_written(&append(&log, Stream::Hot, draft(9, 1, 9))).unwrap();
     assert_eq!(numbers(&find(&*backing).unwrap()), [9]);
@@ -111,7 +122,7 @@ fn laps_come_and_go_and_readers_keep_their_record() {
                 let keep = random.below(live.len() as u64) as usize;
                 let seq = live[keep].1.seq;
                 let pin = log.pin(Stream::Bulk, live[keep / 2].1.seq).unwrap();
-                log.trim(Stream::Bulk, seq, &anchor_key()).unwrap();
+                log.trim([0, seq], seal).unwrap();
                 let mut body = vec![0; PAGE];
                 log.wait_written(&live[keep / 2].1).unwrap();
                 log.read(Stream::Bulk, &mut body, live[keep / 2].1.body_at).unwrap();
@@ -150,7 +161,7 @@ fn a_full_stream_makes_writers_wait_until_space_comes() {
         let waiting = scope.spawn(|| log.wait_for_room(Stream::Hot, 101, || Ok(())));
         std::thread::sleep(Duration::from_millis(20));
         assert!(!waiting.is_finished());
-        log.trim(Stream::Hot, last.unwrap().seq, &anchor_key()).unwrap();
+        log.trim([last.unwrap().seq, 0], seal).unwrap();
         waiting.join().unwrap().unwrap();
     });
     assert!(log.append(Stream::Hot, draft(2, 100, 2), &session(1)).unwrap().is_ok());
@@ -223,7 +234,7 @@ fn a_failed_write_or_flush_poisons_for_good() {
         assert_eq!(errno(log.wait_durable(&second)), Errno::IO, "not tried again");
         assert_eq!(errno(log.append(Stream::Bulk, draft(3, 1, 3), &session(1))), Errno::ROFS);
         assert_eq!(errno(log.wait_for_room(Stream::Bulk, 1, || Ok(()))), Errno::ROFS);
-        assert_eq!(errno(log.trim(Stream::Hot, 1, &anchor_key())), Errno::ROFS);
+        assert_eq!(errno(log.trim([1, 1], seal)), Errno::ROFS);
         assert!(log.poisoned().unwrap().contains("log.hot"));
         log.wait_durable(&first).unwrap();
         let kept = numbers(&find(&*memory).unwrap());
@@ -252,9 +263,10 @@ fn a_missing_foreign_or_damaged_log_is_refused() {
     let backing = MemoryBacking::new();
     fresh(&*backing);
     let root = backing.root();
-    let other = Log::find(&root, &[4; 16], &anchor_key(), &sessions(), "v").unwrap_err();
+    let other =
+        Log::find(&root, &[4; 16], &anchor_key(), &sessions(), Access::Read, "v").unwrap_err();
     assert_eq!(other.kind, crate::Kind::Corrupt);
-    assert!(Log::find(&root, &ID, &mac_key(9), &sessions(), "v").is_err());
+    assert!(Log::find(&root, &ID, &mac_key(9), &sessions(), Access::Read, "v").is_err());
 
     let log = start(&*backing);
     let positions: Vec<Position> =
@@ -330,7 +342,7 @@ fn every_crash_leaves_a_prefix_with_all_that_was_durable() {
                     durable.push((backing.position(), number));
                     let upto = random.below(number) + 1;
                     trims.push((backing.position(), upto));
-                    log.trim(Stream::Hot, all[upto as usize - 1].seq, &anchor_key()).unwrap();
+                    log.trim([all[upto as usize - 1].seq, 0], seal).unwrap();
                 }
             }
         }
