@@ -11,7 +11,7 @@ use std::io::BufReader;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, OnceLock};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -37,6 +37,9 @@ use crate::observe::log as logging;
 use crate::store::Store;
 use crate::sys;
 use crate::vfs::{AuditSink, Filesystem, FilesystemOptions};
+
+/// For the end of a mount that failed.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// Runs the daemon of the plan on standard input; returns when its mount is gone.
 pub fn run() -> Result<()> {
@@ -71,8 +74,22 @@ fn serve(plan: Plan, life: BufReader<File>, signals: OwnedFd) -> Result<()> {
     rustix::process::setsid().context(|| "cannot start a session".to_owned())?;
     let volume = open(plan)?;
     let result = mount_and_serve(&volume, life, signals);
+    if result.is_err() {
+        take_away(&volume);
+    }
     let closed = volume.close();
     result.and(closed)
+}
+
+/// A mount that could not be made to serve must not be taken for that of a killed daemon.
+fn take_away(volume: &Volume) {
+    let Some(mount) = volume.mount.get() else { return };
+    if let Err(error) = mount.session.unmount(true) {
+        log::error!("{error}");
+    }
+    if !mount.session.wait_timeout(END_LIMIT) {
+        log::error!("{} is still in use", volume.plan.mnt.display());
+    }
 }
 
 /// Steps 1 to 3.
@@ -184,6 +201,11 @@ fn mount_and_serve(volume: &Arc<Volume>, life: BufReader<File>, signals: OwnedFd
     })?;
 
     emit(Event::new(Name::VolumeMounted).with("back", plan.back.to_string_lossy()));
+    if !plan.config.fence.enabled {
+        log::warn!(
+            "no fence is configured: after a cut-off a database server serves on what it has cached"
+        );
+    }
     log::info!("{} is mounted at {}", plan.back.display(), plan.mnt.display());
     notify::status("Available");
     Report::Ready.send();

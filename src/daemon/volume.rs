@@ -135,9 +135,9 @@ impl Volume {
         let result = self.reopen(shut);
         if !shut {
             drop(side);
-            result?;
+            // Whatever was found, the watcher is to know it too.
             self.watcher()?.probe_now(PROBE_LIMIT);
-            return Ok(());
+            return result;
         }
         match result {
             Ok(()) => {

@@ -116,7 +116,7 @@ impl Fence {
                 return;
             }
             log::warn!("the database server was started again, as pid {}", server.pid());
-            if !self.send(&server, Signal::TERM, "SIGTERM", RESTARTED_TERM) {
+            if !self.send(&server, Signal::TERM, "SIGTERM", RESTARTED_TERM) && !over() {
                 self.send(&server, Signal::KILL, "SIGKILL", RESTARTED_TERM);
             }
         }
