@@ -19,7 +19,7 @@ use super::adapter::{Adapter, Outcome};
 use super::reply::Errno;
 use super::wire::{Header, IN_HEADER_LEN, OUT_HEADER_LEN, Reader};
 use crate::error::{Context, Result};
-use crate::sys::fuse::Waiter;
+use crate::sys::{self, fuse::Waiter};
 
 /// The largest write that is asked for, and so the largest request but for its header.
 pub(super) const MAX_WRITE: usize = 1 << 20;
@@ -243,5 +243,7 @@ impl<'a> Worker<'a> {
     fn wipe(&mut self) {
         self.request.wipe();
         self.reply.wipe();
+        // The ciphers spill what they work on.
+        sys::stack::burn();
     }
 }
