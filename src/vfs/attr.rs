@@ -28,7 +28,7 @@ impl Filesystem {
                 FileKind::Directory => return Err(FsError::Os(Errno::ISDIR)),
                 _ => return Err(FsError::Os(Errno::INVAL)),
             }
-            let open = self.open_content(&inode)?;
+            let open = self.open_content(&inode, true)?;
             self.audited(&inode, open.file.truncate(size))?;
             // The disk's times move only when its file changes; a truncation to the same size
             // counts as a change.

@@ -1,5 +1,6 @@
 //! Open files: open, read, write, fsync, release.
 
+use std::io;
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -26,11 +27,12 @@ impl Filesystem {
     pub fn open(&self, node: u64, flags: u32, drop_set_id: bool) -> FsResult<u64> {
         self.gate.check()?;
         let truncate = flags & TRUNCATE != 0;
-        if truncate || flags & ACCESS_MODE != libc::O_RDONLY as u32 {
+        let for_writing = truncate || flags & ACCESS_MODE != libc::O_RDONLY as u32;
+        if for_writing {
             self.writable()?;
         }
         let inode = self.inodes.get(node)?;
-        let open = self.open_content(&inode)?;
+        let open = self.open_content(&inode, for_writing)?;
         if truncate {
             self.audited(&inode, open.file.truncate(0))?;
             inode.node.set_times(SetTime::Keep, SetTime::Now)?;
@@ -79,7 +81,8 @@ impl Filesystem {
         self.handles.remove(handle);
     }
 
-    pub(super) fn open_content(&self, inode: &Arc<Inode>) -> FsResult<OpenFile> {
+    /// A disk that turned read-only under the mount still serves who only reads.
+    pub(super) fn open_content(&self, inode: &Arc<Inode>, for_writing: bool) -> FsResult<OpenFile> {
         match inode.kind {
             FileKind::Regular => {}
             FileKind::Directory => return Err(FsError::Os(Errno::ISDIR)),
@@ -90,11 +93,16 @@ impl Filesystem {
             Some(file) => Arc::clone(file),
             None => {
                 let access = if self.read_only() { Access::Read } else { Access::ReadWrite };
-                let opened = inode
-                    .node
-                    .open(access)
-                    .map_err(FsError::from)
-                    .and_then(|f| self.store.open_file(f));
+                let opened = match inode.node.open(access) {
+                    Err(error)
+                        if error.kind() == io::ErrorKind::ReadOnlyFilesystem && !for_writing =>
+                    {
+                        inode.node.open(Access::Read)
+                    }
+                    opened => opened,
+                };
+                let opened =
+                    opened.map_err(FsError::from).and_then(|file| self.store.open_file(file));
                 match opened {
                     Ok(file) => file,
                     Err(error) => {

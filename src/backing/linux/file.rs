@@ -42,6 +42,11 @@ impl LinuxFile {
     }
 }
 
+/// The descriptor is ours and open, so EBADF says that it is not open for writing.
+fn read_only(error: Errno) -> Errno {
+    if error == Errno::BADF { Errno::ROFS } else { error }
+}
+
 impl File for LinuxFile {
     fn metadata(&self) -> io::Result<Metadata> {
         node::metadata(&self.fd)
@@ -67,7 +72,7 @@ impl File for LinuxFile {
         let mut done = 0;
         while done < data.len() {
             let at = position(offset, done)?;
-            match retry_on_intr(|| pwrite(&self.fd, &data[done..], at))? {
+            match retry_on_intr(|| pwrite(&self.fd, &data[done..], at)).map_err(read_only)? {
                 0 => return Err(io::ErrorKind::WriteZero.into()),
                 count => done += count,
             }
@@ -83,7 +88,7 @@ impl File for LinuxFile {
         while !rest.is_empty() {
             let batch = rest.len().min(libc::UIO_MAXIOV as usize);
             let at = position(offset, done)?;
-            match retry_on_intr(|| pwritev(&self.fd, &rest[..batch], at))? {
+            match retry_on_intr(|| pwritev(&self.fd, &rest[..batch], at)).map_err(read_only)? {
                 0 => return Err(io::ErrorKind::WriteZero.into()),
                 count => {
                     done += count;
