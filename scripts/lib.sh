@@ -280,19 +280,20 @@ refuses() { ! ls "$1" >/dev/null 2>&1; }
 # The server is Debian's, run as the user mysql without any of /etc/mysql's options, reachable only by
 # a socket in a directory of its own.
 
-as_mysql() { setpriv --reuid=mysql --regid=mysql --clear-groups -- env HOME=/nonexistent USER=mysql "$@"; }
-
-mariadb_create() { # DATADIR LOG
-    as_mysql mariadb-install-db --no-defaults --datadir="$1" --skip-test-db --skip-name-resolve \
-        --auth-root-authentication-method=normal </dev/null >>"$2" 2>&1 ||
-        { tail -n 20 "$2" >&2 && die "mariadb-install-db failed"; }
+# A starting server removes the temporary files of all others beside its own: each has a TMPDIR.
+mariadb_create() { # DATADIR SOCKETDIR LOG
+    local log=$3
+    setpriv --reuid=mysql --regid=mysql --clear-groups -- env HOME=/nonexistent TMPDIR="$2" \
+        mariadb-install-db --no-defaults --datadir="$1" --skip-test-db --skip-name-resolve \
+        --auth-root-authentication-method=normal </dev/null >>"$log" 2>&1 ||
+        { tail -n 20 "$log" >&2 && die "mariadb-install-db failed"; }
 }
 
 # mariadb_start DATADIR SOCKETDIR LOG [OPTION...]: starts the server, waits until it answers, sets mariadb_pid.
 mariadb_start() {
     local data=$1 sockets=$2 log=$3
     shift 3
-    detached "$log" setpriv --reuid=mysql --regid=mysql --clear-groups -- mariadbd --no-defaults \
+    detached "$log" setpriv --reuid=mysql --regid=mysql --clear-groups -- env TMPDIR="$sockets" mariadbd --no-defaults \
         --datadir="$data" --socket="$sockets/mysqld.sock" --pid-file="$sockets/mysqld.pid" --skip-networking \
         --log-error="$log" --innodb-buffer-pool-size=64M --skip-name-resolve "$@" >"$sockets/launched.pid"
     mariadb_pid=$(cat "$sockets/launched.pid")

@@ -33,7 +33,7 @@ impl MariaDb {
             fs::create_dir_all(made).unwrap();
             chown(made, Some(uid), Some(gid)).unwrap();
         }
-        Answer::of(as_mysql("mariadb-install-db").args([
+        Answer::of(as_mysql("mariadb-install-db", dir).args([
             "--no-defaults",
             "--skip-test-db",
             "--skip-name-resolve",
@@ -61,7 +61,7 @@ impl MariaDb {
     /// Starts it without waiting; the caller waits for the process.
     pub fn spawn(&self) -> Child {
         let log = self.dir.join("server.log");
-        as_mysql("mariadbd")
+        as_mysql("mariadbd", &self.dir)
             .args([
                 "--no-defaults",
                 "--skip-networking",
@@ -191,10 +191,11 @@ pub fn fence_config(sandbox: &Sandbox, dir: &Path) -> String {
     )
 }
 
-fn as_mysql(program: &str) -> Command {
+/// With temporary files in `dir`: a starting server removes those of all others beside its own.
+fn as_mysql(program: &str, dir: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--reuid=mysql", "--regid=mysql", "--clear-groups", "--", program]);
-    command.env("HOME", "/nonexistent");
+    command.env("HOME", "/nonexistent").env("TMPDIR", dir);
     command
 }
 
