@@ -4,8 +4,9 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::Command;
 
-use crate::support::process::run;
+use crate::support::process::{Answer, run};
 use crate::support::sandbox::{Sandbox, mounted, path};
 use crate::support::{can_loop, can_mount, tree, until};
 
@@ -37,7 +38,10 @@ impl OnImage {
     }
 
     fn detach(&self) {
-        run("umount", &[path(&self.sandbox.path("disk"))]);
+        let disk = self.sandbox.path("disk");
+        // Whoever looks through /proc at this moment keeps it busy for that long.
+        let free = || Answer::of(Command::new("umount").arg(&disk)).code == Some(0);
+        until("the disk to be free", free);
     }
 
     fn init_and_mount(&self) {
