@@ -97,7 +97,7 @@ fn describe(found: &[Finding]) -> String {
 }
 
 #[test]
-fn no_key_is_left_in_memory_after_the_cut_off() {
+fn no_key_and_no_payload_is_left_in_memory_after_the_cut_off() {
     if !can_mount() {
         return;
     }
@@ -139,6 +139,9 @@ fn no_key_is_left_in_memory_after_the_cut_off() {
             events.iter().filter(|event| event["status"] == "Succeeded").count() > round
         };
         until("the end of the cut-off", || cut_off(round));
+        // Nor is what went through the mount.
+        let mut needles = needles;
+        needles.push(Needle { name: "payload".to_owned(), key: PAYLOAD.to_vec() });
         let after = scan(daemon, &needles);
         assert!(after.is_empty(), "round {round}, after the cut-off: {}", describe(&after));
         sandbox.recover();
