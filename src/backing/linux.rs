@@ -19,7 +19,7 @@ use std::{fmt, io};
 use rustix::fs::{self, FlockOperation, Mode, OFlags};
 use rustix::io::retry_on_intr;
 
-use self::node::LinuxNode;
+use self::node::{AccessTimes, LinuxNode};
 use super::{Backing, NodeRef, StatFs};
 use crate::error::{Context, Error, Kind, Result};
 
@@ -45,6 +45,15 @@ pub struct LinuxBacking {
 
 impl LinuxBacking {
     pub fn open(path: &Path) -> Result<Arc<LinuxBacking>> {
+        LinuxBacking::with_times(path, AccessTimes::Move)
+    }
+
+    /// Reading moves no access time.
+    pub fn open_noatime(path: &Path) -> Result<Arc<LinuxBacking>> {
+        LinuxBacking::with_times(path, AccessTimes::Keep)
+    }
+
+    fn with_times(path: &Path, times: AccessTimes) -> Result<Arc<LinuxBacking>> {
         let shown = path.display();
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = fs::open(path, flags, Mode::empty())
@@ -59,7 +68,7 @@ impl LinuxBacking {
                 ),
             ));
         }
-        let root = LinuxNode::new(fd).context(|| format!("cannot examine {shown}"))?;
+        let root = LinuxNode::new(fd, times).context(|| format!("cannot examine {shown}"))?;
         // Messages outlive a change of the working directory.
         let path = std::path::absolute(path).context(|| format!("cannot resolve {shown}"))?;
         Ok(Arc::new(LinuxBacking { root: Arc::new(root), path }))

@@ -64,6 +64,8 @@ pub struct Metadata {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     Read,
+    /// Reads what is metadata to its callers: the access time stays.
+    Peek,
     ReadWrite,
 }
 

@@ -60,6 +60,13 @@ pub struct ConfigArg {
     pub config: Option<PathBuf>,
 }
 
+impl ConfigArg {
+    /// For who is called with no such argument.
+    pub fn from_environment() -> ConfigArg {
+        ConfigArg { config: std::env::var_os(crate::config::PATH_VARIABLE).map(PathBuf::from) }
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct InitArgs {
     /// The backing directory: missing or empty
@@ -67,6 +74,10 @@ pub struct InitArgs {
     /// The customer's key: its URL in the key vault, with or without a version
     #[arg(long, value_name = "URL")]
     pub kek: String,
+    /// Leave file names unencrypted, for those who need to find files on the disk; contents, link
+    /// targets and extended attributes are encrypted all the same. Cannot be changed later
+    #[arg(long)]
+    pub plaintext_names: bool,
     /// Do not refuse a key that misses a requirement that byokfs could do without
     #[arg(long)]
     pub no_requirements: bool,

@@ -51,7 +51,8 @@ pub(super) fn run(args: InitArgs) -> Result<()> {
         output::warning(&format!("{}: {}; {}", row.requirement, row.found, row.fix));
     }
     let pin = Pin { fingerprint: enrolment.fingerprint, requirements: !tolerant };
-    let (uuid, pin_path) = place.fill(&config, &enrolment, &pin)?;
+    let options = FormatOptions { plaintext_names: args.plaintext_names };
+    let (uuid, pin_path) = place.fill(&config, &enrolment, &pin, options)?;
     tell_audit(&config, &uuid, &place.path, &enrolment.info.kid);
     output::line(&format!("volume {uuid} in {}", place.path.display()))?;
     output::line(&format!("key    {}", enrolment.info.kid))?;
@@ -93,9 +94,15 @@ impl Place {
         error
     }
 
-    fn fill(&self, config: &Config, enrolment: &Enrolment, pin: &Pin) -> Result<(String, PathBuf)> {
+    fn fill(
+        &self,
+        config: &Config,
+        enrolment: &Enrolment,
+        pin: &Pin,
+        options: FormatOptions,
+    ) -> Result<(String, PathBuf)> {
         let backing = LinuxBacking::open(&self.path)?;
-        let info = Store::format(&*backing, &enrolment.keyring, FormatOptions::default())?;
+        let info = Store::format(&*backing, &enrolment.keyring, options)?;
         enrolment.envelope(info.uuid).save(&backing.root())?;
         // Last: a volume without a pin cannot be mounted, a pin without a volume does no harm.
         let pin_path = pins::create(&config.dir.0, &info.uuid, pin)?;

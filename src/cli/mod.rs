@@ -7,6 +7,7 @@ mod init;
 mod mount;
 pub mod mount_options;
 pub mod output;
+mod remount;
 mod revalidate;
 mod status;
 mod sync;

@@ -10,6 +10,10 @@ use super::mount_options::MountRequest;
 
 pub(super) fn run(request: MountRequest) -> Result<()> {
     let options = request.options;
+    options.check()?;
+    if options.remount {
+        return super::remount::run(&request.mnt, &options);
+    }
     let overrides: Vec<Override> = options.overrides.into_iter().map(Override::from).collect();
     let config = Config::load(options.config.as_deref(), &overrides)?;
     let plan = Plan {

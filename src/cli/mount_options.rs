@@ -31,10 +31,9 @@ const IGNORED: [&str; 17] = [
 ];
 const ALWAYS: [&str; 3] = ["default_permissions", "nosuid", "nodev"];
 /// Would turn a protection off, or promise what does not happen.
-const REFUSED: [(&str, &str); 9] = [
+const REFUSED: [(&str, &str); 8] = [
     ("suid", "byokfs mounts are always nosuid"),
     ("dev", "byokfs mounts are always nodev"),
-    ("remount", "unmount and mount again"),
     ("user", "only root mounts a volume"),
     ("users", "only root mounts a volume"),
     ("owner", "only root mounts a volume"),
@@ -42,6 +41,9 @@ const REFUSED: [(&str, &str); 9] = [
     ("sync", "open files O_SYNC instead"),
     ("dirsync", "fsync the directory instead"),
 ];
+
+/// What the kernel shows of every FUSE mount, and mount(8) hands back with a remount.
+const SHOWN: [&str; 5] = ["user_id", "group_id", "rootmode", "max_read", "blksize"];
 
 /// A whole mount request, whichever way it came.
 #[derive(Debug, Default)]
@@ -59,6 +61,10 @@ pub struct MountOptions {
     pub no_atime: bool,
     /// mount(8)'s `-f`: check only.
     pub fake: bool,
+    /// Change the flags of a mount that is there.
+    pub remount: bool,
+    /// An option of [`SHOWN`], which only a remount may have.
+    shown: Option<String>,
     pub config: Option<PathBuf>,
     pub overrides: Vec<OptionOverride>,
 }
@@ -89,6 +95,14 @@ impl MountOptions {
         list.split(',').filter(|option| !option.is_empty()).try_for_each(|option| self.one(option))
     }
 
+    /// What is only known when all options are.
+    pub(super) fn check(&self) -> Result<()> {
+        match &self.shown {
+            Some(option) if !self.remount => Err(unknown(option)),
+            _ => Ok(()),
+        }
+    }
+
     fn one(&mut self, option: &str) -> Result<()> {
         let (name, value) = match option.split_once('=') {
             Some((name, value)) => (name, Some(value)),
@@ -103,6 +117,7 @@ impl MountOptions {
         match (name, value) {
             ("ro", None) => self.read_only = true,
             ("rw", None) => self.read_only = false,
+            ("remount", None) => self.remount = true,
             ("noexec", None) => self.no_exec = true,
             ("exec", None) => self.no_exec = false,
             ("noatime", None) => self.no_atime = true,
@@ -115,11 +130,8 @@ impl MountOptions {
             }
             ("subtype", Some("byokfs")) => {}
             (name, None) if IGNORED.contains(&name) || ALWAYS.contains(&name) => {}
-            _ => {
-                return Err(Error::usage(format!(
-                    "mount option \"{option}\" is not one that byokfs knows"
-                )));
-            }
+            (name, Some(_)) if SHOWN.contains(&name) => self.shown = Some(option.to_owned()),
+            _ => return Err(unknown(option)),
         }
         Ok(())
     }
@@ -158,6 +170,10 @@ impl MountOptions {
             set("enabled", "true".to_owned());
         }
     }
+}
+
+fn unknown(option: &str) -> Error {
+    Error::usage(format!("mount option \"{option}\" is not one that byokfs knows"))
 }
 
 fn absolute(name: &str, path: &str) -> Result<PathBuf> {
@@ -249,6 +265,7 @@ mod tests {
     fn parse(list: &str) -> Result<MountOptions> {
         let mut options = MountOptions::default();
         options.apply(list)?;
+        options.check()?;
         Ok(options)
     }
 
@@ -275,12 +292,19 @@ mod tests {
             ("config", "\"config\""),
             ("ro=1", "\"ro=1\""),
             ("suid", "always nosuid"),
-            ("remount,ro", "unmount and mount again"),
+            ("user_id=0", "\"user_id=0\""),
             ("errno", "\"errno\""),
         ] {
             let error = parse(list).unwrap_err();
             assert!(error.to_string().contains(part), "{list}: {error}");
         }
+    }
+
+    #[test]
+    fn a_remount_comes_with_what_the_kernel_shows() {
+        let shown = "rw,nosuid,nodev,relatime,user_id=0,group_id=0,default_permissions,allow_other";
+        let options = parse(&format!("{shown},remount,ro")).unwrap();
+        assert!(options.remount && options.read_only);
     }
 
     #[test]

@@ -11,7 +11,8 @@ use std::io::BufReader;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicI32;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -40,6 +41,8 @@ use crate::vfs::{AuditSink, Filesystem, FilesystemOptions};
 
 /// For the end of a mount that failed.
 const END_LIMIT: Duration = Duration::from_secs(5);
+/// How long a mount waits for the daemon of the one before it.
+const PREDECESSOR_LIMIT: Duration = Duration::from_secs(10);
 
 /// Runs the daemon of the plan on standard input; returns when its mount is gone.
 pub fn run() -> Result<()> {
@@ -97,7 +100,11 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
     crypto::selftest::run()?;
     check::mount_point(&plan.back, &plan.mnt)?;
     check::own_paths(&plan)?;
-    let backing: Arc<dyn Backing> = LinuxBacking::open(&plan.back)?;
+    let backing: Arc<dyn Backing> = if plan.no_atime {
+        LinuxBacking::open_noatime(&plan.back)?
+    } else {
+        LinuxBacking::open(&plan.back)?
+    };
     let info = Store::inspect(&*backing)?;
     if info.damaged_copy {
         log::warn!("one copy of {}'s volume header is damaged", plan.back.display());
@@ -112,7 +119,7 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
     let envelope = Envelope::load(&backing.root())?;
     let provider = provider::for_key(&envelope.kid, &settings::provider(&plan.config.key))?;
     let gate = Gate::new();
-    let store = Store::open(Arc::clone(&backing), Arc::clone(&gate), plan.read_only)?;
+    let store = open_store(&backing, &gate, plan.read_only)?;
 
     let revalidated = check_key(&*provider, &envelope, &info, &pin, &plan.config)?;
     for row in revalidated.report.warnings() {
@@ -149,6 +156,20 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
         log::error!("started twice");
     }
     Ok(volume)
+}
+
+/// umount(8) returns when the mount is gone, a moment before its daemon has ended: the one who
+/// mounts again waits for that.
+fn open_store(backing: &Arc<dyn Backing>, gate: &Arc<Gate>, read_only: bool) -> Result<Arc<Store>> {
+    let start = Instant::now();
+    loop {
+        match Store::open(Arc::clone(backing), Arc::clone(gate), read_only) {
+            Err(error) if error.kind == Kind::Busy && start.elapsed() < PREDECESSOR_LIMIT => {
+                thread::sleep(Duration::from_millis(50));
+            }
+            opened => return opened,
+        }
+    }
 }
 
 /// Step 4, and all that follows until the mount is gone.
@@ -235,7 +256,7 @@ fn take_signals(volume: Arc<Volume>, signals: OwnedFd) -> Result<()> {
             }
         }
     };
-    std::thread::Builder::new()
+    thread::Builder::new()
         .name("signals".into())
         .spawn(take)
         .map(drop)

@@ -23,4 +23,4 @@ mod worker;
 
 pub use purge::Purge;
 pub use reply::CutOffErrno;
-pub use session::{MountOptions, Mounted, Transport, mount};
+pub use session::{Flags, MountOptions, Mounted, Transport, mount, remount};

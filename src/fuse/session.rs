@@ -191,6 +191,48 @@ impl Drop for Mounted {
     }
 }
 
+/// The flags of a mount that the kernel can change while it is mounted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flags {
+    pub read_only: bool,
+    pub noexec: bool,
+    pub noatime: bool,
+}
+
+impl Flags {
+    fn bits(self) -> libc::c_ulong {
+        // Without one of the two a remount would leave access times as they are.
+        let times = if self.noatime { libc::MS_NOATIME } else { libc::MS_RELATIME };
+        let mut bits = libc::MS_NOSUID | libc::MS_NODEV | times;
+        if self.read_only {
+            bits |= libc::MS_RDONLY;
+        }
+        if self.noexec {
+            bits |= libc::MS_NOEXEC;
+        }
+        bits
+    }
+}
+
+/// Changes the flags of a mount. To read-only fails with [`Kind::Busy`] while files are open for
+/// writing.
+pub fn remount(mountpoint: &Path, flags: Flags) -> Result<()> {
+    let shown = mountpoint.display();
+    let target = c_string(mountpoint.as_os_str().as_bytes())?;
+    let flags = flags.bits() | libc::MS_REMOUNT;
+    sys::fuse::mount(c"none", &target, c"none", flags, c"").map_err(|error| {
+        match error.raw_os_error() {
+            Some(libc::EBUSY) => {
+                Error::new(Kind::Busy, format!("files on {shown} are open for writing"))
+            }
+            Some(libc::EPERM) => {
+                Error::new(Kind::Denied, format!("cannot remount {shown}: this needs root"))
+            }
+            _ => Error::io(format!("cannot remount {shown}"), error),
+        }
+    })
+}
+
 fn threads(asked: usize) -> usize {
     if asked > 0 {
         return asked;
@@ -225,16 +267,8 @@ fn attach(device: &OwnedFd, mountpoint: &Path, options: &MountOptions) -> Result
     if !mountpoint.is_dir() {
         return Err(Error::usage(format!("the mount point {shown} is not a directory")));
     }
-    let mut flags = libc::MS_NOSUID | libc::MS_NODEV;
-    for (wanted, flag) in [
-        (options.read_only, libc::MS_RDONLY),
-        (options.noexec, libc::MS_NOEXEC),
-        (options.noatime, libc::MS_NOATIME),
-    ] {
-        if wanted {
-            flags |= flag;
-        }
-    }
+    let flags =
+        Flags { read_only: options.read_only, noexec: options.noexec, noatime: options.noatime };
     let data = format!(
         "fd={},rootmode=40000,user_id={},group_id={},default_permissions,allow_other",
         device.as_raw_fd(),
@@ -245,7 +279,7 @@ fn attach(device: &OwnedFd, mountpoint: &Path, options: &MountOptions) -> Result
         &c_string(options.source.as_bytes())?,
         &c_string(mountpoint.as_os_str().as_bytes())?,
         &c_string(FS_TYPE.as_bytes())?,
-        flags,
+        flags.bits(),
         &c_string(data.as_bytes())?,
     )
     .map_err(|error| match error.raw_os_error() {

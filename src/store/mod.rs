@@ -70,10 +70,12 @@ pub struct VolumeInfo {
     pub damaged_copy: bool,
 }
 
-/// How a volume is to be made. There is nothing to choose yet.
+/// How a volume is to be made; it stays so.
 #[derive(Clone, Copy, Debug, Default)]
-#[non_exhaustive]
-pub struct FormatOptions {}
+pub struct FormatOptions {
+    /// File names go to the disk as they are.
+    pub plaintext_names: bool,
+}
 
 /// From one start to the next one, or to the end of the daemon.
 #[derive(Debug)]
@@ -173,7 +175,7 @@ impl Store {
     pub fn format(
         backing: &dyn Backing,
         keyring: &Keyring,
-        _options: FormatOptions,
+        options: FormatOptions,
     ) -> Result<VolumeInfo> {
         let shown = backing.display_path();
         let root = backing.root();
@@ -190,7 +192,8 @@ impl Store {
         let created = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .map_or(0, |since| since.as_secs());
-        let mut header = VolumeHeader::new(random::bytes()?, 0, created);
+        let features = if options.plaintext_names { FEATURE_PLAINTEXT_NAMES } else { 0 };
+        let mut header = VolumeHeader::new(random::bytes()?, features, created);
         let pages = header.encode(&keys::volume_mac(keyring)?);
         SessionTable::default().store(
             &root,
@@ -360,7 +363,7 @@ impl Store {
         if metadata.kind != FileKind::Regular {
             return Err(Errno::INVAL.into());
         }
-        let file = node.open(Access::Read)?;
+        let file = node.open(Access::Peek)?;
         let size = match self.shared.read_header(&file) {
             // Opened and written to since: then it is in the registry.
             Err(FsError::Integrity(failure)) => match self.shared.registry.get(node.id()) {

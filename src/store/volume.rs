@@ -7,7 +7,7 @@ use ring::digest::{SHA256, digest};
 
 use super::layout::BLOCK_LEN;
 use super::page::{u32_at, u64_at};
-use super::{FORMAT_VERSION, VolumeInfo};
+use super::{FEATURE_PLAINTEXT_NAMES, FORMAT_VERSION, VolumeInfo};
 use crate::backing::{FileRef, NodeRef};
 use crate::crypto::mac::{MAC_LEN, MacKey};
 use crate::error::{Context, Error, Kind, Result};
@@ -18,7 +18,7 @@ const DOMAIN: &[u8; 16] = b"byokfs volume 0\0";
 const RECORD_LEN: usize = 512;
 const SUM_LEN: usize = 32;
 const MAC_AT: usize = 96;
-const KNOWN_FEATURES: u64 = 0;
+const KNOWN_FEATURES: u64 = FEATURE_PLAINTEXT_NAMES;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct VolumeHeader {
@@ -219,7 +219,7 @@ mod tests {
         };
         assert_eq!(kind(&change(40, 9, true)), Kind::Unsupported);
         assert_eq!(kind(&change(40, 9, false)), Kind::Unsupported);
-        assert_eq!(kind(&change(50, 1, true)), Kind::Unsupported);
+        assert_eq!(kind(&change(50, 2, true)), Kind::Unsupported);
         assert_eq!(kind(&change(70, 9, false)), Kind::Corrupt);
         let forged = decode(&change(70, 9, true), "v").unwrap().0;
         assert!(!forged.is_authentic(&key(1)));

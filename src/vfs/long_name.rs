@@ -86,7 +86,7 @@ impl Filesystem {
     }
 
     pub(super) fn read_side_file(&self, dir: &NodeRef, side: &[u8]) -> FsResult<Vec<u8>> {
-        let file = dir.lookup(side)?.open(Access::Read)?;
+        let file = dir.lookup(side)?.open(Access::Peek)?;
         let mut sealed = vec![0; SIDE_MAX];
         let len = file.read_at(&mut sealed, 0)?;
         sealed.truncate(len);

@@ -8,18 +8,19 @@ use std::sync::Arc;
 use rustix::fs::{self, FallocateFlags, SeekFrom};
 use rustix::io::{Errno, pread, pwrite, pwritev, retry_on_intr};
 
-use super::node::{self, LinuxNode};
+use super::node::{self, AccessTimes, LinuxNode};
 use crate::backing::{File, Metadata, NodeRef};
 use crate::sys;
 
 #[derive(Debug)]
 pub(super) struct LinuxFile {
     fd: OwnedFd,
+    times: AccessTimes,
 }
 
 impl LinuxFile {
-    pub(super) fn new(fd: OwnedFd) -> LinuxFile {
-        LinuxFile { fd }
+    pub(super) fn new(fd: OwnedFd, times: AccessTimes) -> LinuxFile {
+        LinuxFile { fd, times }
     }
 
     pub(super) fn fd(&self) -> &OwnedFd {
@@ -53,7 +54,7 @@ impl File for LinuxFile {
     }
 
     fn node(&self) -> io::Result<NodeRef> {
-        Ok(Arc::new(LinuxNode::of_open_file(&self.fd)?))
+        Ok(Arc::new(LinuxNode::of_open_file(&self.fd, self.times)?))
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {

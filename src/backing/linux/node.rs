@@ -24,18 +24,27 @@ pub(super) struct LinuxNode {
     fd: OwnedFd,
     id: NodeId,
     kind: FileKind,
+    times: AccessTimes,
+}
+
+/// Whether reading a node moves its access time. Inherited by what is found below a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AccessTimes {
+    /// As the file system is mounted.
+    Move,
+    Keep,
 }
 
 impl LinuxNode {
-    pub(super) fn new(fd: OwnedFd) -> io::Result<LinuxNode> {
+    pub(super) fn new(fd: OwnedFd, times: AccessTimes) -> io::Result<LinuxNode> {
         let metadata = metadata(&fd)?;
-        Ok(LinuxNode { fd, id: metadata.id, kind: metadata.kind })
+        Ok(LinuxNode { fd, id: metadata.id, kind: metadata.kind, times })
     }
 
-    pub(super) fn of_open_file(fd: &OwnedFd) -> io::Result<LinuxNode> {
+    pub(super) fn of_open_file(fd: &OwnedFd, times: AccessTimes) -> io::Result<LinuxNode> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let fd = retry_on_intr(|| fs::open(proc_path(fd), flags, Mode::empty()))?;
-        LinuxNode::new(fd)
+        LinuxNode::new(fd, times)
     }
 
     pub(super) fn fd(&self) -> &OwnedFd {
@@ -44,7 +53,10 @@ impl LinuxNode {
 
     fn open_here(&self, flags: OFlags) -> io::Result<OwnedFd> {
         let mode = Mode::RUSR | Mode::WUSR;
-        let flags = flags | OFlags::CLOEXEC;
+        let mut flags = flags | OFlags::CLOEXEC;
+        if self.times == AccessTimes::Keep {
+            flags |= OFlags::NOATIME;
+        }
         // A mode is an error to openat(2) wherever nothing is created.
         let mode = if flags.contains(OFlags::TMPFILE) { mode } else { Mode::empty() };
         Ok(retry_on_intr(|| fs::openat(&self.fd, ".", flags, mode))?)
@@ -123,12 +135,21 @@ impl Node for LinuxNode {
             _ => return Err(Errno::INVAL.into()),
         }
         let flags = match access {
-            Access::Read => OFlags::RDONLY,
+            Access::Read | Access::Peek => OFlags::RDONLY,
             Access::ReadWrite => OFlags::RDWR,
         };
         let flags = flags | OFlags::CLOEXEC;
-        let fd = retry_on_intr(|| fs::open(self.proc_path(), flags, Mode::empty()))?;
-        Ok(Arc::new(LinuxFile::new(fd)))
+        let open = |flags| retry_on_intr(|| fs::open(self.proc_path(), flags, Mode::empty()));
+        let fd = if self.times == AccessTimes::Keep || access == Access::Peek {
+            // Only the owner and root may ask for it.
+            match open(flags | OFlags::NOATIME) {
+                Err(Errno::PERM) => open(flags)?,
+                opened => opened?,
+            }
+        } else {
+            open(flags)?
+        };
+        Ok(Arc::new(LinuxFile::new(fd, self.times)))
     }
 
     fn lookup(&self, name: &[u8]) -> io::Result<NodeRef> {
@@ -139,7 +160,7 @@ impl Node for LinuxNode {
         // EAGAIN: a rename elsewhere raced with the walk.
         loop {
             match fs::openat2(&self.fd, &name, flags, Mode::empty(), resolve) {
-                Ok(fd) => return Ok(Arc::new(LinuxNode::new(fd)?)),
+                Ok(fd) => return Ok(Arc::new(LinuxNode::new(fd, self.times)?)),
                 Err(Errno::INTR | Errno::AGAIN) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -153,7 +174,7 @@ impl Node for LinuxNode {
 
     fn create_unnamed(&self) -> io::Result<FileRef> {
         let fd = self.open_here(OFlags::TMPFILE | OFlags::RDWR)?;
-        Ok(Arc::new(LinuxFile::new(fd)))
+        Ok(Arc::new(LinuxFile::new(fd, self.times)))
     }
 
     fn link_file(&self, file: &dyn File, name: &[u8]) -> io::Result<()> {
