@@ -17,6 +17,7 @@ use byokfs::key::gate::{Gate, Keyring};
 use byokfs::key::reason::Reason;
 use byokfs::store::Store;
 use byokfs::vfs::audit::LogOnly;
+use byokfs::vfs::types::ROOT;
 use byokfs::vfs::{Filesystem, FilesystemOptions};
 
 const DIR: &str = "BYOKFS_TEST_DIR";
@@ -87,6 +88,18 @@ impl Mount {
     /// Brings it back.
     pub(crate) fn revalidate(&mut self) {
         self.command("revalidate");
+    }
+
+    /// Has the server look up, and forget, files `f0` to `f499` of the directory `d`.
+    pub(crate) fn look_up(&mut self, times: usize) {
+        self.command(&format!("look-up {times}"));
+    }
+
+    /// Bytes of the server's memory.
+    pub(crate) fn resident(&self) -> usize {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.server.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() << 10
     }
 
     /// Ends the server and mounts the volume anew.
@@ -180,7 +193,7 @@ fn serve() {
     if options.contains("key") {
         mount_options.errno = CutOffErrno::Key;
     }
-    let mounted = fuse::mount(fs, &mount_options).unwrap();
+    let mounted = fuse::mount(Arc::clone(&fs), &mount_options).unwrap();
     let purge = mounted.purge();
     println!("\nready");
     let limit = Duration::from_secs(10);
@@ -198,6 +211,9 @@ fn serve() {
                 assert!(gate.open(keyring(), soon()));
             }
             "unmount" => break,
+            other if other.starts_with("look-up ") => {
+                look_up(&fs, other["look-up ".len()..].parse().unwrap());
+            }
             other => panic!("no such command: {other}"),
         }
         println!("\ndone");
@@ -211,6 +227,22 @@ fn serve() {
     }
     let _ = mounted.unmount(true);
     mounted.wait_timeout(limit);
+}
+
+fn look_up(fs: &Filesystem, times: usize) {
+    let dir = fs.lookup(ROOT, b"d").unwrap().node;
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            scope.spawn(move || {
+                for index in 0..times / 4 {
+                    let name = format!("f{}", (index + thread * 125) % 500);
+                    let entry = fs.lookup(dir, name.as_bytes()).unwrap();
+                    fs.forget(entry.node, 1);
+                }
+            });
+        }
+    });
+    fs.forget(dir, 1);
 }
 
 /// Runs a shell script as someone, in `dir`.

@@ -7,7 +7,9 @@ mod harness;
 
 mod acl;
 mod create;
+mod crowd;
 mod cut_off;
+mod differential;
 mod dir;
 mod io;
 mod link;
