@@ -145,8 +145,12 @@ need_cargo() {
     need_packages gcc libc6-dev
 }
 
-# Builds this clone's release binary and sets `byokfs` to its path.
+# Builds this clone's release binary and sets `byokfs` to its path; BYOKFS_BINARY names another one.
 build_release() {
+    if [[ -n ${BYOKFS_BINARY:-} ]]; then
+        byokfs=$(realpath "$BYOKFS_BINARY")
+        return 0
+    fi
     need_cargo
     (cd "$repo" && cargo build --release --locked --bin byokfs </dev/null)
     local target
