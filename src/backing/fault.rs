@@ -57,6 +57,7 @@ pub struct Faults(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     rules: Vec<Rule>,
+    panic: Option<Call>,
     calls: usize,
     failed: bool,
 }
@@ -64,6 +65,11 @@ struct State {
 impl Faults {
     pub fn arm(&self, rule: Rule) {
         self.0.lock().rules.push(rule);
+    }
+
+    /// The next such call panics: a mistake of the code above, not of the disk.
+    pub fn arm_panic(&self, call: Call) {
+        self.0.lock().panic = Some(call);
     }
 
     /// Takes all rules back; true if any call has failed since the last time.
@@ -86,6 +92,11 @@ impl Faults {
     fn hit(&self, call: Call) -> Option<Rule> {
         let mut state = self.0.lock();
         state.calls += 1;
+        if state.panic == Some(call) {
+            state.panic = None;
+            drop(state);
+            panic!("a panic, as ordered, in {call:?}");
+        }
         let mut hit = None;
         for rule in &mut state.rules {
             if rule.call != call && rule.call != Call::Any {

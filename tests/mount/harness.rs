@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use byokfs::backing::Backing;
+use byokfs::backing::fault::{Call, FaultBacking};
 use byokfs::backing::linux::LinuxBacking;
 use byokfs::crypto::secret::Secret;
 use byokfs::fuse::{self, CutOffErrno, MountOptions};
@@ -83,6 +84,11 @@ impl Mount {
     /// Cuts the volume off as the daemon does.
     pub(crate) fn cut_off(&mut self) {
         self.command("cut-off");
+    }
+
+    /// The next call of this kind to the disk panics: "read", "write" or "name".
+    pub(crate) fn panic_in(&mut self, call: &str) {
+        self.command(&format!("panic-in-{call}"));
     }
 
     /// Brings it back.
@@ -176,6 +182,8 @@ fn serve() {
     if !dir.join("back/tree").exists() {
         Store::format(&*backing, &keyring(), Default::default()).unwrap();
     }
+    let (backing, faults) = FaultBacking::new(backing);
+    let backing: Arc<dyn Backing> = backing;
     let gate = Gate::new();
     let store = Store::open(Arc::clone(&backing), Arc::clone(&gate), read_only).unwrap();
     store.start_session(&keyring()).unwrap();
@@ -210,6 +218,9 @@ fn serve() {
                 store.start_session(&keyring()).unwrap();
                 assert!(gate.open(keyring(), soon()));
             }
+            "panic-in-read" => faults.arm_panic(Call::Read),
+            "panic-in-write" => faults.arm_panic(Call::Write),
+            "panic-in-name" => faults.arm_panic(Call::Name),
             "unmount" => break,
             other if other.starts_with("look-up ") => {
                 look_up(&fs, other["look-up ".len()..].parse().unwrap());

@@ -16,6 +16,7 @@ mod link;
 mod mapping;
 mod names;
 mod open_unlinked;
+mod panics;
 mod rename;
 mod space;
 mod symlink;
