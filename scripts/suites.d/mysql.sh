@@ -21,7 +21,7 @@ suite_mysql() {
         # The server's user must be able to read it.
         chmod 755 "$tools"
         # /root is closed to it on many machines: then it is copied to where this suite works.
-        as_mysql test -x "$prefix/bin/mysqld" || { cp -a "$prefix" "$dir/mysql" && prefix=$dir/mysql && mysql_moved "$tools/mysql" "$prefix"; }
+        setpriv --reuid=mysql --regid=mysql --clear-groups -- test -x "$prefix/bin/mysqld" || { cp -a "$prefix" "$dir/mysql" && prefix=$dir/mysql && mysql_moved "$tools/mysql" "$prefix"; }
         server_suite "$dir" mysql "$prefix"
     fi
     no_integrity_failure "$dir/box"
@@ -53,13 +53,18 @@ server_suite() {
     say "$kind: DDL, kill -9, recovery and checks: ok"
 }
 
+# As the server's user, with temporary files of its own.
+server_run() {
+    setpriv --reuid=mysql --regid=mysql --clear-groups -- env HOME=/nonexistent USER=mysql TMPDIR="$server_sockets" "$@"
+}
+
 server_create() {
     local log=$server_log
     if [[ $server_kind == mariadb ]]; then
-        mariadb_create "$server_data" "$log"
+        mariadb_create "$server_data" "$server_sockets" "$log"
         return
     fi
-    if ! as_mysql "$server_prefix/bin/mysqld" --datadir="$server_data" --log-error="$log" --initialize-insecure </dev/null >>"$log" 2>&1; then
+    if ! server_run "$server_prefix/bin/mysqld" --datadir="$server_data" --log-error="$log" --initialize-insecure </dev/null >>"$log" 2>&1; then
         tail -n 20 "$log"
         return 1
     fi
@@ -73,11 +78,11 @@ server_start() {
     if [[ $server_kind == mariadb ]]; then
         # Its own encryption too, by a key file.
         echo "1;$(printf '%064d' 7)" >"$server_sockets/keyring/keys"
-        detached "$server_log" setpriv --reuid=mysql --regid=mysql --clear-groups -- mariadbd --no-defaults "${options[@]}" \
+        detached "$server_log" setpriv --reuid=mysql --regid=mysql --clear-groups -- env TMPDIR="$server_sockets" mariadbd --no-defaults "${options[@]}" \
             --plugin-load-add=file_key_management --file-key-management-filename="$server_sockets/keyring/keys" \
             --innodb-flush-method=O_DIRECT >"$server_sockets/launched"
     else
-        detached "$server_log" setpriv --reuid=mysql --regid=mysql --clear-groups -- "$server_prefix/bin/mysqld" "${options[@]}" \
+        detached "$server_log" setpriv --reuid=mysql --regid=mysql --clear-groups -- env TMPDIR="$server_sockets" "$server_prefix/bin/mysqld" "${options[@]}" \
             >"$server_sockets/launched"
     fi
     server_pid=$(cat "$server_sockets/launched")
