@@ -268,3 +268,60 @@ fn a_damaged_name_harms_no_other() {
     }
     assert!(!pair.sandbox.audit("IntegrityFailure").is_empty());
 }
+
+#[test]
+fn a_backing_that_changes_underneath_harms_only_what_was_changed() {
+    if !can_mount() {
+        return;
+    }
+    let mut pair = Pair::new();
+    pair.sandbox.mount();
+    let mnt = pair.sandbox.mnt();
+    let named = |pair: &Pair, name: &str| {
+        let events = pair.sandbox.audit("IntegrityFailure");
+        events.iter().any(|event| event["path"].as_str().is_some_and(|path| path.contains(name)))
+    };
+    let bystander = || assert_eq!(fs::read_to_string(mnt.join("bystander")).unwrap(), "unharmed");
+    let directory = mnt.join("directory");
+    let before = tree::paths(&pair.sandbox.tree());
+    fs::create_dir(&directory).unwrap();
+    let after = tree::paths(&pair.sandbox.tree());
+    let backing = after.into_iter().find(|path| !before.contains(path)).expect("its backing");
+    fs::write(directory.join("inner"), "inner").unwrap();
+
+    // Cut short.
+    open(&pair.backing[0]).set_len(block(100)).unwrap();
+    assert_eq!(failing_blocks(&mnt.join(NAMES[0]), &content(0)), blocks(100..BLOCKS));
+    assert!(named(&pair, NAMES[0]));
+    bystander();
+
+    // Replaced by something else: whoever knew the old inode may go on with it.
+    let foreign = pair.sandbox.path("foreign");
+    fs::write(&foreign, vec![7; pair.pristine[1].len()]).unwrap();
+    fs::rename(&foreign, &pair.backing[1]).unwrap();
+    if let Ok(text) = fs::read(mnt.join(NAMES[1])) {
+        assert!(text == content(1));
+    }
+    bystander();
+
+    // Moved out of the volume: an error or what is still known of it, and back again.
+    let moved = pair.sandbox.path("moved");
+    fs::rename(&backing, &moved).unwrap();
+    if let Ok(text) = fs::read_to_string(directory.join("inner")) {
+        assert_eq!(text, "inner");
+    }
+    assert!(fs::read_dir(&mnt).is_ok());
+    bystander();
+    pair.sandbox.umount();
+
+    pair.sandbox.mount();
+    assert!(!directory.exists());
+    assert!(fs::read(mnt.join(NAMES[1])).is_err());
+    assert!(named(&pair, NAMES[1]));
+    bystander();
+    fs::rename(&moved, &backing).unwrap();
+    pair.sandbox.umount();
+    pair.sandbox.mount();
+    assert_eq!(fs::read_to_string(directory.join("inner")).unwrap(), "inner");
+    bystander();
+}

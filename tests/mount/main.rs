@@ -6,6 +6,7 @@
 mod harness;
 
 mod acl;
+mod by_handle;
 mod create;
 mod crowd;
 mod cut_off;
