@@ -104,13 +104,15 @@ fn no_key_and_no_payload_is_left_in_memory_after_the_cut_off() {
     let sandbox = Sandbox::mounted();
     let (mnt, daemon) = (sandbox.mnt(), sandbox.daemon());
     let guard = sandbox.guard().expect("a guard");
+    // Never what was read: another thread may have cut that file off to write it anew.
+    let content = PAYLOAD.repeat(20_000);
     for file in 0..5 {
-        fs::write(mnt.join(format!("file {file}")), PAYLOAD.repeat(20_000)).unwrap();
+        fs::write(mnt.join(format!("file {file}")), &content).unwrap();
     }
     let work = || {
         for file in 0..5 {
-            let content = fs::read(mnt.join(format!("file {file}")))?;
-            fs::write(mnt.join(format!("file {file}")), content)?;
+            fs::read(mnt.join(format!("file {file}")))?;
+            fs::write(mnt.join(format!("file {file}")), &content)?;
             fs::read_dir(&mnt)?.for_each(drop);
         }
         std::io::Result::Ok(())
