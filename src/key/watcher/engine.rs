@@ -50,6 +50,8 @@ pub(super) struct Shared {
 
 pub(super) struct Inner {
     pub(super) policy: Policy,
+    /// When the revalidation began that opened the gate last.
+    pub(super) opened: BootTime,
     /// When the next probe is due; None before the volume was first opened.
     pub(super) due: Option<BootTime>,
     /// The probe under way.
@@ -89,6 +91,7 @@ impl Inner {
     pub(super) fn new(settings: policy::Settings) -> Inner {
         Inner {
             policy: Policy::new(settings, BootTime::now()),
+            opened: BootTime::ZERO,
             due: None,
             flight: None,
             probes_started: 0,
@@ -206,6 +209,13 @@ impl Shared {
         let given_up = inner.flight.is_some_and(|current| current.given_up);
         inner.flight = None;
         inner.probes_ended = flight.number + 1;
+        // It asked before the revalidation that opened the gate did, and may have been answered
+        // before it as well: what it says now is not known. Ask again at once.
+        if result.is_err() && flight.started <= inner.opened {
+            inner.due = Some(BootTime::ZERO);
+            self.changed.notify_all();
+            return;
+        }
         // Late news are no good news; but a refusal is one, however late.
         let late_success = given_up && result.is_ok();
         if !late_success {

@@ -201,6 +201,7 @@ impl Watcher {
             inner.policy.shut(Reason::Unreachable, now);
             return Err(refused("an operation from before the cut-off does not end"));
         }
+        inner.opened = started;
         inner.backstop = None;
         inner.degraded = None;
         inner.failures = 0;
