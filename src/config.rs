@@ -7,6 +7,7 @@
 //!
 //! No secret is in here: only the paths of the files that hold them.
 
+mod key;
 pub mod units;
 mod validate;
 
@@ -16,7 +17,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
-use units::{duration, optional_path, optional_text};
+pub use key::{Identity, Key, VerifyChallenge};
+use units::{duration, optional_path};
 
 pub const DEFAULT_PATH: &str = "/etc/byokfs/byokfs.toml";
 pub const PATH_VARIABLE: &str = "BYOKFS_CONFIG";
@@ -34,33 +36,6 @@ pub struct Config {
     /// Where volume pins live (`volumes.d/`): the directory of the file this came from.
     #[serde(skip)]
     pub dir: Dir,
-}
-
-/// How to reach the key service and as whom; which key it is, the volume says.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Key {
-    pub identity: Identity,
-    /// None: the environment's IDENTITY_ENDPOINT.
-    #[serde(with = "optional_text")]
-    pub identity_endpoint: Option<String>,
-    /// None: the environment's IDENTITY_HEADER.
-    #[serde(with = "optional_path")]
-    pub identity_header_file: Option<PathBuf>,
-    /// Of a user-assigned identity; None: the system-assigned one.
-    #[serde(with = "optional_text")]
-    pub client_id: Option<String>,
-    /// Extra trusted certificates (PEM); None: the system's store alone.
-    #[serde(with = "optional_path")]
-    pub ca_file: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Identity {
-    /// A managed identity over the App Service style endpoint.
-    #[default]
-    AppService,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

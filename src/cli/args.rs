@@ -39,6 +39,8 @@ pub enum Verb {
     Status(ReportArgs),
     /// Check the key again, and bring an Inaccessible volume back
     Revalidate(ReportArgs),
+    /// Check a key against every requirement, before or while a volume uses it
+    CheckKey(CheckKeyArgs),
     /// Make everything acknowledged so far durable
     Sync(TargetArgs),
     /// What a volume says about itself, without its key
@@ -129,6 +131,21 @@ pub struct ReportArgs {
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CheckKeyArgs {
+    /// The key's URL, or a volume that has it: its backing directory or mount point
+    #[arg(value_name = "KEY|BACK|MNT")]
+    pub key: String,
+    /// Refuse what is otherwise only warned of (key.strict_requirements)
+    #[arg(long)]
+    pub strict: bool,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub config: ConfigArg,
 }
 
 #[derive(Debug, Args)]

@@ -13,8 +13,7 @@ use crate::daemon::pins::{self, Pin};
 use crate::daemon::{check, harden, hex, mountinfo, settings, volume};
 use crate::error::{Context, Error, Kind, Result};
 use crate::key::custody::{self, Enrolment};
-use crate::key::provider::{self, Algorithm};
-use crate::key::requirement;
+use crate::key::provider;
 use crate::observe::audit::{self, Event, Name};
 use crate::store::{FormatOptions, Store};
 
@@ -35,9 +34,8 @@ pub(super) fn run(args: InitArgs) -> Result<()> {
     let place = Place::prepare(&given)?;
 
     let tolerant = args.no_requirements;
-    let settings = requirement::Settings { tolerant, ..Default::default() };
-    let enrolled =
-        custody::enrol(&*provider, &args.kek, Algorithm::RsaOaep256, &settings, ENROL_LIMIT);
+    let settings = settings::requirements(&config, tolerant);
+    let enrolled = custody::enrol(&*provider, &args.kek, None, &settings, ENROL_LIMIT);
     let enrolment = match enrolled {
         Ok(enrolment) => enrolment,
         Err(refusal) => {

@@ -2,6 +2,7 @@
 //! error into a message on standard error and an exit code.
 
 pub mod args;
+mod check_key;
 mod info;
 mod init;
 mod mount;
@@ -57,6 +58,7 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Umount(args) => umount::run(args),
         Verb::Status(args) => status::run(args),
         Verb::Revalidate(args) => revalidate::run(args),
+        Verb::CheckKey(args) => check_key::run(args),
         Verb::Sync(args) => sync::run(args),
         Verb::Info(args) => info::run(args),
         Verb::Vault(args) => vault::run(args),

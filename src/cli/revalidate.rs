@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde_json::Value;
+
 use crate::daemon::control::Verb;
 use crate::error::Result;
 
@@ -14,5 +16,15 @@ const TIMEOUT: Duration = Duration::from_secs(300);
 
 pub(super) fn run(args: ReportArgs) -> Result<()> {
     let answer = Target::find(&args.target)?.call(Verb::Revalidate, TIMEOUT)?;
-    if args.json { output::json(&answer) } else { output::text(&status::render(&answer)) }
+    if args.json {
+        return output::json(&answer);
+    }
+    let text = |row: &Value, field: &str| row[field].as_str().unwrap_or_default().to_owned();
+    for row in answer["requirements"]["rows"].as_array().into_iter().flatten() {
+        if row["verdict"] == "Warn" {
+            let [requirement, found, fix] = ["requirement", "found", "fix"].map(|at| text(row, at));
+            output::warning(&format!("{requirement}: {found}; {fix}"));
+        }
+    }
+    output::text(&status::render(&answer))
 }

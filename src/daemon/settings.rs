@@ -2,7 +2,7 @@
 
 use crate::config::{self, Config};
 use crate::fuse;
-use crate::key::{policy, provider, watcher};
+use crate::key::{policy, provider, requirement, watcher};
 
 pub fn provider(config: &config::Key) -> provider::Settings {
     let identity = match config.identity {
@@ -12,7 +12,33 @@ pub fn provider(config: &config::Key) -> provider::Settings {
             client_id: config.client_id.clone(),
         }),
     };
-    provider::Settings { identity, ca_file: config.ca_file.clone(), ..Default::default() }
+    provider::Settings {
+        identity,
+        ca_file: config.ca_file.clone(),
+        verify_challenge_resource: match config.verify_challenge {
+            config::VerifyChallenge::Auto => provider::ChallengeCheck::Auto,
+            config::VerifyChallenge::On => provider::ChallengeCheck::On,
+            config::VerifyChallenge::Off => provider::ChallengeCheck::Off,
+        },
+    }
+}
+
+/// What a key must be; `tolerant` as the volume was made.
+pub fn requirements(config: &Config, tolerant: bool) -> requirement::Settings {
+    requirement::Settings {
+        strict: config.key.strict_requirements,
+        tolerant,
+        region: config.key.region.clone(),
+        tenant: config.key.tenant_id.clone(),
+        on_expired: on_expired(config),
+    }
+}
+
+fn on_expired(config: &Config) -> policy::OnExpired {
+    match config.watcher.on_expired {
+        config::OnExpired::Inaccessible => policy::OnExpired::Inaccessible,
+        config::OnExpired::Warn => policy::OnExpired::Warn,
+    }
 }
 
 pub fn watcher(config: &Config) -> watcher::Settings {
@@ -26,10 +52,7 @@ pub fn watcher(config: &Config) -> watcher::Settings {
             confirm_within: from.confirm_within,
             max_staleness: from.max_staleness,
             cut_off_lead: config.cut_off_lead(),
-            on_expired: match from.on_expired {
-                config::OnExpired::Inaccessible => policy::OnExpired::Inaccessible,
-                config::OnExpired::Warn => policy::OnExpired::Warn,
-            },
+            on_expired: on_expired(config),
             auto_heal_window: from.auto_heal_window,
         },
     }

@@ -22,7 +22,7 @@ use super::cutoff::{self, CutOff};
 use super::fence::Fence;
 use super::plan::{Plan, Watch};
 use super::report::{self, Report};
-use super::volume::{Integrity, Mount, Orders, Volume, check_key};
+use super::volume::{Integrity, Mount, Orders, Volume, check_key, log_warnings};
 use super::{check, harden, hex, keeper, mountinfo, notify, pins, settings};
 use crate::backing::Backing;
 use crate::backing::linux::LinuxBacking;
@@ -122,9 +122,7 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
     let store = open_store(&backing, &gate, plan.read_only)?;
 
     let revalidated = check_key(&*provider, &envelope, &info, &pin, &plan.config)?;
-    for row in revalidated.report.warnings() {
-        log::warn!("{}: {}: {} {}", envelope.kid, row.requirement, row.found, row.fix);
-    }
+    log_warnings(&revalidated.report);
     store.start_session(&revalidated.keyring)?;
 
     let syncer = Arc::clone(&store);

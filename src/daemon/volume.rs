@@ -10,7 +10,7 @@ use super::control::Verb;
 use super::cutoff::{CutOff, Side};
 use super::mountinfo::Device;
 use super::plan::Plan;
-use super::{hex, notify, users};
+use super::{hex, notify, settings, users};
 use crate::backing::Backing;
 use crate::error::{Error, FsError, Kind, Result};
 use crate::fuse;
@@ -19,7 +19,7 @@ use crate::key::envelope::Envelope;
 use crate::key::gate::{Gate, State};
 use crate::key::provider::{self, Provider};
 use crate::key::reason::Reason;
-use crate::key::requirement;
+use crate::key::requirement::Report;
 use crate::key::watcher::{self, CutOffOrder, Handler, Notice, Watcher};
 use crate::observe::audit::{self, Event, Name, Status, emit, timestamp};
 use crate::store::{Store, VolumeInfo};
@@ -77,8 +77,10 @@ impl Volume {
                 self.status()
             }
             Verb::Revalidate => {
-                self.revalidate(true)?;
-                self.status()
+                let report = self.revalidate(true)?;
+                let mut status = self.status()?;
+                status["requirements"] = json!(report);
+                Ok(status)
             }
             Verb::Sync => self.store.sync_all().map_err(sync_error).map(|()| Value::Null),
             Verb::Umount => self.unmount().map(|()| Value::Null),
@@ -126,7 +128,7 @@ impl Volume {
 
     /// Checks the key in full, and opens the volume with it if it is shut. `asked` by a person,
     /// not by the watcher.
-    fn revalidate(&self, asked: bool) -> Result<()> {
+    fn revalidate(&self, asked: bool) -> Result<Report> {
         let mut side = self.settled()?;
         let shut = *side == Side::CutOff;
         if shut {
@@ -140,13 +142,13 @@ impl Volume {
             return result;
         }
         match result {
-            Ok(()) => {
+            Ok(report) => {
                 *side = Side::Open;
                 drop(side);
                 emit(Event::new(Name::MakeAccessible).status(Status::Succeeded));
                 log::info!("the volume is Available again");
                 notify::status("Available");
-                Ok(())
+                Ok(report)
             }
             Err(error) => {
                 let event = Event::new(Name::MakeAccessible).status(Status::Failed);
@@ -173,19 +175,22 @@ impl Volume {
         Err(Error::new(Kind::Busy, "the cut-off is still under way; try again when it is done"))
     }
 
-    fn reopen(&self, open: bool) -> Result<()> {
+    fn reopen(&self, open: bool) -> Result<Report> {
         let envelope = Envelope::load(&self.store.envelope_dir())?;
         let provider =
-            provider::for_key(&envelope.kid, &super::settings::provider(&self.plan.config.key))?;
+            provider::for_key(&envelope.kid, &settings::provider(&self.plan.config.key))?;
         let revalidated =
             check_key(&*provider, &envelope, &self.info, &self.pin, &self.plan.config)?;
+        let report = revalidated.report.clone();
+        log_warnings(&report);
         if !open {
-            return Ok(());
+            return Ok(report);
         }
         self.store.start_session(&revalidated.keyring)?;
         let watcher = self.watcher()?;
         watcher.replace_envelope(envelope);
-        watcher.admit(revalidated)
+        watcher.admit(revalidated)?;
+        Ok(report)
     }
 
     pub fn status(&self) -> Result<Value> {
@@ -251,13 +256,16 @@ pub fn check_key(
             hex::uuid(&info.uuid)
         )));
     }
-    let settings = requirement::Settings {
-        tolerant: !pin.requirements,
-        on_expired: super::settings::watcher(config).policy.on_expired,
-        ..Default::default()
-    };
+    let settings = settings::requirements(config, !pin.requirements);
     custody::revalidate(provider, envelope, &pin.fingerprint, &settings, REVALIDATE_LIMIT)
         .map_err(|refusal: Refusal| name_the_service(refusal.error, &envelope.kid))
+}
+
+/// What protects from accidents, and is missing.
+pub fn log_warnings(report: &Report) {
+    for row in report.warnings() {
+        log::warn!("{}: {}: {}; {}", report.kid, row.requirement, row.found, row.fix);
+    }
 }
 
 /// A failure to connect says what was tried.
@@ -309,7 +317,7 @@ impl Handler for Orders {
     }
 
     fn heal(&self) -> Result<()> {
-        self.volume()?.revalidate(false)
+        self.volume()?.revalidate(false).map(drop)
     }
 
     fn notice(&self, notice: &Notice) {

@@ -91,16 +91,24 @@ impl Revalidated {
 }
 
 /// Makes a volume key under the KEK named by `key_url`; without a version in it the current one
-/// is taken, and newer ones are to be followed. `limit` is for all of it.
+/// is taken, and newer ones are to be followed. Without an `algorithm` it is the key's own best.
+/// `limit` is for all of it.
 pub fn enrol(
     provider: &dyn Provider,
     key_url: &str,
-    algorithm: Algorithm,
+    algorithm: impl Into<Option<Algorithm>>,
     settings: &Settings,
     limit: Duration,
 ) -> Result<Enrolment, Refusal> {
     let mut session = provider.session(BootTime::now() + limit)?;
     let session = &mut *session;
+    let algorithm = match algorithm.into() {
+        Some(algorithm) => algorithm,
+        None => {
+            let info = session.get_key(key_url)?;
+            session.algorithm(&info)?
+        }
+    };
     let (info, report) = checked(session, key_url, algorithm, settings)?;
     let kid = &info.kid;
 
@@ -171,6 +179,25 @@ pub(super) fn try_wrap(session: &mut dyn Session, envelope: &Envelope) -> Provid
     let value = Secret::<32>::random().and_then(|value| copy(&value));
     let value = value.map_err(|error| ProviderError::unreachable(error.to_string()))?;
     session.wrap(&envelope.kid, envelope.algorithm, &value).map(drop)
+}
+
+/// Every requirement on a key, for a person to read; with an envelope, also that it still unwraps
+/// what that holds. Only the canary is unwrapped, not the volume key.
+pub fn survey(
+    provider: &dyn Provider,
+    kid: &str,
+    envelope: Option<&Envelope>,
+    settings: &Settings,
+    limit: Duration,
+) -> ProviderResult<Report> {
+    let mut session = provider.session(BootTime::now() + limit)?;
+    let session = &mut *session;
+    let algorithm = envelope.map(|envelope| envelope.algorithm);
+    let (info, mut report) = requirement::survey(session, kid, algorithm, settings)?;
+    if let (Some(envelope), Some(_)) = (envelope, info) {
+        report.tried(unwrap_canary(session, envelope), "the volume's envelope")?;
+    }
+    Ok(report)
 }
 
 fn checked(

@@ -7,7 +7,7 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::clock::BootTime;
 use super::policy::{OnExpired, Validity};
@@ -26,6 +26,8 @@ pub struct Settings {
     pub tolerant: bool,
     /// Where the key service must say it is.
     pub region: Option<String>,
+    /// The directory that the key service must trust.
+    pub tenant: Option<String>,
     pub on_expired: OnExpired,
 }
 
@@ -43,8 +45,12 @@ pub struct Row {
     pub verdict: Verdict,
     /// Empty where there is nothing to fix.
     pub fix: &'static str,
-    #[serde(skip)]
+    #[serde(serialize_with = "by_name")]
     pub reason: Option<Reason>,
+}
+
+fn by_name<S: Serializer>(reason: &Option<Reason>, to: S) -> Result<S::Ok, S::Error> {
+    reason.map(Reason::name).serialize(to)
 }
 
 /// The table.
@@ -63,10 +69,44 @@ impl Report {
         self.rows.iter().filter(|row| row.verdict == Verdict::Warn)
     }
 
+    /// The worst of all rows.
+    pub fn verdict(&self) -> Verdict {
+        match (self.failures().next(), self.warnings().next()) {
+            (Some(_), _) => Verdict::Fail,
+            (None, Some(_)) => Verdict::Warn,
+            (None, None) => Verdict::Ok,
+        }
+    }
+
     /// Why the key is refused, if it is: the gravest cause first.
     pub fn reason(&self) -> Option<Reason> {
         let reasons = self.failures().map(|row| row.reason);
         reasons.flatten().min_by_key(|reason| *reason == Reason::PermissionRevoked)
+    }
+
+    /// A refusal becomes a row; what says nothing about the permission ends the check.
+    pub(super) fn tried<T>(
+        &mut self,
+        result: ProviderResult<T>,
+        requirement: &'static str,
+    ) -> ProviderResult<Option<T>> {
+        const GRANT: &str = "grant the identity get, list, wrapKey and unwrapKey on the key";
+        match result {
+            Ok(value) => {
+                self.add(requirement, "works", OK);
+                Ok(Some(value))
+            }
+            Err(error) if matches!(error.class, Class::Transient(_)) => Err(error),
+            Err(error) => {
+                let fix = match error.reason() {
+                    Reason::PermissionRevoked => GRANT,
+                    other => other.describe(),
+                };
+                let judged = Judged(Verdict::Fail, fix, Some(error.reason()));
+                self.add(requirement, error.to_string(), judged);
+                Ok(None)
+            }
+        }
     }
 
     fn add(&mut self, requirement: &'static str, found: impl Into<String>, judged: Judged) {
@@ -105,7 +145,7 @@ fn fail_unless(holds: bool, fix: &'static str, reason: Reason) -> Judged {
 }
 
 /// Checks the key named by `kid` (with or without a version) and returns what the service says of
-/// it. An error means that the check could not be made, or that there is no such key.
+/// it. An error means that the check could not be made, or that the key cannot be read.
 pub fn check(
     session: &mut dyn Session,
     kid: &str,
@@ -113,17 +153,64 @@ pub fn check(
     settings: &Settings,
 ) -> ProviderResult<(KeyInfo, Report)> {
     let info = session.get_key(kid)?;
-    let mut report = Report { kid: info.kid.clone(), rows: Vec::new() };
-    let warn = |fix| Judged(if settings.strict { Verdict::Fail } else { Verdict::Warn }, fix, None);
-    attributes(&info, algorithm, &mut report);
-    dates(&info, settings, &warn, &mut report);
-    recovery(&info, &warn, &mut report);
-    region(&info, settings, &mut report);
-    permissions(session, &info, algorithm, &warn, &mut report)?;
+    let report = judge(session, &info, algorithm, settings)?;
     Ok((info, report))
 }
 
-fn attributes(info: &KeyInfo, algorithm: Algorithm, report: &mut Report) {
+/// As [`check`], for a person to read: what forbids to read the key is a row too, and `algorithm`
+/// may be left to the key. The key's information is None where it cannot be read.
+pub fn survey(
+    session: &mut dyn Session,
+    kid: &str,
+    algorithm: Option<Algorithm>,
+    settings: &Settings,
+) -> ProviderResult<(Option<KeyInfo>, Report)> {
+    let refused = match session.get_key(kid) {
+        Ok(info) => {
+            let algorithm = match algorithm {
+                Some(algorithm) => algorithm,
+                None => session.algorithm(&info)?,
+            };
+            let report = judge(session, &info, algorithm, settings)?;
+            return Ok((Some(info), report));
+        }
+        Err(error) if matches!(error.class, Class::Transient(_)) => return Err(error),
+        Err(error) => error,
+    };
+    let mut report = Report { kid: kid.to_owned(), rows: Vec::new() };
+    let exists = !matches!(refused.reason(), Reason::KeyDeleted | Reason::KeyNotFound);
+    let requirement = if exists { "permission get" } else { "key exists" };
+    report.tried::<()>(Err(refused), requirement)?;
+    if exists {
+        report.tried(session.list_versions(kid), "permission list")?;
+        try_keys(session, kid, algorithm.unwrap_or(Algorithm::RsaOaep256), &mut report)?;
+    }
+    Ok((None, report))
+}
+
+fn judge(
+    session: &mut dyn Session,
+    info: &KeyInfo,
+    algorithm: Algorithm,
+    settings: &Settings,
+) -> ProviderResult<Report> {
+    let mut report = Report { kid: info.kid.clone(), rows: Vec::new() };
+    let warn = |fix| Judged(if settings.strict { Verdict::Fail } else { Verdict::Warn }, fix, None);
+    attributes(info, algorithm, &warn, &mut report);
+    dates(info, settings, &warn, &mut report);
+    recovery(info, &warn, &mut report);
+    tenant(info, settings, &mut report);
+    region(info, settings, &mut report);
+    permissions(session, info, algorithm, &warn, &mut report)?;
+    Ok(report)
+}
+
+fn attributes(
+    info: &KeyInfo,
+    algorithm: Algorithm,
+    warn: &impl Fn(&'static str) -> Judged,
+    report: &mut Report,
+) {
     let wrong_key = Reason::WrongKeyOrCorruptEnvelope;
     let (types, fix): (&[&str], _) = match algorithm {
         Algorithm::RsaOaep256 | Algorithm::RsaOaep => {
@@ -146,6 +233,11 @@ fn attributes(info: &KeyInfo, algorithm: Algorithm, report: &mut Report) {
     report.add("key operations", info.operations.join(" "), judged);
     let found = if info.enabled { "enabled" } else { "disabled" };
     report.add("enabled", found, fail_unless(info.enabled, "enable the key", Reason::KeyDisabled));
+    if let Some(exportable) = info.exportable {
+        let found = if exportable { "exportable" } else { "stays in its service" };
+        let fix = "use a key that cannot leave its service";
+        report.add("not exportable", found, if exportable { warn(fix) } else { OK });
+    }
 }
 
 fn dates(
@@ -174,6 +266,12 @@ fn dates(
 }
 
 fn recovery(info: &KeyInfo, warn: &impl Fn(&'static str) -> Judged, report: &mut Report) {
+    if let Some(destroyable) = info.destroyable {
+        let found = if destroyable { "can be destroyed" } else { "cannot be destroyed" };
+        let fix = "set CKA_DESTROYABLE to false on the key: a token recovers nothing";
+        report.add("purge protection", found, if destroyable { warn(fix) } else { OK });
+        return;
+    }
     let level = info.recovery_level.as_deref().unwrap_or("unknown");
     // "Customized..." means fewer days than 90.
     let ninety = match info.recoverable_days {
@@ -190,15 +288,27 @@ fn recovery(info: &KeyInfo, warn: &impl Fn(&'static str) -> Judged, report: &mut
     report.add("purge protection", found, if safe { OK } else { warn(fix) });
 }
 
+/// The directory that the service trusts, the one configured and that of the identity's token: all
+/// the same. A name ("contoso.onmicrosoft.com") cannot be compared with an id.
+fn tenant(info: &KeyInfo, settings: &Settings, report: &mut Report) {
+    let Some(found) = info.tenant.as_deref() else { return };
+    let configured = settings.tenant.as_deref().filter(|id| !id.contains('.'));
+    let wanted = [configured, info.identity_tenant.as_deref()];
+    let same = wanted.into_iter().flatten().all(|id| id.eq_ignore_ascii_case(found));
+    let fix = "use a key vault and an identity of one tenant, and that tenant_id";
+    report.add("tenant", found, fail_unless(same, fix, Reason::TokenRefused));
+}
+
 fn region(info: &KeyInfo, settings: &Settings, report: &mut Report) {
-    let Some(wanted) = &settings.region else { return };
-    let found = info.region.as_deref().unwrap_or("unknown");
-    let judged = if found.eq_ignore_ascii_case(wanted) {
-        OK
-    } else {
-        Judged(Verdict::Fail, "use a key in the configured region", None)
+    let found = info.region.as_deref();
+    let judged = match &settings.region {
+        Some(wanted) if !found.is_some_and(|found| found.eq_ignore_ascii_case(wanted)) => {
+            Judged(Verdict::Fail, "use a key in the configured region", None)
+        }
+        None if found.is_none() => return,
+        _ => OK,
     };
-    report.add("region", found, judged);
+    report.add("region", found.unwrap_or("unknown"), judged);
 }
 
 fn permissions(
@@ -208,9 +318,8 @@ fn permissions(
     warn: &impl Fn(&'static str) -> Judged,
     report: &mut Report,
 ) -> ProviderResult<()> {
-    const GRANT: &str = "grant the identity get, list, wrapKey and unwrapKey";
     report.add("permission get", "works", OK);
-    if let Some(versions) = tried(session.list_versions(&info.kid), "permission list", report)? {
+    if let Some(versions) = report.tried(session.list_versions(&info.kid), "permission list")? {
         let newest = newest_usable(&versions);
         let pinned = versions.iter().any(|version| same_version(&version.kid, &info.kid));
         let is_newest = newest.is_none_or(|newest| same_version(&newest.kid, &info.kid));
@@ -227,46 +336,36 @@ fn permissions(
         }
         return Ok(());
     }
+    try_keys(session, &info.kid, algorithm, report)
+}
+
+/// Wraps and unwraps for real.
+fn try_keys(
+    session: &mut dyn Session,
+    kid: &str,
+    algorithm: Algorithm,
+    report: &mut Report,
+) -> ProviderResult<()> {
     let plain = trial_value().map_err(|error| ProviderError::unreachable(error.to_string()))?;
-    let wrapped = tried(session.wrap(&info.kid, algorithm, &plain), "permission wrapKey", report)?;
+    let wrapped = report.tried(session.wrap(kid, algorithm, &plain), "permission wrapKey")?;
     let unwrapped = match &wrapped {
-        Some(wrapped) => session.unwrap(&info.kid, algorithm, wrapped),
+        Some(wrapped) => session.unwrap(kid, algorithm, wrapped),
         // Without the one the other is tried on nothing: a 400 shows that it is permitted.
-        None => session.unwrap(&info.kid, algorithm, &[0; 256]),
+        None => session.unwrap(kid, algorithm, &[0; 256]),
     };
     let unwrapped = match (unwrapped, &wrapped) {
         (Err(error), None) if error.status == Some(400) => {
             report.add("permission unwrapKey", "works", OK);
             None
         }
-        (result, _) => tried(result, "permission unwrapKey", report)?,
+        (result, _) => report.tried(result, "permission unwrapKey")?,
     };
     if wrapped.is_some() && unwrapped.is_some_and(|value| !value.ct_eq(plain.expose())) {
-        let judged = Judged(Verdict::Fail, GRANT, Some(Reason::KeyMaterialMismatch));
+        let fix = "use another key: this one does not unwrap what it wraps";
+        let judged = Judged(Verdict::Fail, fix, Some(Reason::KeyMaterialMismatch));
         report.add("round trip", "another value comes back", judged);
     }
     Ok(())
-}
-
-/// A refusal becomes a row; what says nothing about the permission ends the check.
-fn tried<T>(
-    result: ProviderResult<T>,
-    requirement: &'static str,
-    report: &mut Report,
-) -> ProviderResult<Option<T>> {
-    const FIX: &str = "grant the identity get, list, wrapKey and unwrapKey on the key";
-    match result {
-        Ok(value) => {
-            report.add(requirement, "works", OK);
-            Ok(Some(value))
-        }
-        Err(error) if matches!(error.class, Class::Transient(_)) => Err(error),
-        Err(error) => {
-            let judged = Judged(Verdict::Fail, FIX, Some(error.reason()));
-            report.add(requirement, error.to_string(), judged);
-            Ok(None)
-        }
-    }
 }
 
 fn trial_value() -> crate::Result<SecretBytes> {
@@ -298,107 +397,4 @@ fn date_text(unix: Option<i64>) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::provider::Provider;
-    use super::super::testing::{FakeKey, FakeService};
-    use super::*;
-
-    fn run(key: FakeKey, settings: &Settings) -> Report {
-        let service = FakeService::new(key);
-        let mut session = service.session(BootTime::now()).unwrap();
-        check(&mut *session, FakeService::KID, Algorithm::RsaOaep256, settings).unwrap().1
-    }
-
-    fn verdict(report: &Report, requirement: &str) -> Verdict {
-        let mut rows = report.rows.iter().filter(|row| row.requirement == requirement);
-        rows.next().unwrap_or_else(|| panic!("no row {requirement}")).verdict
-    }
-
-    #[test]
-    fn a_good_key_passes_everything() {
-        let report = run(FakeKey::good(), &Settings { strict: true, ..Settings::default() });
-        assert_eq!(report.failures().count() + report.warnings().count(), 0, "{report}");
-        assert_eq!(report.reason(), None);
-        assert_eq!(report.rows.len(), 13);
-    }
-
-    #[test]
-    fn each_requirement_fails_by_itself() {
-        type Spoil = fn(&mut FakeKey);
-        let now = wall_clock();
-        assert!(now > 0);
-        let cases: [(&str, Reason, Spoil); 9] = [
-            ("key type", Reason::WrongKeyOrCorruptEnvelope, |key| key.info.key_type = "EC".into()),
-            ("key size", Reason::WrongKeyOrCorruptEnvelope, |key| key.info.bits = Some(1024)),
-            ("key operations", Reason::PermissionRevoked, |key| {
-                key.info.operations.retain(|name| name != "unwrapKey");
-            }),
-            ("enabled", Reason::KeyDisabled, |key| key.info.enabled = false),
-            ("activation", Reason::KeyNotYetValid, |key| {
-                key.info.not_before = Some(wall_clock() + 1000);
-            }),
-            ("expiry", Reason::KeyExpired, |key| key.info.expires = Some(wall_clock() - 1)),
-            ("permission list", Reason::PermissionRevoked, |key| key.deny("list")),
-            ("permission wrapKey", Reason::PermissionRevoked, |key| key.deny("wrapKey")),
-            ("permission unwrapKey", Reason::PermissionRevoked, |key| key.deny("unwrapKey")),
-        ];
-        for (requirement, reason, spoil) in cases {
-            let mut key = FakeKey::good();
-            spoil(&mut key);
-            let report = run(key, &Settings::default());
-            let failed: Vec<_> = report.failures().map(|row| row.requirement).collect();
-            assert_eq!(failed, [requirement], "{report}");
-            assert_eq!(report.reason(), Some(reason));
-            assert!(report.failures().all(|row| !row.fix.is_empty()));
-        }
-    }
-
-    #[test]
-    fn accidents_waiting_to_happen_warn_or_fail_if_strict() {
-        type Spoil = fn(&mut FakeKey);
-        let cases: [(&str, Spoil); 4] = [
-            ("expiry", |key| key.info.expires = Some(wall_clock() + 86400)),
-            ("soft delete for 90 days", |key| key.info.recoverable_days = Some(7)),
-            ("purge protection", |key| {
-                key.info.recovery_level = Some("Recoverable+Purgeable".into())
-            }),
-            ("key version", |key| key.newer_version = true),
-        ];
-        for (requirement, spoil) in cases {
-            let mut key = FakeKey::good();
-            spoil(&mut key);
-            let report = run(key.clone(), &Settings::default());
-            assert_eq!(verdict(&report, requirement), Verdict::Warn, "{report}");
-            assert_eq!(report.failures().count(), 0);
-            let report = run(key, &Settings { strict: true, ..Settings::default() });
-            assert_eq!(verdict(&report, requirement), Verdict::Fail, "{report}");
-        }
-    }
-
-    #[test]
-    fn an_expired_key_only_warns_where_it_is_told_to() {
-        let mut key = FakeKey::good();
-        key.info.expires = Some(wall_clock() - 1);
-        let settings = Settings { on_expired: OnExpired::Warn, ..Settings::default() };
-        assert_eq!(verdict(&run(key, &settings), "expiry"), Verdict::Warn);
-    }
-
-    #[test]
-    fn region_is_compared_where_configured() {
-        let mut key = FakeKey::good();
-        key.info.region = Some("westeurope".into());
-        let settings =
-            |region: &str| Settings { region: Some(region.into()), ..Settings::default() };
-        assert_eq!(verdict(&run(key.clone(), &settings("WestEurope")), "region"), Verdict::Ok);
-        assert_eq!(verdict(&run(key, &settings("northeurope")), "region"), Verdict::Fail);
-    }
-
-    #[test]
-    fn the_table_is_readable() {
-        let mut key = FakeKey::good();
-        key.info.enabled = false;
-        let text = run(key, &Settings::default()).to_string();
-        assert!(text.contains("FAIL  enable the key\n"), "{text}");
-        assert!(text.lines().all(|line| !line.ends_with(' ')));
-    }
-}
+mod tests;

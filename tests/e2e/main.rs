@@ -8,6 +8,7 @@ mod support;
 
 mod backing;
 mod bad_input;
+mod check_key;
 mod mariadb;
 mod mariadb_cut_off;
 mod memory;

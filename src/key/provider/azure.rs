@@ -354,6 +354,7 @@ struct Attributes {
     created: Option<i64>,
     recovery_level: Option<String>,
     recoverable_days: Option<u32>,
+    exportable: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -385,6 +386,7 @@ impl KeyBundle {
             created: attributes.created,
             recovery_level: attributes.recovery_level,
             recoverable_days: attributes.recoverable_days,
+            exportable: attributes.exportable,
             ..KeyInfo::default()
         }
     }

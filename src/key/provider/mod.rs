@@ -53,6 +53,10 @@ pub trait Session {
         algorithm: Algorithm,
         wrapped: &[u8],
     ) -> ProviderResult<SecretBytes>;
+    /// What a new volume key is best wrapped with by this key.
+    fn algorithm(&mut self, info: &KeyInfo) -> ProviderResult<Algorithm> {
+        Ok(if info.key_type.starts_with("oct") { Algorithm::A256Kw } else { Algorithm::RsaOaep256 })
+    }
 }
 
 /// How a provider is reached and who asks; see config/byokfs.toml, `[key]`.
@@ -99,9 +103,14 @@ pub struct AppService {
     pub client_id: Option<String>,
 }
 
+/// Whether this names a key of some provider, and not a file.
+pub fn is_key(name: &str) -> bool {
+    name.starts_with("https://")
+}
+
 /// The provider for a key, by the form of its identifier.
 pub fn for_key(kid: &str, settings: &Settings) -> Result<Arc<dyn Provider>> {
-    if kid.starts_with("https://") {
+    if is_key(kid) {
         return Ok(Arc::new(azure::Azure::new(kid, settings)?));
     }
     Err(Error::new(
@@ -152,10 +161,16 @@ pub struct KeyInfo {
     pub created: Option<i64>,
     pub recovery_level: Option<String>,
     pub recoverable_days: Option<u32>,
+    /// Whether the key can be taken out of its service, where the service says so.
+    pub exportable: Option<bool>,
+    /// For services that know no recovery: whether the key can be destroyed.
+    pub destroyable: Option<bool>,
     /// Of the service, as it tells.
     pub region: Option<String>,
     /// Directory that the service trusts, from its challenge.
     pub tenant: Option<String>,
+    /// Directory of the identity that asks, from its token.
+    pub identity_tenant: Option<String>,
     /// The service's own time, and when it said so.
     pub service_time: Option<ServiceTime>,
 }
