@@ -60,6 +60,13 @@ fn contradictions_are_refused() {
         ("[run]\ndir = \"run\"", "run.dir \"run\" is not an absolute path"),
         ("[key]\nidentity_endpoint = \"ftp://x/\"", "not an http(s) URL"),
         ("[mount]\nthreads = 9999", "mount.threads"),
+        ("[key]\nauthority = \"login.example\"", "key.authority"),
+        ("[key]\nidentity = \"client-secret\"", "needs key.client_secret_file"),
+        ("[key]\nidentity = \"client-certificate\"", "needs key.client_certificate_file"),
+        (
+            "[key]\nidentity = \"client-secret\"\nclient_secret_file = \"secret\"",
+            "key.client_secret_file \"secret\" is not an absolute path",
+        ),
     ] {
         let message = error(text);
         assert!(message.contains(part), "{text}: {message}");

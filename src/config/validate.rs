@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::{Config, units::format_duration as text};
+use super::{Config, Identity, Key, units::format_duration as text};
 
 /// What byokfs promises: a refused key is cut off within this.
 const CUT_OFF_PROMISE: Duration = Duration::from_secs(600);
@@ -16,22 +16,43 @@ pub(super) fn check(config: &Config) -> Result<(), String> {
     if config.mount.threads > MAX_THREADS {
         return Err(format!("mount.threads is {}: at most {MAX_THREADS}", config.mount.threads));
     }
-    if let Some(endpoint) = &config.key.identity_endpoint {
-        let url = url::Url::parse(endpoint)
-            .map_err(|error| format!("key.identity_endpoint \"{endpoint}\": {error}"))?;
-        if !matches!(url.scheme(), "http" | "https") {
-            return Err(format!("key.identity_endpoint \"{endpoint}\" is not an http(s) URL"));
-        }
-    }
+    identity(&config.key)?;
     // The daemon works in /: a relative path would mean another file there.
     absolute("run.dir", Some(&config.run.dir))?;
     absolute("audit.file", config.audit.file.as_deref())?;
     absolute("log.file", config.log.file.as_deref())?;
-    absolute("key.ca_file", config.key.ca_file.as_deref())?;
-    absolute("key.identity_header_file", config.key.identity_header_file.as_deref())?;
+    for (name, path) in config.key.files() {
+        absolute(&format!("key.{name}"), path)?;
+    }
     absolute("fence.socket", config.fence.socket.as_deref())?;
     absolute("fence.pid_file", config.fence.pid_file.as_deref())?;
     absolute("fence.option_file", config.fence.option_file.as_deref())
+}
+
+fn identity(key: &Key) -> Result<(), String> {
+    for (name, value) in
+        [("identity_endpoint", &key.identity_endpoint), ("authority", &key.authority)]
+    {
+        let Some(text) = value else { continue };
+        let url =
+            url::Url::parse(text).map_err(|error| format!("key.{name} \"{text}\": {error}"))?;
+        if !matches!(url.scheme(), "http" | "https") {
+            return Err(format!("key.{name} \"{text}\" is not an http(s) URL"));
+        }
+    }
+    let needed = match key.identity {
+        Identity::ClientSecret => ("client-secret", "client_secret_file", &key.client_secret_file),
+        Identity::ClientCertificate => {
+            ("client-certificate", "client_certificate_file", &key.client_certificate_file)
+        }
+        Identity::AppService | Identity::Imds | Identity::WorkloadIdentity => return Ok(()),
+    };
+    match needed {
+        (identity, file, None) => {
+            Err(format!("key.identity = \"{identity}\" needs key.{file}, the file that holds it"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn watcher(config: &Config) -> Result<(), String> {

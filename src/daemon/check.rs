@@ -52,13 +52,13 @@ pub fn own_paths(plan: &Plan) -> Result<()> {
         ("run.dir", Some(&config.run.dir)),
         ("audit.file", config.audit.file.as_ref()),
         ("log.file", config.log.file.as_ref()),
-        ("key.ca_file", config.key.ca_file.as_ref()),
-        ("key.identity_header_file", config.key.identity_header_file.as_ref()),
         ("fence.socket", config.fence.socket.as_ref()),
         ("fence.pid_file", config.fence.pid_file.as_ref()),
         ("fence.option_file", config.fence.option_file.as_ref()),
     ];
-    for (key, path) in paths {
+    let of_key = config.key.files().map(|(name, path)| (format!("key.{name}"), path));
+    let paths = paths.map(|(name, path)| (name.to_owned(), path.map(PathBuf::as_path)));
+    for (key, path) in paths.into_iter().chain(of_key) {
         let Some(path) = path else { continue };
         if real(path).starts_with(&plan.mnt) {
             return Err(Error::new(

@@ -1,25 +1,52 @@
 //! The configuration in the words of the layers below.
 
+use std::path::PathBuf;
+
 use crate::config::{self, Config};
 use crate::fuse;
 use crate::key::{policy, provider, requirement, watcher};
 
 pub fn provider(config: &config::Key) -> provider::Settings {
-    let identity = match config.identity {
-        config::Identity::AppService => provider::Identity::AppService(provider::AppService {
-            endpoint: config.identity_endpoint.clone(),
-            header_file: config.identity_header_file.clone(),
-            client_id: config.client_id.clone(),
-        }),
-    };
     provider::Settings {
-        identity,
+        identity: identity(config),
         ca_file: config.ca_file.clone(),
         verify_challenge_resource: match config.verify_challenge {
             config::VerifyChallenge::Auto => provider::ChallengeCheck::Auto,
             config::VerifyChallenge::On => provider::ChallengeCheck::On,
             config::VerifyChallenge::Off => provider::ChallengeCheck::Off,
         },
+    }
+}
+
+fn identity(config: &config::Key) -> provider::Identity {
+    use provider::Identity;
+    let client_id = config.client_id.clone();
+    let application = || provider::Application {
+        tenant: config.tenant_id.clone(),
+        client_id: config.client_id.clone(),
+        authority: config.authority.clone(),
+    };
+    // The configuration is valid only with the file that its identity needs.
+    let file = |file: &Option<PathBuf>| file.clone().unwrap_or_default();
+    match config.identity {
+        config::Identity::AppService => Identity::AppService(provider::AppService {
+            endpoint: config.identity_endpoint.clone(),
+            header_file: config.identity_header_file.clone(),
+            client_id,
+        }),
+        config::Identity::Imds => {
+            let endpoint = config.identity_endpoint.clone();
+            Identity::Imds(provider::Imds { endpoint, client_id })
+        }
+        config::Identity::WorkloadIdentity => {
+            Identity::WorkloadIdentity(application(), config.federated_token_file.clone())
+        }
+        config::Identity::ClientSecret => {
+            Identity::ClientSecret(application(), file(&config.client_secret_file))
+        }
+        config::Identity::ClientCertificate => {
+            Identity::ClientCertificate(application(), file(&config.client_certificate_file))
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! Azure Key Vault and Managed HSM, and the embedded key vault, over their REST API.
 //!
 //! One provider speaks for one vault, the one of its key's URL. What each answer means is in
-//! [`super::azure_error`], how a token is had in [`super::azure_auth`].
+//! [`super::azure_error`], how a token is had in [`super::azure_auth`] and
+//! [`super::azure_identity`].
 
 use std::fmt;
 use std::path::PathBuf;
@@ -160,7 +161,8 @@ impl Session for AzureSession<'_> {
         expect_kid(&key, &info.kid)?;
         let region = response.header("x-ms-keyvault-region").map(str::to_owned);
         let tenant = self.azure.tokens.challenge().and_then(|challenge| challenge.tenant);
-        Ok(KeyInfo { region, tenant, service_time, ..info })
+        let identity_tenant = self.azure.tokens.issuing_tenant();
+        Ok(KeyInfo { region, tenant, identity_tenant, service_time, ..info })
     }
 
     fn list_versions(&mut self, kid: &str) -> ProviderResult<Vec<VersionInfo>> {

@@ -1,27 +1,26 @@
-//! Tokens for Azure Key Vault: the bearer challenge and the managed identity that answers it.
+//! Tokens for Azure Key Vault: the bearer challenge, and the tokens kept that answer it.
 //!
-//! The vault says in its 401 for which resource a token must be issued. Before the identity is
-//! asked for one, the vault's host must lie in that resource's domain, or any server could make
-//! this client fetch a token for another service and hand it over.
+//! The vault says in its 401 for which resource a token must be issued. Before the identity
+//! ([`super::azure_identity`]) is asked for one, the vault's host must lie in that resource's
+//! domain, or any server could make this client fetch a token for another service and hand it
+//! over. Which authority issues tokens is the configuration's matter, never the challenge's.
 //!
 //! A token is kept until shortly before it expires, and not longer than [`MAX_AGE`] while a newer
 //! one can be had: an identity that is deleted is only noticed when a token is asked for.
 
 use std::fmt;
-use std::net::IpAddr;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use serde::Deserialize;
-use ureq::http::Method;
 use url::{Host, Url};
 
-use super::http::{Client, Request, Response};
-use super::{AppService, ChallengeCheck, Class, Identity, ProviderError, ProviderResult};
+use super::azure_identity::Credential;
+use super::azure_token::{Token, malformed};
+use super::http::Client;
+use super::{ChallengeCheck, Class, Identity, ProviderError, ProviderResult};
 use crate::crypto::secret::SecretString;
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::Result;
 use crate::key::clock::BootTime;
 use crate::key::reason::Reason;
 use crate::key::wall_clock;
@@ -30,7 +29,6 @@ use crate::key::wall_clock;
 const MAX_AGE: Duration = Duration::from_secs(5 * 60);
 /// How long before its end a token is replaced.
 const SPARE: i64 = 300;
-const API_VERSION: &str = "2019-08-01";
 
 /// What a 401 of a vault asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,15 +91,15 @@ impl Challenge {
 
 /// Fetches and keeps tokens for one identity.
 pub(super) struct Tokens {
-    endpoint: Url,
-    header: SecretString,
-    client_id: Option<String>,
+    credential: Credential,
     cached: Mutex<Option<Cached>>,
 }
 
 struct Cached {
     challenge: Challenge,
-    token: std::sync::Arc<SecretString>,
+    token: Arc<SecretString>,
+    /// Directory that issued the token.
+    tenant: Option<String>,
     /// Seconds since the epoch.
     expires: i64,
     fetched: BootTime,
@@ -109,11 +107,7 @@ struct Cached {
 
 impl Tokens {
     pub(super) fn new(identity: &Identity) -> Result<Tokens> {
-        let Identity::AppService(settings) = identity;
-        let endpoint = identity_endpoint(settings)?;
-        let header = identity_header(settings)?;
-        let client_id = settings.client_id.clone().filter(|id| !id.is_empty());
-        Ok(Tokens { endpoint, header, client_id, cached: Mutex::new(None) })
+        Ok(Tokens { credential: Credential::new(identity)?, cached: Mutex::new(None) })
     }
 
     /// What the service last asked for, if it ever did.
@@ -121,12 +115,17 @@ impl Tokens {
         self.cached.lock().as_ref().map(|cached| cached.challenge.clone())
     }
 
+    /// The identity's own directory, as its last token says.
+    pub(super) fn issuing_tenant(&self) -> Option<String> {
+        self.cached.lock().as_ref().and_then(|cached| cached.tenant.clone())
+    }
+
     /// A token that answers `challenge`: the one kept, or a new one.
     pub(super) fn get(
         &self,
         client: &Client,
         challenge: &Challenge,
-    ) -> ProviderResult<std::sync::Arc<SecretString>> {
+    ) -> ProviderResult<Arc<SecretString>> {
         let mut cached = self.cached.lock();
         let now = wall_clock();
         let kept = cached.as_ref().filter(|kept| kept.challenge == *challenge);
@@ -136,20 +135,21 @@ impl Tokens {
         {
             return Ok(kept.token.clone());
         }
-        match self.fetch(client, challenge) {
-            Ok(fresh) => {
-                let token = fresh.token.clone();
-                *cached = Some(fresh);
+        match self.credential.fetch(client, &challenge.resource) {
+            Ok(Token { secret, expires, fetched, tenant }) => {
+                let (challenge, token) = (challenge.clone(), Arc::new(secret));
+                *cached =
+                    Some(Cached { challenge, token: Arc::clone(&token), tenant, expires, fetched });
                 Ok(token)
             }
-            // The identity endpoint is down for a moment: the kept token still speaks for us.
+            // The token endpoint is down for a moment: the kept token still speaks for us.
             Err(ProviderError { class: Class::Transient(_), .. })
                 if kept.is_some_and(|kept| now < kept.expires) =>
             {
-                log::debug!("the identity endpoint does not answer; using the token at hand");
+                log::debug!("the token endpoint does not answer; using the token at hand");
                 kept.map(|kept| kept.token.clone()).ok_or_else(|| malformed("token"))
             }
-            Err(error) => Err(error.during("asking the managed identity for a token")),
+            Err(error) => Err(error.during(self.credential.errand())),
         }
     }
 
@@ -159,181 +159,12 @@ impl Tokens {
             kept.expires = 0;
         }
     }
-
-    fn fetch(&self, client: &Client, challenge: &Challenge) -> ProviderResult<Cached> {
-        let mut url = self.endpoint.clone();
-        {
-            let mut query = url.query_pairs_mut();
-            query.append_pair("api-version", API_VERSION);
-            query.append_pair("resource", &challenge.resource);
-            if let Some(id) = &self.client_id {
-                query.append_pair("client_id", id);
-            }
-        }
-        let response = client.send(Request {
-            method: Method::GET,
-            url: url.as_str(),
-            bearer: None,
-            headers: &[("X-IDENTITY-HEADER", self.header.expose())],
-            body: Vec::new(),
-        })?;
-        if response.status != 200 {
-            return Err(classify(&response));
-        }
-        let answer: TokenAnswer<'_> =
-            serde_json::from_slice(&response.body).map_err(|_| malformed("answer"))?;
-        let expires = answer.expires(wall_clock()).ok_or_else(|| malformed("expiry"))?;
-        let token = SecretString::from_string_wiping(answer.access_token.to_owned());
-        let token = token.map_err(|error| ProviderError::unreachable(error.to_string()))?;
-        crate::sys::stack::burn();
-        let (challenge, fetched) = (challenge.clone(), BootTime::now());
-        Ok(Cached { challenge, token: token.into(), expires, fetched })
-    }
 }
 
 impl fmt::Debug for Tokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tokens").field("endpoint", &self.endpoint.as_str()).finish_non_exhaustive()
+        f.debug_struct("Tokens").field("credential", &self.credential).finish_non_exhaustive()
     }
-}
-
-/// `expires_on` is a string in some services and a number in others; some send `expires_in`.
-#[derive(Deserialize)]
-struct TokenAnswer<'a> {
-    access_token: &'a str,
-    expires_on: Option<TextOrNumber>,
-    expires_in: Option<TextOrNumber>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum TextOrNumber {
-    Number(i64),
-    Text(String),
-}
-
-impl TextOrNumber {
-    fn number(&self) -> Option<i64> {
-        match self {
-            TextOrNumber::Number(number) => Some(*number),
-            TextOrNumber::Text(text) => text.parse().ok(),
-        }
-    }
-}
-
-impl TokenAnswer<'_> {
-    fn expires(&self, now: i64) -> Option<i64> {
-        let absolute = self.expires_on.as_ref().and_then(TextOrNumber::number);
-        let relative = self.expires_in.as_ref().and_then(TextOrNumber::number);
-        absolute.or(relative.map(|seconds| now.saturating_add(seconds)))
-    }
-}
-
-fn malformed(what: &str) -> ProviderError {
-    ProviderError::unreachable(format!("the identity endpoint sent a malformed {what}"))
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct TokenError {
-    error: String,
-    error_description: String,
-    message: String,
-}
-
-/// Refusals of an identity endpoint: rows 14 to 17 of the table of conditions.
-fn classify(response: &Response) -> ProviderError {
-    let body: Option<TokenError> = serde_json::from_slice(&response.body).ok();
-    let Some(body) = body.filter(|_| response.status < 500) else {
-        let class = match response.status {
-            403 => Class::Transient(Reason::ProxyDenied),
-            _ => Class::Transient(Reason::Unreachable),
-        };
-        return finish(class, response, "the identity endpoint does not work", None);
-    };
-    let text =
-        if body.error_description.is_empty() { &body.message } else { &body.error_description };
-    let lower = text.to_ascii_lowercase();
-    let not_found = ["identity not found", "no managed identity", "has not been assigned"];
-    let class = match response.status {
-        404 | 408 | 410 | 429 => Class::Transient(Reason::Unreachable),
-        _ if text.contains("AADSTS7000112") => Class::Revoked(Reason::IdentityGone),
-        _ if text.contains("AADSTS700016") => Class::Denied(Reason::IdentityGone),
-        _ if not_found.iter().any(|phrase| lower.contains(phrase)) => {
-            Class::Denied(Reason::IdentityGone)
-        }
-        _ => Class::Denied(Reason::CredentialInvalid),
-    };
-    let text = if text.is_empty() { "the identity endpoint refuses" } else { text };
-    finish(class, response, text, Some(body.error.clone()).filter(|code| !code.is_empty()))
-}
-
-fn finish(class: Class, response: &Response, text: &str, code: Option<String>) -> ProviderError {
-    let mut error = ProviderError::new(class, text);
-    error.status = Some(response.status);
-    error.code = code;
-    error.retry_after = response.retry_after();
-    error
-}
-
-fn identity_endpoint(settings: &AppService) -> Result<Url> {
-    let text = match &settings.endpoint {
-        Some(endpoint) if !endpoint.is_empty() => endpoint.clone(),
-        _ => std::env::var("IDENTITY_ENDPOINT").map_err(|_| {
-            config("identity_endpoint is not set, and IDENTITY_ENDPOINT is not in the environment")
-        })?,
-    };
-    let url =
-        Url::parse(&text).map_err(|why| config(format!("identity_endpoint {text}: {why}")))?;
-    // The header's secret and the token travel as they are: not over a network.
-    let local = match url.host() {
-        Some(Host::Domain(name)) => name == "localhost",
-        Some(Host::Ipv4(address)) => address.is_loopback() || address.is_link_local(),
-        Some(Host::Ipv6(address)) => IpAddr::V6(address).is_loopback(),
-        None => false,
-    };
-    if url.scheme() == "https" || url.scheme() == "http" && local {
-        Ok(url)
-    } else {
-        Err(config(format!("identity_endpoint {text}: must be https, or http on this machine")))
-    }
-}
-
-fn identity_header(settings: &AppService) -> Result<SecretString> {
-    match &settings.header_file {
-        Some(path) => read_secret_file(path),
-        None => match std::env::var("IDENTITY_HEADER") {
-            Ok(header) => SecretString::from_string_wiping(header),
-            Err(_) => Err(config(
-                "identity_header_file is not set, and IDENTITY_HEADER is not in the environment",
-            )),
-        },
-    }
-}
-
-/// A secret in a file that nobody but its owner, who is we or root, may read.
-fn read_secret_file(path: &Path) -> Result<SecretString> {
-    use std::io::Read;
-    let name = || format!("identity_header_file {}", path.display());
-    let mut file = std::fs::File::open(path).context(name)?;
-    let metadata = file.metadata().context(name)?;
-    let me = rustix::process::geteuid().as_raw();
-    if metadata.permissions().mode() & 0o077 != 0 || ![0, me].contains(&metadata.uid()) {
-        let why = "is readable by others, or another's: chown it and chmod it to 0600";
-        return Err(config(format!("{} {why}", name())));
-    }
-    let mut text = String::new();
-    file.by_ref().take(4096).read_to_string(&mut text).context(name)?;
-    let trimmed = text.trim_end().len();
-    text.truncate(trimmed);
-    if text.is_empty() {
-        return Err(config(format!("{} is empty", name())));
-    }
-    SecretString::from_string_wiping(text)
-}
-
-fn config(message: impl Into<String>) -> Error {
-    Error::new(Kind::Config, message)
 }
 
 #[cfg(test)]
@@ -370,75 +201,5 @@ mod tests {
         assert!(allowed(domain("localhost"), ChallengeCheck::Auto));
         assert!(!allowed(Host::Ipv4([127, 0, 0, 1].into()), ChallengeCheck::On));
         assert!(allowed(domain("kv1.evil.example"), ChallengeCheck::Off));
-    }
-
-    #[test]
-    fn refusals_of_the_identity_follow_the_table() {
-        let case = |status, body: &str| {
-            let headers = ureq::http::HeaderMap::new();
-            classify(&Response { status, headers, body: body.into() }).class
-        };
-        let body = |error: &str, text: &str| {
-            format!("{{\"error\":\"{error}\",\"error_description\":\"{text}\"}}")
-        };
-        let gone = Class::Denied(Reason::IdentityGone);
-        assert_eq!(case(400, &body("invalid_request", "Identity not found")), gone);
-        assert_eq!(case(400, &body("unauthorized_client", "AADSTS700016: no application")), gone);
-        assert_eq!(
-            case(400, r#"{"statusCode":400,"message":"No Managed Identity found for it"}"#),
-            gone
-        );
-        let disabled = case(401, &body("unauthorized_client", "AADSTS7000112: disabled"));
-        assert_eq!(disabled, Class::Revoked(Reason::IdentityGone));
-        for number in ["7000215", "7000222", "90002"] {
-            let class = case(401, &body("invalid_client", &format!("AADSTS{number}: no")));
-            assert_eq!(class, Class::Denied(Reason::CredentialInvalid), "{number}");
-        }
-        for status in [404, 410, 429, 500, 503] {
-            assert_eq!(case(status, &body("x", "y")), Class::Transient(Reason::Unreachable));
-        }
-        assert_eq!(case(403, "<html>blocked</html>"), Class::Transient(Reason::ProxyDenied));
-        assert_eq!(case(400, "not json"), Class::Transient(Reason::Unreachable));
-    }
-
-    #[test]
-    fn expiry_is_read_in_every_form() {
-        for (text, expected) in [
-            (r#"{"access_token":"t","expires_on":"1700000000"}"#, Some(1_700_000_000)),
-            (r#"{"access_token":"t","expires_on":1700000000}"#, Some(1_700_000_000)),
-            (r#"{"access_token":"t","expires_in":"60"}"#, Some(1060)),
-            (r#"{"access_token":"t"}"#, None),
-        ] {
-            let answer: TokenAnswer<'_> = serde_json::from_str(text).unwrap();
-            assert_eq!(answer.expires(1000), expected, "{text}");
-        }
-    }
-
-    #[test]
-    fn the_identity_endpoint_must_be_local_or_https() {
-        let parse = |text: &str| {
-            let endpoint = Some(text.to_owned());
-            identity_endpoint(&AppService { endpoint, ..AppService::default() })
-        };
-        for good in ["http://127.0.0.1:41/msi/token", "http://169.254.130.2:8081/x", "https://x.y/"]
-        {
-            assert!(parse(good).is_ok(), "{good}");
-        }
-        for bad in ["http://10.0.0.1/x", "http://example.org/", "ftp://127.0.0.1/", "nonsense"] {
-            assert_eq!(parse(bad).unwrap_err().kind, Kind::Config, "{bad}");
-        }
-    }
-
-    #[test]
-    fn the_header_file_must_be_private() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("header");
-        std::fs::write(&path, "s3cret\n").unwrap();
-        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
-        assert!(read_secret_file(&path).unwrap_err().to_string().contains("0600"));
-        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
-        assert!(read_secret_file(&path).unwrap().ct_eq("s3cret"));
-        std::fs::write(&path, "\n").unwrap();
-        assert!(read_secret_file(&path).is_err());
     }
 }

@@ -4,6 +4,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -13,7 +14,8 @@ use parking_lot::Mutex;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{CipherSuite, ServerConfig, ServerConnection, StreamOwned};
 
-use super::super::{AppService, Identity};
+use super::super::azure_assertion::tests::{MADE, verified};
+use super::super::{AppService, Application, Identity, Imds};
 use super::*;
 
 const VERSION: &str = "0123456789abcdef0123456789abcdef";
@@ -25,6 +27,8 @@ struct Seen {
     path: String,
     bearer: Option<String>,
     identity_header: Option<String>,
+    metadata: Option<String>,
+    content_type: Option<String>,
     body: String,
 }
 
@@ -137,6 +141,8 @@ fn read_request(stream: &mut impl Read) -> Option<Seen> {
             path: first.next()?.to_owned(),
             bearer: header("authorization"),
             identity_header: header("x-identity-header"),
+            metadata: header("metadata"),
+            content_type: header("content-type"),
             body: body.to_owned(),
         });
     }
@@ -188,7 +194,7 @@ struct Rig {
     vault: Server,
     identity: Server,
     azure: Azure,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 fn certificate(name: &str) -> (String, Arc<ServerConfig>) {
@@ -215,24 +221,41 @@ fn rig(script: Script) -> Rig {
 }
 
 fn rig_with(trusted: &str, tls: Option<Arc<ServerConfig>>, script: Script) -> Rig {
+    rig_as(trusted, tls, script, |identity, dir| {
+        Identity::AppService(AppService {
+            endpoint: Some(format!("http://{}/msi/token", identity.address)),
+            header_file: Some(private_file(dir, "header", "s3cret\n")),
+            client_id: Some("id-7".into()),
+        })
+    })
+}
+
+fn private_file(dir: &Path, name: &str, content: &str) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::write(&path, content).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+    path
+}
+
+/// As another identity, whose files lie in the directory.
+fn rig_as(
+    trusted: &str,
+    tls: Option<Arc<ServerConfig>>,
+    script: Script,
+    who: impl Fn(&Server, &Path) -> Identity,
+) -> Rig {
     let vault = Server::start(tls, script);
     let identity = Server::start(None, Box::new(|_| token()));
     let dir = tempfile::tempdir().unwrap();
-    let (ca_file, header_file) = (dir.path().join("ca.pem"), dir.path().join("header"));
+    let ca_file = dir.path().join("ca.pem");
     std::fs::write(&ca_file, trusted).unwrap();
-    std::fs::write(&header_file, "s3cret\n").unwrap();
-    std::fs::set_permissions(&header_file, PermissionsExt::from_mode(0o600)).unwrap();
     let settings = Settings {
-        identity: Identity::AppService(AppService {
-            endpoint: Some(format!("http://{}/msi/token", identity.address)),
-            header_file: Some(header_file),
-            client_id: Some("id-7".into()),
-        }),
+        identity: who(&identity, dir.path()),
         ca_file: Some(ca_file),
         ..Settings::default()
     };
     let azure = Azure::new(&format!("https://{}/keys/kek", vault.address), &settings).unwrap();
-    Rig { vault, identity, azure, _dir: dir }
+    Rig { vault, identity, azure, dir }
 }
 
 impl Rig {
@@ -437,6 +460,226 @@ fn identities_that_are_gone_or_silent() {
     assert!(rig.get().is_ok(), "the kept token goes on");
 }
 
+/// A rig whose vault answers every request that has a token.
+fn rig_for(who: impl Fn(&Server, &Path) -> Identity) -> Rig {
+    let (pem, tls) = certificate("127.0.0.1");
+    rig_as(&pem, Some(tls), authorised(|_| Answer::Json(200, bundle())), who)
+}
+
+fn application(directory: &Server) -> Application {
+    Application {
+        tenant: Some("72f9-ab".into()),
+        client_id: Some("app-1".into()),
+        authority: Some(format!("http://{}/", directory.address)),
+    }
+}
+
+/// The one request for a token: its form, sorted.
+#[track_caller]
+fn form_of(rig: &Rig) -> Vec<(String, String)> {
+    let asked = rig.identity.seen();
+    let [request] = &asked[..] else { panic!("{asked:?}") };
+    assert_eq!(request.method, "POST");
+    assert_eq!(request.path, "/72f9-ab/oauth2/v2.0/token");
+    assert_eq!(request.content_type.as_deref(), Some("application/x-www-form-urlencoded"));
+    let mut form: Vec<_> =
+        url::form_urlencoded::parse(request.body.as_bytes()).into_owned().collect();
+    form.sort();
+    form
+}
+
+fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+#[test]
+fn a_machine_asks_the_metadata_service() {
+    let rig = rig_for(|identity, _| {
+        Identity::Imds(Imds {
+            endpoint: Some(format!("http://{}/metadata/identity/oauth2/token", identity.address)),
+            client_id: Some("id-7".into()),
+        })
+    });
+    rig.get().unwrap();
+    let asked = rig.identity.seen();
+    assert_eq!(asked.len(), 1);
+    assert_eq!((&asked[0].method[..], asked[0].metadata.as_deref()), ("GET", Some("true")));
+    assert_eq!(asked[0].identity_header, None);
+    assert_eq!(
+        asked[0].path,
+        "/metadata/identity/oauth2/token?api-version=2018-02-01&\
+         resource=https%3A%2F%2Fvault.azure.net&client_id=id-7"
+    );
+    for status in [404, 410, 429, 500] {
+        let fresh = rig_for(|identity, _| {
+            let endpoint = Some(format!("http://{}/x", identity.address));
+            Identity::Imds(Imds { endpoint, client_id: None })
+        });
+        fresh.identity.answer(move |_| Answer::Json(status, "{\"error\":\"x\"}".into()));
+        assert_eq!(fresh.get().unwrap_err().class, Class::Transient(Reason::Unreachable));
+    }
+}
+
+#[test]
+fn an_application_shows_its_secret() {
+    let rig = rig_for(|directory, dir| {
+        let file = private_file(dir, "secret", "of+the/app &=\n");
+        Identity::ClientSecret(application(directory), file)
+    });
+    rig.get().unwrap();
+    assert_eq!(
+        form_of(&rig),
+        pairs(&[
+            ("client_id", "app-1"),
+            ("client_secret", "of+the/app &="),
+            ("grant_type", "client_credentials"),
+            ("scope", "https://vault.azure.net/.default"),
+        ])
+    );
+    assert!(!format!("{:?}", rig.azure).contains("of+the"));
+    assert!(!format!("{:?}", rig.azure.tokens).contains("of+the"));
+}
+
+#[test]
+fn a_renewed_secret_counts_without_a_mount() {
+    let rig = rig_for(|directory, dir| {
+        Identity::ClientSecret(application(directory), private_file(dir, "secret", "old"))
+    });
+    rig.identity.answer(|seen| {
+        if seen.body.contains("client_secret=new") {
+            return token();
+        }
+        let body = r#"{"error":"invalid_client","error_description":"AADSTS7000222: The provided client secret keys are expired."}"#;
+        Answer::Json(401, body.into())
+    });
+    let error = rig.get().unwrap_err();
+    assert_eq!(error.class, Class::Denied(Reason::CredentialInvalid));
+    assert!(error.message().contains("AADSTS7000222"), "{error}");
+    private_file(rig.dir.path(), "secret", "new");
+    rig.get().unwrap();
+    // A file that is gone for a moment says nothing about the key.
+    std::fs::remove_file(rig.dir.path().join("secret")).unwrap();
+    rig.azure.tokens.forget();
+    let error = rig.get().unwrap_err();
+    assert_eq!(error.class, Class::Transient(Reason::CredentialInvalid));
+    assert!(error.message().contains("client_secret_file"), "{error}");
+}
+
+#[test]
+fn an_application_signs_with_its_certificate() {
+    let rig = rig_for(|directory, dir| {
+        let file = private_file(dir, "app.pem", &MADE.pem);
+        Identity::ClientCertificate(application(directory), file)
+    });
+    rig.get().unwrap();
+    let mut form = form_of(&rig);
+    let (_, jwt) = form.remove(0);
+    assert_eq!(
+        form,
+        pairs(&[
+            ("client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"),
+            ("client_id", "app-1"),
+            ("grant_type", "client_credentials"),
+            ("scope", "https://vault.azure.net/.default"),
+        ])
+    );
+    let (_, claims) = verified(&jwt, &MADE.public);
+    let audience = format!("http://{}/72f9-ab/oauth2/v2.0/token", rig.identity.address);
+    assert_eq!(claims["aud"], audience);
+    assert_eq!(claims["sub"], "app-1");
+}
+
+#[test]
+fn a_workload_shows_its_federated_token() {
+    let rig = rig_for(|directory, dir| {
+        let file = dir.join("federated");
+        std::fs::write(&file, "first.token.x\n").unwrap();
+        Identity::WorkloadIdentity(application(directory), Some(file))
+    });
+    rig.get().unwrap();
+    let form = form_of(&rig);
+    assert_eq!(form[0], ("client_assertion".into(), "first.token.x".into()));
+    assert_eq!(form.len(), 5);
+    // Kubernetes replaces the file; the next token is had with the new one.
+    std::fs::write(rig.dir.path().join("federated"), "second.token.x").unwrap();
+    rig.azure.tokens.forget();
+    rig.get().unwrap();
+    assert!(rig.identity.seen()[1].body.contains("client_assertion=second.token.x"));
+}
+
+#[test]
+fn what_a_directory_refuses_is_no_outage() {
+    use Class::{Denied, Revoked, Transient};
+    let rows = [
+        (400, "unauthorized_client", "AADSTS700016: no such app", Denied(Reason::IdentityGone)),
+        (401, "invalid_client", "AADSTS7000112: disabled", Revoked(Reason::IdentityGone)),
+        (401, "invalid_client", "AADSTS7000215: bad secret", Denied(Reason::CredentialInvalid)),
+        (401, "invalid_client", "AADSTS7000222: expired", Denied(Reason::CredentialInvalid)),
+        (400, "invalid_request", "AADSTS90002: no tenant", Denied(Reason::CredentialInvalid)),
+        (400, "temporarily_unavailable", "busy", Transient(Reason::Unreachable)),
+        (429, "x", "slow down", Transient(Reason::Unreachable)),
+        (503, "x", "down", Transient(Reason::Unreachable)),
+    ];
+    for (status, code, text, class) in rows {
+        let rig = rig_for(|directory, dir| {
+            Identity::ClientSecret(application(directory), private_file(dir, "secret", "s"))
+        });
+        let body = format!(r#"{{"error":"{code}","error_description":"{text}"}}"#);
+        rig.identity.answer(move |_| Answer::Json(status, body.clone()));
+        assert_eq!(rig.get().unwrap_err().class, class, "{status} {text}");
+    }
+}
+
+#[test]
+fn a_managed_hsm_is_asked_with_its_own_audience() {
+    let rig = rig_for(|directory, dir| {
+        Identity::ClientSecret(application(directory), private_file(dir, "secret", "s"))
+    });
+    let kid = rig.kid();
+    rig.vault.answer(move |seen| {
+        if seen.bearer.is_none() {
+            return Answer::With(
+                401,
+                "WWW-Authenticate: Bearer authorization=\"https://login.example/72f9-ab\", \
+                 resource=\"https://managedhsm.azure.net\"",
+                String::new(),
+            );
+        }
+        if seen.path.contains("key?") {
+            let value = URL_SAFE_NO_PAD.encode([5; 40]);
+            return Answer::Json(200, format!(r#"{{"kid":"{kid}","value":"{value}"}}"#));
+        }
+        Answer::Json(
+            200,
+            format!(
+                r#"{{"key":{{"kid":"{kid}","kty":"oct-HSM","key_ops":["wrapKey","unwrapKey"]}},
+                "attributes":{{"enabled":true,"exportable":false,"recoverableDays":90,
+                "recoveryLevel":"Recoverable"}}}}"#
+            ),
+        )
+    });
+    let info = rig.get().unwrap();
+    assert_eq!(
+        (info.key_type.as_str(), info.bits, info.exportable),
+        ("oct-HSM", None, Some(false))
+    );
+    assert!(
+        form_of(&rig).contains(&("scope".into(), "https://managedhsm.azure.net/.default".into()))
+    );
+    rig.with_session(Duration::from_secs(10), |session, kid| {
+        let algorithm = session.algorithm(&info)?;
+        assert_eq!(algorithm, Algorithm::A256Kw);
+        assert_eq!(session.unwrap(kid, algorithm, &[1; 40])?.expose(), [5; 40]);
+        Ok(())
+    })
+    .unwrap();
+    assert!(rig.vault.seen().last().unwrap().body.starts_with(r#"{"alg":"A256KW""#));
+    // A refusal of its local access control has another form.
+    let body = r#"{"error":{"code":"AccessDenied","message":"Not authorized to access Microsoft.KeyVault/managedHsm/keys/unwrap/action on /keys/kek (Activity ID: 1)"}}"#;
+    rig.vault.answer(authorised(move |_| Answer::Json(403, body.into())));
+    assert_eq!(rig.unwrap().unwrap_err().class, Class::Denied(Reason::PermissionRevoked));
+}
+
 #[test]
 fn the_deadline_holds_whatever_the_server_does() {
     let rig = rig(authorised(|_| Answer::Trickle));
@@ -492,7 +735,7 @@ fn an_untrusted_server_is_told_and_gets_nothing() {
     let address = listener.local_addr().unwrap();
     drop(listener);
     assert!(TcpStream::connect(address).is_err());
-    let Rig { azure, _dir, .. } = plain;
+    let Rig { azure, dir: _dir, .. } = plain;
     let nobody = Azure { base: Url::parse(&format!("https://{address}/")).unwrap(), ..azure };
     let mut session = nobody.session(BootTime::now() + Duration::from_secs(2)).unwrap();
     let error = session.get_key(&format!("https://{address}/keys/kek")).unwrap_err();

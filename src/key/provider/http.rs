@@ -49,7 +49,7 @@ pub(super) struct Request<'a> {
     /// Sent as `Authorization: Bearer`.
     pub bearer: Option<&'a SecretString>,
     pub headers: &'a [(&'a str, &'a str)],
-    /// JSON; may hold a secret, and is zeroed when freed.
+    /// JSON, unless a header says otherwise; may hold a secret, and is zeroed when freed.
     pub body: Vec<u8>,
 }
 
@@ -100,7 +100,8 @@ impl Client {
             value.set_sensitive(true);
             builder = builder.header(http::header::AUTHORIZATION, value);
         }
-        if !request.body.is_empty() {
+        let typed = |(name, _): &(&str, &str)| name.eq_ignore_ascii_case("content-type");
+        if !request.body.is_empty() && !request.headers.iter().any(typed) {
             builder = builder.header(http::header::CONTENT_TYPE, "application/json");
         }
         let built = builder.body(request.body).map_err(|_| unsendable("the request"))?;

@@ -9,9 +9,14 @@
 //! anew. What follows is for [`super::policy`].
 
 pub mod azure;
+mod azure_assertion;
 mod azure_auth;
 mod azure_error;
+mod azure_identity;
+mod azure_token;
 mod http;
+mod identity;
+mod secret_file;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -22,6 +27,7 @@ use super::clock::BootTime;
 use super::reason::Reason;
 use crate::crypto::secret::SecretBytes;
 use crate::error::{Error, Kind, Result};
+pub use identity::{AppService, Application, Identity, Imds};
 
 pub type ProviderResult<T> = std::result::Result<T, ProviderError>;
 
@@ -77,30 +83,6 @@ pub enum ChallengeCheck {
     Auto,
     On,
     Off,
-}
-
-/// Who asks the key service. Later: IMDS, client secret, client certificate, workload identity.
-#[derive(Clone, Debug)]
-pub enum Identity {
-    /// Managed identity over an App Service style endpoint.
-    AppService(AppService),
-}
-
-impl Default for Identity {
-    fn default() -> Identity {
-        Identity::AppService(AppService::default())
-    }
-}
-
-#[derive(Clone, Debug, Default)]
-pub struct AppService {
-    /// None: the environment's IDENTITY_ENDPOINT.
-    pub endpoint: Option<String>,
-    /// A file that holds the header's secret and only its owner may read. None: the environment's
-    /// IDENTITY_HEADER.
-    pub header_file: Option<PathBuf>,
-    /// Of a user-assigned identity.
-    pub client_id: Option<String>,
 }
 
 /// Whether this names a key of some provider, and not a file.

@@ -1,0 +1,78 @@
+//! Files that hold a secret: a header, a password, a private key, a PIN.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use crate::crypto::secret::SecretString;
+use crate::error::{Context, Error, Kind, Result};
+
+/// A secret is a line, a token or a private key: nothing longer is read.
+const LIMIT: u64 = 15 * 1024;
+
+/// The text of a file that nobody but its owner, who is we or root, may read, without the line's
+/// end. `key` is the configuration's name for it.
+pub(super) fn read_private(key: &str, path: &Path) -> Result<SecretString> {
+    let name = || format!("{key} {}", path.display());
+    let file = File::open(path).context(name)?;
+    let metadata = file.metadata().context(name)?;
+    let me = rustix::process::geteuid().as_raw();
+    if metadata.permissions().mode() & 0o077 != 0 || ![0, me].contains(&metadata.uid()) {
+        let why = "is readable by others, or another's: chown it and chmod it to 0600";
+        return Err(Error::new(Kind::Config, format!("{} {why}", name())));
+    }
+    read(&name(), &file)
+}
+
+/// As [`read_private`], for what others put there with the modes that they choose.
+pub(super) fn read_any(key: &str, path: &Path) -> Result<SecretString> {
+    let name = format!("{key} {}", path.display());
+    let file = File::open(path).context(|| name.clone())?;
+    read(&name, &file)
+}
+
+fn read(name: &str, file: &File) -> Result<SecretString> {
+    let refused = |why: &str| Error::new(Kind::Config, format!("{name} {why}"));
+    let mut text = String::new();
+    file.take(LIMIT + 1).read_to_string(&mut text).context(|| name.to_owned())?;
+    if text.len() as u64 > LIMIT {
+        return Err(refused("is too long"));
+    }
+    text.truncate(text.trim_end().len());
+    if text.is_empty() {
+        return Err(refused("is empty"));
+    }
+    SecretString::from_string_wiping(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_private_files_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("header");
+        std::fs::write(&path, "s3cret\n").unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
+        assert!(read_private("pin_file", &path).unwrap_err().to_string().contains("0600"));
+        assert!(read_any("token_file", &path).unwrap().ct_eq("s3cret"));
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+        assert!(read_private("pin_file", &path).unwrap().ct_eq("s3cret"));
+    }
+
+    #[test]
+    fn what_is_no_secret_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("header");
+        for (content, why) in [("\n".to_owned(), "is empty"), ("x".repeat(20_000), "too long")] {
+            std::fs::write(&path, content).unwrap();
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+            let message = read_private("pin_file", &path).unwrap_err().to_string();
+            assert!(message.starts_with("pin_file") && message.contains(why), "{message}");
+        }
+        let missing = read_any("token_file", &dir.path().join("none")).unwrap_err();
+        assert!(missing.to_string().contains("token_file"));
+    }
+}
