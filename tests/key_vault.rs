@@ -201,6 +201,8 @@ impl Handler for Daemon {
     }
 
     fn notice(&self, _notice: &Notice) {}
+
+    fn newer_version(&self, _kid: &str) {}
 }
 
 fn quick() -> watcher::Settings {

@@ -1,6 +1,7 @@
 //! The configuration in the words of the layers below.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::config::{self, Config};
 use crate::fuse;
@@ -68,12 +69,16 @@ fn on_expired(config: &Config) -> policy::OnExpired {
     }
 }
 
+/// A newer version of a key that could not be followed is tried again, several times an hour.
+const FOLLOW_AGAIN: Duration = Duration::from_secs(10 * 60);
+
 pub fn watcher(config: &Config) -> watcher::Settings {
     let from = &config.watcher;
     watcher::Settings {
         interval: from.interval,
         deadline: from.deadline,
         shut_within: config.cut_off_lead(),
+        follow_again: FOLLOW_AGAIN,
         policy: policy::Settings {
             confirm_after: from.confirm_after,
             confirm_within: from.confirm_within,

@@ -320,6 +320,8 @@ impl Handler for Orders {
         self.volume()?.revalidate(false).map(drop)
     }
 
+    fn newer_version(&self, _kid: &str) {}
+
     fn notice(&self, notice: &Notice) {
         let with_reason = |name, reason: &Reason, detail: &Option<String>| {
             let event = Event::new(name).with("reason", reason.name());

@@ -114,11 +114,7 @@ pub fn enrol(
 
     let volume_key = Secret::<32>::random()?;
     let wrapped_volume_key = wrap_and_compare(session, kid, algorithm, &volume_key)?;
-    let canary = Secret::<32>::random()?;
-    let canary = Canary {
-        wrapped: wrap_and_compare(session, kid, algorithm, &canary)?,
-        sha256: sha256(canary.expose()),
-    };
+    let canary = new_canary(session, kid, algorithm)?;
     let keyring = Keyring::new(volume_key);
     let fingerprint = keyring.fingerprint()?;
     let envelope = Envelope {
@@ -126,12 +122,13 @@ pub fn enrol(
         provider: provider.name().into(),
         kid: kid.clone(),
         algorithm,
-        follow_versions: key_url.trim_end_matches('/') != kid,
+        follow_versions: follows(key_url, kid),
         volume_key_id: 1,
         wrapped_volume_key,
         fingerprint,
         canary,
         created: now_text(),
+        earlier: Vec::new(),
     };
     Ok(Enrolment { keyring, fingerprint, info, report, envelope })
 }
@@ -200,7 +197,24 @@ pub fn survey(
     Ok(report)
 }
 
-fn checked(
+/// A key that was named without its version is followed to newer ones.
+pub(super) fn follows(key_url: &str, kid: &str) -> bool {
+    key_url.trim_end_matches('/') != kid
+}
+
+pub(super) fn new_canary(
+    session: &mut dyn Session,
+    kid: &str,
+    algorithm: Algorithm,
+) -> Result<Canary, Refusal> {
+    let canary = Secret::<32>::random()?;
+    Ok(Canary {
+        wrapped: wrap_and_compare(session, kid, algorithm, &canary)?,
+        sha256: sha256(canary.expose()),
+    })
+}
+
+pub(super) fn checked(
     session: &mut dyn Session,
     kid: &str,
     algorithm: Algorithm,
@@ -220,7 +234,7 @@ fn checked(
 }
 
 /// A wrap that cannot be unwrapped again would lose the volume; so that is tried first.
-fn wrap_and_compare(
+pub(super) fn wrap_and_compare(
     session: &mut dyn Session,
     kid: &str,
     algorithm: Algorithm,
@@ -237,7 +251,7 @@ fn wrap_and_compare(
     .into())
 }
 
-fn foreign_envelope() -> Refusal {
+pub(super) fn foreign_envelope() -> Refusal {
     let message = "the envelope is not the one that was made for this volume: its key is not the \
                    one pinned in volumes.d; restore envelope.json, or the pin, from a backup";
     Refusal { reason: Reason::KeyMaterialMismatch, report: None, error: Error::corrupt(message) }
@@ -249,7 +263,7 @@ fn copy(key: &Secret<32>) -> crate::Result<SecretBytes> {
     })
 }
 
-fn to_key(bytes: &SecretBytes) -> Option<Secret<32>> {
+pub(super) fn to_key(bytes: &SecretBytes) -> Option<Secret<32>> {
     stack::with_burnt_stack(|| {
         let bytes: &[u8; 32] = bytes.expose().try_into().ok()?;
         Secret::new_with(|key| key.copy_from_slice(bytes)).ok()

@@ -29,9 +29,11 @@ const NEW_PREVIOUS_FILE: &[u8] = b"envelope.new.prev.json";
 /// The only format this version knows.
 const FORMAT: u32 = 1;
 /// Far more than any envelope; a larger file is not read.
-const SIZE_LIMIT: u64 = 64 * 1024;
+const SIZE_LIMIT: u64 = 256 * 1024;
 /// An RSA 4096 ciphertext is 512 bytes.
 const WRAPPED_LIMIT: usize = 4096;
+/// Of earlier keys that are remembered: as many versions of a key as a key vault backs up.
+const EARLIER_LIMIT: usize = 500;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Envelope {
@@ -51,6 +53,19 @@ pub struct Envelope {
     pub canary: Canary,
     /// RFC 3339, UTC.
     pub created: String,
+    /// What the volume key was wrapped with before, oldest first. Copies of the volume that were
+    /// made meanwhile have that envelope, and need that key version.
+    pub earlier: Vec<EarlierKey>,
+}
+
+/// A key version that an envelope of this volume named before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EarlierKey {
+    pub kid: String,
+    /// Copies that were made from then until then have its envelope. RFC 3339, UTC.
+    pub from: String,
+    pub until: String,
 }
 
 /// A random value under the same key version, which probes have unwrapped instead of the volume
@@ -76,6 +91,8 @@ struct Document {
     kek: KekPart,
     volume_key: VolumeKeyPart,
     canary: CanaryPart,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    earlier: Vec<EarlierKey>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -128,6 +145,7 @@ impl Envelope {
                 wrapped: encode(&self.canary.wrapped),
                 sha256: encode(&self.canary.sha256),
             },
+            earlier: self.earlier.clone(),
         };
         let json = serde_json::to_vec_pretty(&document);
         let mut json = json.map_err(|error| {
@@ -147,7 +165,7 @@ impl Envelope {
             ));
         }
         let document: Document = serde_json::from_slice(json).map_err(|error| bad(&error))?;
-        let Document { volume, created, kek, volume_key, canary, .. } = document;
+        let Document { volume, created, kek, volume_key, canary, earlier, .. } = document;
         let algorithm = Algorithm::from_name(&kek.algorithm)
             .ok_or_else(|| bad(&format!("unknown algorithm {:?}", kek.algorithm)))?;
         Ok(Envelope {
@@ -166,7 +184,43 @@ impl Envelope {
                 sha256: digest(&canary.sha256).ok_or_else(|| bad(&"malformed canary"))?,
             },
             created,
+            earlier,
         })
+    }
+
+    /// What this envelope's successor, made now, has to remember: its own key version too.
+    pub(super) fn earlier_for_successor(&self, now: &str) -> Result<Vec<EarlierKey>> {
+        if self.earlier.len() >= EARLIER_LIMIT {
+            return Err(Error::new(
+                Kind::Busy,
+                format!(
+                    "{FILE} remembers {EARLIER_LIMIT} earlier key versions and takes no more: \
+                     forget those that no copy of the volume needs (`byokfs info --keys`, `byokfs \
+                     forget-key`)"
+                ),
+            ));
+        }
+        let last =
+            EarlierKey { kid: self.kid.clone(), from: self.created.clone(), until: now.to_owned() };
+        Ok(self.earlier.iter().cloned().chain([last]).collect())
+    }
+
+    /// The envelope before this one, where there is one that can be read.
+    pub fn load_previous(dir: &NodeRef) -> Result<Option<Envelope>> {
+        match read(dir, PREVIOUS_FILE.as_bytes()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            json => {
+                let json = json.context(|| format!("cannot read {PREVIOUS_FILE}"))?;
+                Envelope::from_json(&json).map(Some)
+            }
+        }
+    }
+
+    /// Removes the predecessor, whose key opens the volume as well as the current one does.
+    pub fn remove_previous(dir: &NodeRef) -> Result<()> {
+        let message = || format!("cannot remove {PREVIOUS_FILE}");
+        remove_leftover(dir, PREVIOUS_FILE.as_bytes()).context(message)?;
+        dir.sync().context(message)
     }
 
     /// Reads the envelope below `dir`; the previous one, with a warning, where there is none.
@@ -286,6 +340,7 @@ mod tests {
             fingerprint: [3; 32],
             canary: Canary { wrapped: vec![8; 384], sha256: [4; 32] },
             created: now_text(),
+            earlier: Vec::new(),
         }
     }
 
@@ -325,6 +380,39 @@ mod tests {
     }
 
     #[test]
+    fn earlier_keys_are_remembered_up_to_a_limit() {
+        let (_dir, root) = volume();
+        let mut envelope = sample();
+        assert!(!String::from_utf8(envelope.to_json().unwrap()).unwrap().contains("earlier"));
+        for version in 0..EARLIER_LIMIT {
+            let earlier = envelope.earlier_for_successor("2026-01-02T03:04:05Z").unwrap();
+            // The longest kind of key id there is.
+            let kid = format!(
+                "https://{}.vault.azure.net/keys/{:0>127}/{version:032x}",
+                "v".repeat(24),
+                "k"
+            );
+            envelope = Envelope { kid, earlier, ..sample() };
+        }
+        assert_eq!(envelope.earlier[0].kid, sample().kid);
+        envelope.save(&root).unwrap();
+        assert_eq!(Envelope::load(&root).unwrap(), envelope);
+        assert_eq!(envelope.earlier_for_successor("now").unwrap_err().kind, Kind::Busy);
+    }
+
+    #[test]
+    fn the_predecessor_can_be_read_and_removed() {
+        let (_dir, root) = volume();
+        sample().save(&root).unwrap();
+        assert_eq!(Envelope::load_previous(&root).unwrap(), None);
+        Envelope { volume_key_id: 2, ..sample() }.save(&root).unwrap();
+        assert_eq!(Envelope::load_previous(&root).unwrap().unwrap().volume_key_id, 1);
+        Envelope::remove_previous(&root).unwrap();
+        Envelope::remove_previous(&root).unwrap();
+        assert_eq!(Envelope::load_previous(&root).unwrap(), None);
+    }
+
+    #[test]
     fn unknown_formats_and_fields_are_refused() {
         let json = String::from_utf8(sample().to_json().unwrap()).unwrap();
         let newer = json.replace("\"format\": 1", "\"format\": 2");
@@ -340,7 +428,7 @@ mod tests {
     fn an_oversized_or_odd_file_is_not_read() {
         let (dir, root) = volume();
         let path = dir.path().join(FILE);
-        std::fs::write(&path, vec![b' '; 70_000]).unwrap();
+        std::fs::write(&path, vec![b' '; 270_000]).unwrap();
         assert!(Envelope::load(&root).is_err());
         std::fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();

@@ -19,6 +19,9 @@
 //! 4. The store starts a session with the keyring of the [`custody::Revalidated`].
 //! 5. [`watcher::Watcher::admit`] opens the gate and watches from then on.
 //!
+//! [`rewrap::rewrap`] makes an envelope's successor under another key; once that is saved,
+//! [`watcher::Watcher::rotated`] has its key watched.
+//!
 //! After a cut-off ([`watcher::Handler::cut_off`]), `byokfs revalidate` and
 //! [`watcher::Handler::heal`] do steps 3 to 5 again. Only `admit` opens a gate that is watched.
 
@@ -32,6 +35,7 @@ mod probe;
 pub mod provider;
 pub mod reason;
 pub mod requirement;
+pub mod rewrap;
 #[cfg(test)]
 mod testing;
 pub mod watcher;

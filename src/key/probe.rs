@@ -9,8 +9,16 @@ use super::custody::{try_wrap, unwrap_canary};
 use super::envelope::Envelope;
 use super::provider::{Class, KeyInfo, Provider, ProviderError, ProviderResult};
 use super::reason::Reason;
-use super::requirement::validity;
+use super::requirement::{newest_usable, validity};
 use super::wall_clock;
+
+/// What a probe saw.
+#[derive(Debug)]
+pub(super) struct Seen {
+    pub(super) info: KeyInfo,
+    /// The version that the envelope should be wrapped with by now, if it follows versions.
+    pub(super) newer: Option<String>,
+}
 
 /// Probes the envelope's key version. With `complete` every permission that a volume needs is
 /// used, else only what serving needs.
@@ -19,7 +27,7 @@ pub(super) fn probe(
     envelope: &Envelope,
     complete: bool,
     deadline: BootTime,
-) -> ProviderResult<KeyInfo> {
+) -> ProviderResult<Seen> {
     let mut session = provider.session(deadline)?;
     let session = &mut *session;
     let info = session.get_key(&envelope.kid)?;
@@ -27,14 +35,18 @@ pub(super) fn probe(
         return Err(ProviderError::new(Class::Revoked(Reason::KeyDisabled), "the key is disabled"));
     }
     unwrap_canary(session, envelope)?;
+    let mut newer = None;
     if complete {
-        session.list_versions(&envelope.kid)?;
+        let versions = session.list_versions(&envelope.kid)?;
+        newer = newest_usable(&versions)
+            .filter(|newest| envelope.follow_versions && newest.created > info.created)
+            .map(|newest| newest.kid.clone());
         // Outside its dates a key does not wrap; what that means is for the policy to say.
         if validity(&info).check(BootTime::now(), wall_clock()).is_ok() {
             try_wrap(session, envelope)?;
         }
     }
-    Ok(info)
+    Ok(Seen { info, newer })
 }
 
 #[cfg(test)]
@@ -99,6 +111,20 @@ mod tests {
             key.deny("wrapKey");
         });
         assert_eq!(look(&service, &envelope, true), Ok(()));
+    }
+
+    #[test]
+    fn a_newer_version_is_told_to_those_who_follow() {
+        let (service, envelope) = enrolled();
+        let following = Envelope { follow_versions: true, ..envelope.clone() };
+        let newer = |envelope: &Envelope, complete| {
+            probe(&service, envelope, complete, BootTime::now()).unwrap().newer
+        };
+        assert_eq!(newer(&following, true), None);
+        service.change(|key| key.newer_version = true);
+        assert_eq!(newer(&following, true).as_deref(), Some("https://kv.example/keys/kek/02"));
+        assert_eq!(newer(&following, false), None);
+        assert_eq!(newer(&envelope, true), None);
     }
 
     #[test]

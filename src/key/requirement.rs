@@ -373,12 +373,18 @@ fn trial_value() -> crate::Result<SecretBytes> {
     SecretBytes::new_with(32, |place| place.copy_from_slice(value.expose()))
 }
 
-/// The enabled version that was created last.
+/// Of the versions that are enabled and within their dates, the one that was created last.
 pub fn newest_usable(versions: &[VersionInfo]) -> Option<&VersionInfo> {
-    versions.iter().filter(|version| version.enabled).max_by_key(|version| version.created)
+    let now = wall_clock();
+    let usable = |version: &&VersionInfo| {
+        version.enabled
+            && version.expires.is_none_or(|expires| expires > now)
+            && version.not_before.is_none_or(|not_before| not_before <= now)
+    };
+    versions.iter().filter(usable).max_by_key(|version| version.created)
 }
 
-fn same_version(one: &str, other: &str) -> bool {
+pub(super) fn same_version(one: &str, other: &str) -> bool {
     let last = |kid: &str| kid.trim_end_matches('/').rsplit('/').next().map(str::to_owned);
     last(one) == last(other)
 }

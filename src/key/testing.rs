@@ -81,7 +81,11 @@ impl FakeService {
         self.calls.load(Ordering::SeqCst)
     }
 
-    fn key(&self, permission: &'static str) -> ProviderResult<FakeKey> {
+    pub(super) fn key(&self) -> FakeKey {
+        self.key.lock().clone()
+    }
+
+    fn used(&self, permission: &'static str) -> ProviderResult<FakeKey> {
         self.calls.fetch_add(1, Ordering::SeqCst);
         let key = self.key.lock().clone();
         std::thread::sleep(key.delay);
@@ -113,11 +117,11 @@ impl Provider for FakeService {
 
 impl Session for FakeService {
     fn get_key(&mut self, _kid: &str) -> ProviderResult<KeyInfo> {
-        Ok(self.key("get")?.info)
+        Ok(self.used("get")?.info)
     }
 
     fn list_versions(&mut self, _kid: &str) -> ProviderResult<Vec<VersionInfo>> {
-        let key = self.key("list")?;
+        let key = self.used("list")?;
         let version = |kid: String, created| VersionInfo {
             kid,
             enabled: true,
@@ -133,14 +137,14 @@ impl Session for FakeService {
     }
 
     fn wrap(&mut self, _: &str, _: Algorithm, plain: &SecretBytes) -> ProviderResult<Vec<u8>> {
-        let key = self.key("wrapKey")?;
+        let key = self.used("wrapKey")?;
         let mut wrapped = vec![0xee];
         wrapped.extend(plain.expose().iter().map(|byte| byte ^ key.material));
         Ok(wrapped)
     }
 
     fn unwrap(&mut self, _: &str, _: Algorithm, wrapped: &[u8]) -> ProviderResult<SecretBytes> {
-        let key = self.key("unwrapKey")?;
+        let key = self.used("unwrapKey")?;
         let Some((0xee, rest)) = wrapped.split_first() else {
             let class = Class::Denied(Reason::WrongKeyOrCorruptEnvelope);
             let mut error = ProviderError::new(class, "bad parameter");

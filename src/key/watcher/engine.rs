@@ -18,8 +18,8 @@ use crate::key::clock::BootTime;
 use crate::key::envelope::Envelope;
 use crate::key::gate::Gate;
 use crate::key::policy::{self, Decision, Outcome, Policy, Validity};
-use crate::key::probe::probe;
-use crate::key::provider::{Class, KeyInfo, Provider, ProviderError};
+use crate::key::probe::{Seen, probe};
+use crate::key::provider::{Class, Provider, ProviderError};
 use crate::key::reason::Reason;
 use crate::key::requirement::validity;
 use crate::key::wall_clock;
@@ -58,6 +58,10 @@ pub(super) struct Inner {
     pub(super) flight: Option<Flight>,
     pub(super) probes_started: u64,
     pub(super) probes_ended: u64,
+    /// The first probe that is of the current envelope's key.
+    pub(super) envelope_from: u64,
+    /// When a newer version of the key was told of.
+    pub(super) told_newer: Option<BootTime>,
     /// The gate is to be shut by then, whatever the handler does.
     pub(super) backstop: Option<(BootTime, Reason)>,
     /// Cut-offs ordered and not yet done.
@@ -84,6 +88,7 @@ pub(super) struct Flight {
 
 pub(super) enum Event {
     Heal,
+    NewerVersion(String),
     Notice(Notice),
 }
 
@@ -96,6 +101,8 @@ impl Inner {
             flight: None,
             probes_started: 0,
             probes_ended: 0,
+            envelope_from: 0,
+            told_newer: None,
             backstop: None,
             cutting: 0,
             healing: false,
@@ -204,14 +211,16 @@ impl Shared {
         &self,
         inner: &mut MutexGuard<'_, Inner>,
         flight: Flight,
-        result: Result<KeyInfo, ProviderError>,
+        result: Result<Seen, ProviderError>,
     ) {
         let given_up = inner.flight.is_some_and(|current| current.given_up);
         inner.flight = None;
         inner.probes_ended = flight.number + 1;
         // It asked before the revalidation that opened the gate did, and may have been answered
-        // before it as well: what it says now is not known. Ask again at once.
-        if result.is_err() && flight.started <= inner.opened {
+        // before it as well: what it says now is not known. Or it asked about a key that the
+        // volume has left since. Ask again at once.
+        let of_old_key = flight.number < inner.envelope_from;
+        if of_old_key || result.is_err() && flight.started <= inner.opened {
             inner.due = Some(BootTime::ZERO);
             self.changed.notify_all();
             return;
@@ -227,11 +236,12 @@ impl Shared {
         &self,
         inner: &mut MutexGuard<'_, Inner>,
         flight: Flight,
-        result: &Result<KeyInfo, ProviderError>,
+        result: &Result<Seen, ProviderError>,
     ) {
         let (now, wall) = (BootTime::now(), wall_clock());
         let (outcome, detail) = match result {
-            Ok(info) => {
+            Ok(Seen { info, newer }) => {
+                self.tell_of_newer_version(inner, newer.as_deref(), now);
                 let validity = validity(info);
                 inner.validity = validity;
                 inner.failures = 0;
@@ -266,6 +276,35 @@ impl Shared {
         let decision = inner.policy.on_probe(flight.started, now, wall, &outcome);
         self.carry_out(inner, decision, detail);
         self.warn_of_expiry(inner);
+    }
+
+    /// The current envelope's key was found good by a rotation that began at `started`.
+    pub(super) fn judge_rotated(
+        &self,
+        inner: &mut MutexGuard<'_, Inner>,
+        started: BootTime,
+        validity: Validity,
+    ) {
+        inner.validity = validity;
+        if !inner.policy.is_serving() {
+            return;
+        }
+        inner.failures = 0;
+        inner.last_success = Some(system_time_of(started));
+        let outcome = Outcome::Success { complete: true, validity };
+        let decision = inner.policy.on_probe(started, BootTime::now(), wall_clock(), &outcome);
+        self.carry_out(inner, decision, None);
+        self.warn_of_expiry(inner);
+    }
+
+    fn tell_of_newer_version(&self, inner: &mut Inner, newer: Option<&str>, now: BootTime) {
+        let again = |told: BootTime| now.since(told) >= self.settings.follow_again;
+        if let Some(kid) = newer
+            && inner.told_newer.is_none_or(again)
+        {
+            inner.told_newer = Some(now);
+            self.tell(Event::NewerVersion(kid.to_owned()));
+        }
     }
 
     fn carry_out(
@@ -394,6 +433,7 @@ pub(super) fn run_events(events: &Receiver<Event>, handler: &dyn Handler, shared
         let heals = matches!(event, Event::Heal);
         let done = catch_unwind(AssertUnwindSafe(|| match event {
             Event::Notice(notice) => handler.notice(&notice),
+            Event::NewerVersion(kid) => handler.newer_version(&kid),
             Event::Heal => {
                 if let Err(error) = handler.heal() {
                     handler.notice(&Notice::HealFailed { detail: error.to_string() });

@@ -7,7 +7,8 @@
 //! - the *cut-off* thread runs [`Handler::cut_off`], which fences the server first. If the gate is
 //!   not shut by [`Settings::shut_within`] the decider shuts it itself, and has it drained and
 //!   wiped by a thread of its own;
-//! - the *notice* thread runs [`Handler::heal`] and [`Handler::notice`].
+//! - the *notice* thread runs [`Handler::heal`], [`Handler::notice`] and
+//!   [`Handler::newer_version`].
 //!
 //! If all of them died the gate would shut by itself at its `valid_until`. A probe that does not
 //! come back counts as unreachable. Waiting is bounded to a second, so that a suspended machine or
@@ -22,7 +23,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, SystemTime};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::clock::BootTime;
 use super::custody::Revalidated;
@@ -31,6 +32,7 @@ use super::gate::{Gate, GateStatus};
 use super::policy;
 use super::provider::Provider;
 use super::reason::Reason;
+use super::rewrap::Rewrapped;
 use crate::error::{Error, Kind, Result};
 use engine::{
     Inner, Shared, TICK, jittered, run_cut_offs, run_events, spawn, system_time_of, unix_time,
@@ -47,6 +49,8 @@ pub struct Settings {
     pub deadline: Duration,
     /// How long a cut-off may take to shut the gate: the time the fence has, and a little.
     pub shut_within: Duration,
+    /// How long after a newer version of a followed key was told of it is told of again.
+    pub follow_again: Duration,
     pub policy: policy::Settings,
 }
 
@@ -56,6 +60,7 @@ impl Default for Settings {
             interval: Duration::from_secs(30),
             deadline: Duration::from_secs(10),
             shut_within: Duration::from_secs(25),
+            follow_again: Duration::from_secs(10 * 60),
             policy: policy::Settings::default(),
         }
     }
@@ -72,6 +77,9 @@ pub trait Handler: Send + Sync {
     fn heal(&self) -> Result<()>;
     /// Something for the audit log, metrics or alerts.
     fn notice(&self, notice: &Notice);
+    /// The envelope follows its key's versions, and this is the newest one that can be used. Must
+    /// not wait for a key service: notices wait behind it.
+    fn newer_version(&self, kid: &str);
 }
 
 #[derive(Clone, Debug)]
@@ -242,9 +250,37 @@ impl Watcher {
         self.status()
     }
 
-    /// The envelope was rewritten: probes go to its key from now on.
+    /// The envelope is another one: probes go to its key from now on.
     pub fn replace_envelope(&self, envelope: Envelope) {
-        *self.shared.envelope.lock() = Arc::new(envelope);
+        let mut inner = self.shared.inner.lock();
+        self.replace(&mut inner, envelope);
+    }
+
+    /// The envelope was rewrapped and saved: its key, which was just checked in full, is the one
+    /// that counts from now on. What the old one does does not matter any more.
+    pub fn rotated(&self, rewrapped: &Rewrapped) {
+        let mut inner = self.shared.inner.lock();
+        self.replace(&mut inner, rewrapped.envelope.clone());
+        self.shared.judge_rotated(&mut inner, rewrapped.started, rewrapped.validity());
+    }
+
+    fn replace(&self, inner: &mut MutexGuard<'_, engine::Inner>, envelope: Envelope) {
+        let mut current = self.shared.envelope.lock();
+        if **current == envelope {
+            return;
+        }
+        *current = Arc::new(envelope);
+        // A probe under way may be of the old key.
+        inner.envelope_from = inner.probes_started;
+        inner.told_newer = None;
+        if inner.due.is_some() {
+            inner.due = Some(BootTime::ZERO);
+        }
+        self.shared.changed.notify_all();
+    }
+
+    pub fn envelope(&self) -> Arc<Envelope> {
+        Arc::clone(&self.shared.envelope.lock())
     }
 
     pub fn status(&self) -> Status {

@@ -5,6 +5,7 @@ use std::thread;
 use super::super::custody::{Enrolment, enrol, revalidate};
 use super::super::gate::State;
 use super::super::provider::{Algorithm, Class};
+use super::super::rewrap::{NewKey, rewrap};
 use super::super::testing::{FakeKey, FakeService};
 use super::super::{requirement, wall_clock};
 use super::*;
@@ -21,6 +22,7 @@ fn quick() -> Settings {
         interval: millis(30),
         deadline: millis(500),
         shut_within: millis(1000),
+        follow_again: millis(200),
         policy: policy::Settings {
             confirm_after: millis(20),
             confirm_within: millis(2000),
@@ -39,6 +41,7 @@ struct Recorder {
     watcher: Mutex<Weak<Watcher>>,
     orders: Mutex<Vec<(Reason, Option<String>)>>,
     notices: Mutex<Vec<Notice>>,
+    newer: Mutex<Vec<String>>,
     /// The cut-off hangs, as behind a fence that does not end.
     hangs: AtomicBool,
     panics: AtomicBool,
@@ -76,6 +79,10 @@ impl Handler for Recorder {
     fn notice(&self, notice: &Notice) {
         self.notices.lock().push(notice.clone());
     }
+
+    fn newer_version(&self, kid: &str) {
+        self.newer.lock().push(kid.to_owned());
+    }
 }
 
 struct Rig {
@@ -99,6 +106,7 @@ fn started(settings: Settings) -> Rig {
         watcher: Mutex::new(Weak::new()),
         orders: Mutex::default(),
         notices: Mutex::default(),
+        newer: Mutex::default(),
         hangs: AtomicBool::new(false),
         panics: AtomicBool::new(false),
     });
@@ -322,6 +330,87 @@ fn throttling_is_honoured() {
     rig.wait_for(State::Degraded, Some(Reason::Unreachable));
     let wait = rig.watcher.status().next_probe_in.unwrap();
     assert!(wait > Duration::from_secs(40), "{wait:?}");
+}
+
+/// The envelope of the same volume key, as another key of the same service would wrap it.
+fn rewrapped(rig: &Rig) -> Rewrapped {
+    let envelope = rig.recorder.enrolment.envelope([0; 16]);
+    let pin = &rig.recorder.enrolment.fingerprint;
+    let (service, settings) = (&rig.service, requirement::Settings::default());
+    let (bare, _) = FakeService::KID.rsplit_once('/').unwrap();
+    let new = NewKey { provider: service, url: bare, algorithm: None, forget_earlier: false };
+    rewrap(service, &envelope, pin, &new, &settings, LIMIT).unwrap().unwrap()
+}
+
+#[test]
+fn what_becomes_of_the_old_key_after_a_rotation_does_not_matter() {
+    let rig = started(Settings { interval: Duration::from_secs(3600), ..quick() });
+    rig.recorder.admit().unwrap();
+    let rewrapped = rewrapped(&rig);
+    // A probe of the old key is under way, and will find it disabled.
+    rig.service.change(|key| {
+        key.delay = millis(200);
+        key.info.enabled = false;
+    });
+    let calls = rig.service.calls();
+    rig.watcher.shared.inner.lock().due = Some(BootTime::ZERO);
+    rig.watcher.shared.changed.notify_all();
+    until("a probe", || rig.service.calls() > calls);
+    rig.watcher.rotated(&rewrapped);
+    rig.service.change(|key| {
+        key.delay = Duration::ZERO;
+        key.info.enabled = true;
+        key.info.expires = Some(wall_clock() + 1000);
+    });
+    until("a probe of the new key", || rig.watcher.status().expires.is_some());
+    assert!(rig.recorder.orders.lock().is_empty());
+    assert_eq!(rig.state(), (State::Available, None));
+    assert!(rig.watcher.envelope().follow_versions);
+}
+
+#[test]
+fn a_rotation_clears_a_denial_of_the_old_key() {
+    let rig = started(Settings {
+        policy: policy::Settings { confirm_after: millis(1500), ..quick().policy },
+        interval: Duration::from_secs(3600),
+        ..quick()
+    });
+    rig.recorder.admit().unwrap();
+    let rewrapped = rewrapped(&rig);
+    rig.service.change(|key| key.deny("get"));
+    rig.watcher.probe_now(LIMIT);
+    assert_eq!(rig.state(), (State::Degraded, Some(Reason::PermissionRevoked)));
+    rig.service.change(|key| key.denied.clear());
+    rig.watcher.rotated(&rewrapped);
+    assert_eq!(rig.state(), (State::Available, None));
+}
+
+#[test]
+fn a_rotation_of_a_volume_that_is_cut_off_does_not_open_it() {
+    let rig = started(Settings {
+        policy: policy::Settings { auto_heal_window: Duration::from_secs(60), ..quick().policy },
+        ..quick()
+    });
+    rig.recorder.admit().unwrap();
+    let rewrapped = rewrapped(&rig);
+    rig.watcher.cut_off(Reason::Operator);
+    rig.wait_for(State::Inaccessible, Some(Reason::Operator));
+    rig.watcher.rotated(&rewrapped);
+    thread::sleep(millis(150));
+    assert_eq!(rig.state(), (State::Inaccessible, Some(Reason::Operator)));
+}
+
+#[test]
+fn a_newer_version_is_told_of_again_until_it_is_followed() {
+    let rig = started(quick());
+    rig.service.change(|key| key.newer_version = true);
+    rig.recorder.admit().unwrap();
+    thread::sleep(millis(300));
+    assert!(rig.recorder.newer.lock().is_empty(), "the envelope names a version");
+    rig.watcher.rotated(&rewrapped(&rig));
+    until("it to be told twice", || rig.recorder.newer.lock().len() >= 2);
+    assert_eq!(rig.recorder.newer.lock()[0], "https://kv.example/keys/kek/02");
+    assert_eq!(rig.state(), (State::Available, None));
 }
 
 #[test]
