@@ -60,6 +60,8 @@ pub struct Watcher {
     /// A revocation heals by itself for this long after it; 0: only `revalidate` brings it back.
     #[serde(with = "duration")]
     pub auto_heal_window: Duration,
+    /// Rewrap a volume whose key was named without a version when there is a newer one.
+    pub follow_versions: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,6 +83,7 @@ impl Default for Watcher {
             max_staleness: Duration::from_secs(9 * 60),
             on_expired: OnExpired::default(),
             auto_heal_window: Duration::ZERO,
+            follow_versions: true,
         }
     }
 }

@@ -37,10 +37,17 @@ pub enum Verb {
     Umount(TargetArgs),
     /// State of a mounted volume: Available, Degraded or Inaccessible, and why
     Status(ReportArgs),
-    /// Check the key again, and bring an Inaccessible volume back
-    Revalidate(ReportArgs),
     /// Check a key against every requirement, before or while a volume uses it
     CheckKey(CheckKeyArgs),
+    /// Check the key again, and bring an Inaccessible volume back
+    Revalidate(RevalidateArgs),
+    /// Give a volume another version of its key, or another key; data is not touched
+    #[command(subcommand)]
+    Rotate(RotateVerb),
+    /// Give a copy of a volume a key of its own; data is not touched
+    Rekey(RekeyArgs),
+    /// Take a key version off the list of those that copies of a volume need
+    ForgetKey(ForgetKeyArgs),
     /// Make everything acknowledged so far durable
     Sync(TargetArgs),
     /// What a volume says about itself, without its key
@@ -149,9 +156,64 @@ pub struct CheckKeyArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct RevalidateArgs {
+    #[command(flatten)]
+    pub report: ReportArgs,
+    /// The key version that the envelope of a restored older copy names, to confirm that one
+    #[arg(long, value_name = "URL")]
+    pub accept_key: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum RotateVerb {
+    /// The key that wraps the volume key: rewraps one small file
+    Kek(RotateKekArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct RotateKekArgs {
+    #[command(flatten)]
+    pub report: ReportArgs,
+    /// The new key: with a version, or without one, which follows newer versions from then on
+    /// [default: the current version of the key there is]
+    #[arg(long, value_name = "URL")]
+    pub to: Option<String>,
+    /// How it wraps: RSA-OAEP-256, RSA-OAEP or A256KW [default: as before, if the key can]
+    #[arg(long, value_name = "NAME")]
+    pub algorithm: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct RekeyArgs {
+    #[command(flatten)]
+    pub report: ReportArgs,
+    /// The copy's own key, with or without a version
+    #[arg(long, value_name = "URL")]
+    pub to: String,
+    /// How it wraps: RSA-OAEP-256, RSA-OAEP or A256KW [default: as before, if the key can]
+    #[arg(long, value_name = "NAME")]
+    pub algorithm: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct ForgetKeyArgs {
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// The key version, as `byokfs info --keys` names it
+    #[arg(value_name = "URL")]
+    pub kid: String,
+    /// No copy of the volume from the time of that version is kept
+    #[arg(long)]
+    pub no_copies: bool,
+}
+
+#[derive(Debug, Args)]
 pub struct InfoArgs {
     /// The backing directory
     pub back: PathBuf,
+    /// The key versions that the volume and its copies need
+    #[arg(long)]
+    pub keys: bool,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,

@@ -3,7 +3,9 @@
 use serde_json::{Value, json};
 
 use crate::backing::Backing;
+use crate::backing::NodeRef;
 use crate::backing::linux::LinuxBacking;
+use crate::daemon::rotation::{self, Role};
 use crate::daemon::{check::resolve, hex, mountinfo};
 use crate::error::Result;
 use crate::key::envelope::Envelope;
@@ -16,6 +18,9 @@ pub(super) fn run(args: InfoArgs) -> Result<()> {
     let back = resolve("the backing directory", &args.back)?;
     let backing = LinuxBacking::open(&back)?;
     let info = Store::inspect(&*backing)?;
+    if args.keys {
+        return keys(&backing.root(), args.json);
+    }
     let envelope = Envelope::load(&backing.root())?;
     let mounted = mountinfo::find(&back)?.filter(|mount| mount.source == back);
     let value = json!({
@@ -40,6 +45,26 @@ pub(super) fn run(args: InfoArgs) -> Result<()> {
         output::warning("one copy of the volume header is damaged; the other one serves");
     }
     output::text(&render(&value))
+}
+
+/// What a key officer must not destroy, and until when.
+fn keys(dir: &NodeRef, json: bool) -> Result<()> {
+    let keys = rotation::needed(dir)?;
+    if json {
+        return output::json(&keys.iter().map(rotation::NeededKey::json).collect::<Vec<_>>());
+    }
+    let line = |key: &rotation::NeededKey| {
+        let times = match (key.role, &key.from, &key.until) {
+            (Role::Current, Some(from), _) => format!("the volume, since {from}"),
+            (Role::Previous, Some(from), Some(until)) => {
+                format!("envelope.prev.json, and copies made {from} to {until}")
+            }
+            (Role::Copies, Some(from), Some(until)) => format!("copies made {from} to {until}"),
+            _ => "envelope.prev.json".to_owned(),
+        };
+        format!("{:<8}  {}  {times}\n", key.role.name(), key.kid)
+    };
+    output::text(&keys.iter().map(line).collect::<String>())
 }
 
 fn render(info: &Value) -> String {

@@ -9,7 +9,7 @@ use crate::backing::Backing;
 use crate::backing::linux::LinuxBacking;
 use crate::config::Config;
 use crate::crypto;
-use crate::daemon::pins::{self, Pin};
+use crate::daemon::pins::{self, Pin, Place as PinnedPlace};
 use crate::daemon::{check, harden, hex, mountinfo, settings, volume};
 use crate::error::{Context, Error, Kind, Result};
 use crate::key::custody::{self, Enrolment};
@@ -48,7 +48,16 @@ pub(super) fn run(args: InitArgs) -> Result<()> {
     for row in enrolment.report.warnings() {
         output::warning(&format!("{}: {}; {}", row.requirement, row.found, row.fix));
     }
-    let pin = Pin { fingerprint: enrolment.fingerprint, requirements: !tolerant };
+    let pin = Pin {
+        fingerprint: enrolment.fingerprint,
+        requirements: !tolerant,
+        places: Some(vec![PinnedPlace {
+            host: pins::this_host(),
+            back: place.path.clone(),
+            kek: enrolment.info.kid.clone(),
+            kek_next: None,
+        }]),
+    };
     let options = FormatOptions { plaintext_names: args.plaintext_names };
     let (uuid, pin_path) = place.fill(&config, &enrolment, &pin, options)?;
     tell_audit(&config, &uuid, &place.path, &enrolment.info.kid);

@@ -10,6 +10,7 @@ pub mod mount_options;
 pub mod output;
 mod remount;
 mod revalidate;
+mod rotate;
 mod status;
 mod sync;
 mod target;
@@ -24,7 +25,7 @@ use clap::Parser;
 
 use crate::daemon::{guard, start};
 use crate::error::{Error, Kind, Result};
-use args::{Cli, Verb};
+use args::{Cli, RotateVerb, Verb};
 
 /// The binary's whole life: `mount.byokfs` by its own name, else the verb of the arguments.
 pub fn main() -> ExitCode {
@@ -59,6 +60,9 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Status(args) => status::run(args),
         Verb::Revalidate(args) => revalidate::run(args),
         Verb::CheckKey(args) => check_key::run(args),
+        Verb::Rotate(RotateVerb::Kek(args)) => rotate::kek(args),
+        Verb::Rekey(args) => rotate::rekey(args),
+        Verb::ForgetKey(args) => rotate::forget(args),
         Verb::Sync(args) => sync::run(args),
         Verb::Info(args) => info::run(args),
         Verb::Vault(args) => vault::run(args),

@@ -7,6 +7,7 @@ use crate::daemon::plan::Plan;
 use crate::error::Result;
 
 use super::mount_options::MountRequest;
+use super::output;
 
 pub(super) fn run(request: MountRequest) -> Result<()> {
     let options = request.options;
@@ -35,5 +36,8 @@ pub(super) fn run(request: MountRequest) -> Result<()> {
         crate::daemon::start::install_log(&plan)?;
         return guard::run(&plan);
     }
-    guard::start_in_background(&plan)
+    if let Some(why) = guard::start_in_background(&plan)? {
+        output::warning(&format!("mounted, and Inaccessible: {why}"));
+    }
+    Ok(())
 }

@@ -7,15 +7,16 @@ use serde_json::Value;
 use crate::daemon::control::Verb;
 use crate::error::Result;
 
-use super::args::ReportArgs;
+use super::args::RevalidateArgs;
 use super::target::Target;
 use super::{output, status};
 
 /// Longer than a whole check of the key, with a cut-off under way before it.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
-pub(super) fn run(args: ReportArgs) -> Result<()> {
-    let answer = Target::find(&args.target)?.call(Verb::Revalidate, TIMEOUT)?;
+pub(super) fn run(args: RevalidateArgs) -> Result<()> {
+    let RevalidateArgs { report: args, accept_key } = args;
+    let answer = Target::find(&args.target)?.call(Verb::Revalidate { accept_key }, TIMEOUT)?;
     if args.json {
         return output::json(&answer);
     }

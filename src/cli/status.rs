@@ -21,10 +21,11 @@ pub(super) fn run(args: ReportArgs) -> Result<()> {
 
 /// For people: what there is of the fields they look for, in this order.
 pub(super) fn render(status: &Value) -> String {
-    const LINES: [(&str, &str); 12] = [
+    const LINES: [(&str, &str); 13] = [
         ("state", "state"),
         ("reason", "reason"),
         ("reason_text", "meaning"),
+        ("reason_detail", "detail"),
         ("since", "since"),
         ("kek", "key"),
         ("last_success", "last success"),

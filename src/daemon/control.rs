@@ -24,21 +24,35 @@ const MAX_REQUEST: u64 = 64 * 1024;
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_CLIENTS: usize = 32;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+/// A request, `{"verb":"status"}`; some have further fields.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verb", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Verb {
     Status,
     /// Check the key now, as the watcher would.
     Probe,
-    Revalidate,
+    Revalidate {
+        /// The key version of an envelope that was restored from an older copy.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        accept_key: Option<String>,
+    },
+    RotateKek {
+        /// Absent: the current version of the same key.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        to: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        algorithm: Option<String>,
+        /// The volume is a copy that gets a key of its own.
+        #[serde(default)]
+        rekey: bool,
+    },
+    ForgetKey {
+        kid: String,
+        #[serde(default)]
+        no_copies: bool,
+    },
     Sync,
     Umount,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Request {
-    pub verb: Verb,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -198,8 +212,11 @@ fn converse(stream: &UnixStream, answer: &impl Fn(Verb) -> Result<Value>) -> io:
         if reader.by_ref().take(MAX_REQUEST).read_line(&mut line)? == 0 {
             return Ok(());
         }
-        let response = match serde_json::from_str::<Request>(&line) {
-            Ok(request) => match answer(request.verb) {
+        let verb = serde_json::from_str::<Verb>(&line);
+        // Who has asked for that waits for the daemon to end, however long that takes.
+        let waits = matches!(verb, Ok(Verb::Umount));
+        let response = match verb {
+            Ok(verb) => match answer(verb) {
                 Ok(value) => Response::Ok(value),
                 Err(error) => Response::Error((&error).into()),
             },
@@ -212,6 +229,9 @@ fn converse(stream: &UnixStream, answer: &impl Fn(Verb) -> Result<Value>) -> io:
         text.push('\n');
         let mut stream = stream;
         stream.write_all(text.as_bytes())?;
+        if waits && matches!(response, Response::Ok(_)) {
+            stream.set_read_timeout(None)?;
+        }
     }
 }
 
@@ -242,7 +262,7 @@ impl Client {
     pub fn call(&mut self, verb: Verb, timeout: Duration) -> Result<Value> {
         let failed = || "the daemon does not answer".to_owned();
         self.stream.set_read_timeout(Some(timeout)).context(failed)?;
-        let mut line = serde_json::to_string(&Request { verb })
+        let mut line = serde_json::to_string(&verb)
             .map_err(|error| Error::new(Kind::Io, failed()).with_source(error))?;
         line.push('\n');
         self.stream.write_all(line.as_bytes()).context(failed)?;

@@ -87,6 +87,12 @@ impl CutOff {
         Arc::new(CutOff { gate, sync, mounted: OnceLock::new(), transition })
     }
 
+    /// The volume starts on the far side: it is mounted, and was never opened.
+    pub fn start_shut(&self, reason: Reason) {
+        self.gate.shut(reason);
+        *self.transition.lock() = Side::CutOff;
+    }
+
     /// To be called once, when the mount is there.
     pub fn mounted(&self, mounted: Mounted) {
         if self.mounted.set(mounted).is_err() {

@@ -66,8 +66,9 @@ pub fn main() -> Result<()> {
     result
 }
 
-/// Starts a guard in the background and returns when its mount serves.
-pub fn start_in_background(plan: &Plan) -> Result<()> {
+/// Starts a guard in the background and returns when its mount serves; or, of a mount that is there
+/// and shut, why it is.
+pub fn start_in_background(plan: &Plan) -> Result<Option<String>> {
     let stderr = match &plan.config.log.file {
         Some(file) => {
             check::parent_dir(file)?;
@@ -109,7 +110,7 @@ fn parent(plan: &Plan, signals: &OwnedFd) -> Result<()> {
     for report in heard {
         match report {
             Report::Mounted(number) => device = Some(number),
-            Report::Ready => {}
+            Report::Ready | Report::Shut(_) => {}
             Report::Failed(failed) => failure = Some(Error::from(failed)),
         }
     }
@@ -143,6 +144,10 @@ fn relay(
             Ok(report) => {
                 let report = match report {
                     Report::Ready => ready(daemon, mnt),
+                    Report::Shut(why) => {
+                        notify::ready(&format!("Inaccessible: {why}"));
+                        Report::Shut(why)
+                    }
                     report => report,
                 };
                 if !foreground {

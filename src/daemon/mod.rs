@@ -13,6 +13,7 @@ pub mod notify;
 pub mod pins;
 pub mod plan;
 pub mod report;
+pub mod rotation;
 pub mod settings;
 pub mod start;
 pub mod users;

@@ -16,6 +16,8 @@ pub enum Report {
     Mounted(Device),
     /// The mount serves.
     Ready,
+    /// The mount is there and answers errors until its volume is revalidated: why.
+    Shut(String),
     Failed(Failure),
 }
 
@@ -57,13 +59,14 @@ impl Report {
     }
 }
 
-/// Waits for the mount to serve, or for the error.
-pub fn wait(reports: impl BufRead) -> Result<()> {
+/// Waits for the mount to serve, or for the error. Of a mount that is there and shut, why it is.
+pub fn wait(reports: impl BufRead) -> Result<Option<String>> {
     for line in reports.lines() {
         let line = line.context(|| "cannot read from the mount's guard".to_owned())?;
         match Report::parse(&line)? {
             Report::Mounted(_) => {}
-            Report::Ready => return Ok(()),
+            Report::Ready => return Ok(None),
+            Report::Shut(why) => return Ok(Some(why)),
             Report::Failed(failure) => return Err(failure.into()),
         }
     }
@@ -86,7 +89,9 @@ mod tests {
     #[test]
     fn the_first_outcome_counts() {
         let text = "{\"mounted\":{\"major\":0,\"minor\":5}}\n\"ready\"\n";
-        wait(text.as_bytes()).unwrap();
+        assert_eq!(wait(text.as_bytes()).unwrap(), None);
+        let shut = serde_json::to_string(&Report::Shut("a copy".into())).unwrap();
+        assert_eq!(wait(shut.as_bytes()).unwrap().as_deref(), Some("a copy"));
         let failed = Report::Failed((&Error::new(Kind::Denied, "no")).into());
         let text = serde_json::to_string(&failed).unwrap();
         let error = wait(text.as_bytes()).unwrap_err();

@@ -14,16 +14,18 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::control::{self, Description};
 use super::cutoff::{self, CutOff};
 use super::fence::Fence;
+use super::pins::{self, Standing};
 use super::plan::{Plan, Watch};
 use super::report::{self, Report};
 use super::volume::{Integrity, Mount, Orders, Volume, check_key, log_warnings};
-use super::{check, harden, hex, keeper, mountinfo, notify, pins, settings};
+use super::{check, harden, hex, keeper, mountinfo, notify, rotation, settings};
 use crate::backing::Backing;
 use crate::backing::linux::LinuxBacking;
 use crate::crypto;
@@ -32,8 +34,9 @@ use crate::fuse::{self, MountOptions};
 use crate::key::envelope::Envelope;
 use crate::key::gate::Gate;
 use crate::key::provider;
+use crate::key::reason::Reason;
 use crate::key::watcher::Watcher;
-use crate::observe::audit::{self, Event, Name, emit};
+use crate::observe::audit::{self, Event, Name, Status, emit};
 use crate::observe::log as logging;
 use crate::store::Store;
 use crate::sys;
@@ -121,9 +124,19 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
     let gate = Gate::new();
     let store = open_store(&backing, &gate, plan.read_only)?;
 
-    let revalidated = check_key(&*provider, &envelope, &info, &pin, &plan.config)?;
-    log_warnings(&revalidated.report);
-    store.start_session(&revalidated.keyring)?;
+    let standing = pin.standing(&plan.back, &envelope.kid);
+    let (revalidated, unconfirmed) = if standing == Standing::Confirmed {
+        let revalidated = check_key(&*provider, &envelope, &info, &pin, &plan.config)?;
+        log_warnings(&revalidated.report);
+        store.start_session(&revalidated.keyring)?;
+        (Some(revalidated), None)
+    } else {
+        // Not a failure: the mount is there, shut, until a person has confirmed it.
+        let why = rotation::unconfirmed(&standing, &envelope).to_string();
+        log::warn!("{why}");
+        (None, Some(why))
+    };
+    let kid = envelope.kid.clone();
 
     let syncer = Arc::clone(&store);
     let sync = move || syncer.sync_all().map_err(|error| Error::new(Kind::Io, error.to_string()));
@@ -139,7 +152,8 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
     let volume = Arc::new(Volume {
         plan,
         info,
-        pin,
+        unconfirmed,
+        envelope: Mutex::default(),
         backing,
         store,
         gate,
@@ -149,7 +163,13 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
         mount: OnceLock::new(),
         guard: AtomicI32::new(parent()),
     });
-    watcher.admit(revalidated)?;
+    match revalidated {
+        Some(revalidated) => {
+            watcher.admit(revalidated)?;
+            volume.confirm(&kid);
+        }
+        None => volume.cut_off.start_shut(Reason::NotConfirmed),
+    }
     if volume.watcher.set(watcher).is_err() || orders.volume.set(Arc::downgrade(&volume)).is_err() {
         log::error!("started twice");
     }
@@ -198,7 +218,7 @@ fn mount_and_serve(volume: &Arc<Volume>, life: BufReader<File>, signals: OwnedFd
     let fence = Fence::new(plan.config.fence.clone(), device);
     volume.cut_off.mounted(cutoff::Mounted { fence, cache: Box::new(session.purge()) });
     // Until here a cut-off could not purge; it had nothing to.
-    if volume.gate.check().is_err() {
+    if volume.gate.check().is_err() && volume.unconfirmed.is_none() {
         return Err(Error::new(
             Kind::Inaccessible,
             "the key was lost while the volume was mounted",
@@ -226,8 +246,22 @@ fn mount_and_serve(volume: &Arc<Volume>, life: BufReader<File>, signals: OwnedFd
         );
     }
     log::info!("{} is mounted at {}", plan.back.display(), plan.mnt.display());
-    notify::status("Available");
-    Report::Ready.send();
+    match &volume.unconfirmed {
+        None => {
+            notify::status("Available");
+            Report::Ready.send();
+        }
+        Some(why) => {
+            emit(
+                Event::new(Name::MakeInaccessible)
+                    .status(Status::Succeeded)
+                    .with("reason", Reason::NotConfirmed.name())
+                    .with("detail", why.as_str()),
+            );
+            notify::status(&format!("Inaccessible: {}", Reason::NotConfirmed.name()));
+            Report::Shut(why.clone()).send();
+        }
+    }
     report::close()?;
 
     if let Some(mount) = volume.mount.get() {

@@ -4,14 +4,16 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::control::Verb;
 use super::cutoff::{CutOff, Side};
 use super::mountinfo::Device;
+use super::pins::{self, Standing};
 use super::plan::Plan;
-use super::{hex, notify, settings, users};
-use crate::backing::Backing;
+use super::{hex, notify, rotation, settings, users};
+use crate::backing::{Backing, NodeRef};
 use crate::error::{Error, FsError, Kind, Result};
 use crate::fuse;
 use crate::key::custody::{self, Refusal};
@@ -51,11 +53,24 @@ pub struct Mount {
     pub since: SystemTime,
 }
 
+/// Who wants a revalidation.
+#[derive(Clone, Copy, Debug)]
+enum Asked<'a> {
+    /// `accept_key`: the other key version that the person has accepted.
+    ByPerson {
+        accept_key: Option<&'a str>,
+    },
+    ByWatcher,
+}
+
 #[derive(Debug)]
 pub struct Volume {
     pub plan: Plan,
     pub info: VolumeInfo,
-    pub pin: super::pins::Pin,
+    /// Why the volume was not opened when it was mounted.
+    pub unconfirmed: Option<String>,
+    /// Held by who reads the envelope to act on it, or replaces it.
+    pub envelope: Mutex<()>,
     pub backing: Arc<dyn Backing>,
     pub store: Arc<Store>,
     pub gate: Arc<Gate>,
@@ -76,12 +91,18 @@ impl Volume {
                 self.watcher()?.probe_now(PROBE_LIMIT);
                 self.status()
             }
-            Verb::Revalidate => {
-                let report = self.revalidate(true)?;
+            Verb::Revalidate { accept_key } => {
+                let asked = Asked::ByPerson { accept_key: accept_key.as_deref() };
+                let report = self.revalidate(asked)?;
                 let mut status = self.status()?;
                 status["requirements"] = json!(report);
                 Ok(status)
             }
+            Verb::RotateKek { to, algorithm, rekey } => {
+                let algorithm = algorithm.as_deref().map(rotation::algorithm).transpose()?;
+                self.rotate(&rotation::Order { to, algorithm, rekey, followed: false })
+            }
+            Verb::ForgetKey { kid, no_copies } => self.forget_key(&kid, no_copies),
             Verb::Sync => self.store.sync_all().map_err(sync_error).map(|()| Value::Null),
             Verb::Umount => self.unmount().map(|()| Value::Null),
         }
@@ -126,26 +147,95 @@ impl Volume {
         emit(Event::new(Name::UnmountRefused).with("error", error.to_string()));
     }
 
-    /// Checks the key in full, and opens the volume with it if it is shut. `asked` by a person,
-    /// not by the watcher.
-    fn revalidate(&self, asked: bool) -> Result<Report> {
-        let mut side = self.settled()?;
-        let shut = *side == Side::CutOff;
-        if shut {
-            emit(Event::new(Name::MakeAccessible).status(Status::Started).with("asked", asked));
+    /// The envelope, for a rotation or a revalidation.
+    fn envelope_lock(&self) -> Result<parking_lot::MutexGuard<'_, ()>> {
+        self.envelope.try_lock_for(TRANSITION_LIMIT).ok_or_else(|| {
+            Error::new(Kind::Busy, "a rotation of the key is under way; try again when it is done")
+        })
+    }
+
+    fn site<'a>(&'a self, dir: &'a NodeRef) -> rotation::Site<'a> {
+        rotation::Site {
+            dir,
+            back: &self.plan.back,
+            info: &self.info,
+            config: &self.plan.config,
+            config_dir: &self.plan.config_dir,
         }
-        let result = self.reopen(shut);
-        if !shut {
+    }
+
+    /// Gives the volume another key, or another version of its key, while it serves.
+    fn rotate(&self, order: &rotation::Order) -> Result<Value> {
+        let mnt = self.plan.mnt.display();
+        if self.plan.read_only {
+            return Err(Error::usage(format!(
+                "{mnt} is mounted read-only: unmount it, and rotate the backing directory"
+            )));
+        }
+        let watcher = self.watcher()?;
+        let _one = self.envelope_lock()?;
+        if self.gate.check().is_err() {
+            let message = format!("{mnt} is Inaccessible: `byokfs revalidate {mnt}` first");
+            return Err(Error::new(Kind::Inaccessible, message));
+        }
+        let dir = self.store.envelope_dir();
+        let before = watcher.status().kid;
+        let rotated = rotation::rotate(&self.site(&dir), order)?;
+        if let Some(rotated) = &rotated {
+            watcher.rotated(&rotated.rewrapped, Arc::clone(&rotated.provider));
+            log::info!("the volume's key is now {}", rotated.rewrapped.envelope.kid);
+        }
+        rotation::outcome(&self.info, &before, rotated.as_ref(), &dir)
+    }
+
+    /// A newer version of a followed key.
+    fn follow(&self, kid: String) {
+        if self.plan.read_only || !self.plan.config.watcher.follow_versions {
+            return;
+        }
+        let order = rotation::Order { to: Some(kid), followed: true, ..Default::default() };
+        if let Err(error) = self.rotate(&order) {
+            log::error!("the new version of the key is not followed yet: {error}");
+        }
+    }
+
+    fn forget_key(&self, kid: &str, no_copies: bool) -> Result<Value> {
+        let _one = self.envelope_lock()?;
+        let dir = self.store.envelope_dir();
+        rotation::forget(&self.site(&dir), kid, no_copies)?;
+        // The list is a part of the envelope.
+        if let Some(watcher) = self.watcher.get() {
+            watcher.envelope_saved(Envelope::load(&dir)?);
+        }
+        Ok(Value::Null)
+    }
+
+    /// Checks the key in full, and opens the volume with it if it is shut.
+    fn revalidate(&self, asked: Asked<'_>) -> Result<Report> {
+        // Before the transition: a cut-off must not wait for a rotation to end.
+        let _one = self.envelope_lock()?;
+        let mut side = self.settled()?;
+        if *side == Side::Open {
+            // Nor for this check, which changes nothing.
             drop(side);
+            let result = self.reopen(false, asked);
             // Whatever was found, the watcher is to know it too.
             self.watcher()?.probe_now(PROBE_LIMIT);
             return result;
         }
+        let by_person = matches!(asked, Asked::ByPerson { .. });
+        emit(Event::new(Name::MakeAccessible).status(Status::Started).with("asked", by_person));
+        // A denial from before the key was back may have come in meanwhile. Another one counts.
+        let result = match self.reopen(true, asked) {
+            Err(error) if error.kind == Kind::Inaccessible => self.reopen(true, asked),
+            result => result,
+        };
         match result {
             Ok(report) => {
                 *side = Side::Open;
                 drop(side);
-                emit(Event::new(Name::MakeAccessible).status(Status::Succeeded));
+                let event = Event::new(Name::MakeAccessible).status(Status::Succeeded);
+                emit(event.with("kek", report.kid.as_str()));
                 log::info!("the volume is Available again");
                 notify::status("Available");
                 Ok(report)
@@ -175,22 +265,44 @@ impl Volume {
         Err(Error::new(Kind::Busy, "the cut-off is still under way; try again when it is done"))
     }
 
-    fn reopen(&self, open: bool) -> Result<Report> {
+    /// The caller holds the envelope.
+    fn reopen(&self, open: bool, asked: Asked<'_>) -> Result<Report> {
         let envelope = Envelope::load(&self.store.envelope_dir())?;
-        let provider =
-            provider::for_key(&envelope.kid, &settings::provider(&self.plan.config.key))?;
-        let revalidated =
-            check_key(&*provider, &envelope, &self.info, &self.pin, &self.plan.config)?;
+        let config = &self.plan.config;
+        let pin = pins::read(&self.plan.config_dir, &self.info.uuid)?;
+        let standing = pin.standing(&self.plan.back, &envelope.kid);
+        let confirmed = match (&standing, asked) {
+            (Standing::Confirmed, _) | (Standing::Elsewhere, Asked::ByPerson { .. }) => true,
+            (Standing::OtherKey(_), Asked::ByPerson { accept_key }) => {
+                accept_key == Some(envelope.kid.as_str())
+            }
+            (_, Asked::ByWatcher) => false,
+        };
+        if !confirmed {
+            return Err(rotation::unconfirmed(&standing, &envelope));
+        }
+        let provider = provider::for_key(&envelope.kid, &settings::provider(&config.key))?;
+        let revalidated = check_key(&*provider, &envelope, &self.info, &pin, config)?;
         let report = revalidated.report.clone();
         log_warnings(&report);
-        if !open {
-            return Ok(report);
+        let kid = envelope.kid.clone();
+        if open {
+            self.store.start_session(&revalidated.keyring)?;
+            let watcher = self.watcher()?;
+            watcher.replace_envelope(envelope, provider);
+            watcher.admit(revalidated)?;
         }
-        self.store.start_session(&revalidated.keyring)?;
-        let watcher = self.watcher()?;
-        watcher.replace_envelope(envelope);
-        watcher.admit(revalidated)?;
+        self.confirm(&kid);
         Ok(report)
+    }
+
+    /// Records that the volume was opened here with this key version. It serves all the same where
+    /// that cannot be recorded; the next mount asks again then.
+    pub fn confirm(&self, kid: &str) {
+        let Plan { config_dir, back, .. } = &self.plan;
+        if let Err(error) = pins::confirm(config_dir, &self.info.uuid, back, kid, None) {
+            log::warn!("{error}");
+        }
     }
 
     pub fn status(&self) -> Result<Value> {
@@ -198,10 +310,13 @@ impl Volume {
         let gate = &status.gate;
         let mount = self.mount.get();
         let kek_version = status.kid.rsplit('/').next();
+        let detail =
+            self.unconfirmed.as_ref().filter(|_| gate.reason == Some(Reason::NotConfirmed));
         Ok(json!({
             "state": gate.state.name(),
             "reason": gate.reason.map(Reason::name),
             "reason_text": gate.reason.map(Reason::describe),
+            "reason_detail": detail,
             "since": timestamp(gate.since),
             "volume": hex::uuid(&self.info.uuid),
             "mnt": self.plan.mnt.to_string_lossy(),
@@ -249,13 +364,7 @@ pub fn check_key(
     pin: &super::pins::Pin,
     config: &crate::config::Config,
 ) -> Result<custody::Revalidated> {
-    if envelope.volume != info.uuid {
-        return Err(Error::corrupt(format!(
-            "the envelope belongs to volume {}, not to {}: restore envelope.json from a backup",
-            hex::uuid(&envelope.volume),
-            hex::uuid(&info.uuid)
-        )));
-    }
+    expect_own_envelope(envelope, info)?;
     let settings = settings::requirements(config, !pin.requirements);
     custody::revalidate(provider, envelope, &pin.fingerprint, &settings, REVALIDATE_LIMIT)
         .map_err(|refusal: Refusal| name_the_service(refusal.error, &envelope.kid))
@@ -266,6 +375,17 @@ pub fn log_warnings(report: &Report) {
     for row in report.warnings() {
         log::warn!("{}: {}: {}; {}", report.kid, row.requirement, row.found, row.fix);
     }
+}
+
+pub fn expect_own_envelope(envelope: &Envelope, info: &VolumeInfo) -> Result<()> {
+    if envelope.volume == info.uuid {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!(
+        "the envelope belongs to volume {}, not to {}: restore envelope.json from a backup",
+        hex::uuid(&envelope.volume),
+        hex::uuid(&info.uuid)
+    )))
 }
 
 /// A failure to connect says what was tried.
@@ -317,10 +437,17 @@ impl Handler for Orders {
     }
 
     fn heal(&self) -> Result<()> {
-        self.volume()?.revalidate(false).map(drop)
+        self.volume()?.revalidate(Asked::ByWatcher).map(drop)
     }
 
-    fn newer_version(&self, _kid: &str) {}
+    fn newer_version(&self, kid: &str) {
+        let Ok(volume) = self.volume() else { return };
+        let kid = kid.to_owned();
+        let spawned = std::thread::Builder::new().name("follow".into());
+        if let Err(error) = spawned.spawn(move || volume.follow(kid)) {
+            log::error!("no thread to follow the key's new version: {error}");
+        }
+    }
 
     fn notice(&self, notice: &Notice) {
         let with_reason = |name, reason: &Reason, detail: &Option<String>| {

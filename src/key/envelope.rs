@@ -242,17 +242,33 @@ impl Envelope {
 
     /// Makes this the envelope below `dir`, and the one there was its predecessor.
     pub fn save(&self, dir: &NodeRef) -> Result<()> {
+        self.write_new(dir)?;
+        keep_previous(dir).context(|| format!("cannot write {PREVIOUS_FILE}"))?;
+        take_new(dir)
+    }
+
+    /// Makes this the envelope below `dir`; the one there was has no successor, and its
+    /// predecessor stays. For what is not about keys.
+    pub fn save_in_place(&self, dir: &NodeRef) -> Result<()> {
+        self.write_new(dir)?;
+        take_new(dir)
+    }
+
+    fn write_new(&self, dir: &NodeRef) -> Result<()> {
         let json = self.to_json()?;
         let message = || format!("cannot write {FILE}");
         let file = dir.create_unnamed().context(message)?;
         file.write_at(&json, 0).context(message)?;
         file.sync_all().context(message)?;
         remove_leftover(dir, NEW_FILE).context(message)?;
-        dir.link_file(&*file, NEW_FILE).context(message)?;
-        keep_previous(dir).context(|| format!("cannot write {PREVIOUS_FILE}"))?;
-        dir.rename(NEW_FILE, &**dir, FILE.as_bytes(), RenameMode::Replace).context(message)?;
-        dir.sync().context(message)
+        dir.link_file(&*file, NEW_FILE).context(message)
     }
+}
+
+fn take_new(dir: &NodeRef) -> Result<()> {
+    let message = || format!("cannot write {FILE}");
+    dir.rename(NEW_FILE, &**dir, FILE.as_bytes(), RenameMode::Replace).context(message)?;
+    dir.sync().context(message)
 }
 
 /// By a second link, so that the current envelope never lacks its own name.
@@ -410,6 +426,68 @@ mod tests {
         Envelope::remove_previous(&root).unwrap();
         Envelope::remove_previous(&root).unwrap();
         assert_eq!(Envelope::load_previous(&root).unwrap(), None);
+    }
+
+    /// Whatever a power cut leaves of an update, one of the two envelopes is there, whole; and
+    /// after it has returned, the new one.
+    #[test]
+    fn no_power_cut_loses_the_envelope() {
+        use crate::backing::memory::{MemoryBacking, Options};
+        let backing = MemoryBacking::new();
+        let root = backing.root();
+        let versions = [1, 2, 3].map(|version| Envelope { volume_key_id: version, ..sample() });
+        versions[0].save(&root).unwrap();
+        versions[1].save(&root).unwrap();
+        backing.settle();
+        let start = backing.trace().len();
+        versions[2].save(&root).unwrap();
+        let trace = backing.trace();
+        let mut states = 0;
+        for cut in start..=trace.len() {
+            for crash in trace.crashes(cut, &Options::default()) {
+                let disk = trace.materialise(&crash);
+                let found = Envelope::load(&disk.root())
+                    .unwrap_or_else(|error| panic!("{error} after {crash:?}"));
+                let allowed = if cut == trace.len() { &versions[2..] } else { &versions[1..] };
+                assert!(allowed.contains(&found), "{crash:?}");
+                // The next update is not in the way of what is left.
+                versions[0].save(&disk.root()).unwrap();
+                assert_eq!(Envelope::load(&disk.root()).unwrap(), versions[0]);
+                states += 1;
+            }
+        }
+        assert!(states > 10, "{states}");
+    }
+
+    #[test]
+    fn no_failed_call_loses_the_envelope() {
+        use crate::backing::fault::{Call, FaultBacking, Rule};
+        use rustix::io::Errno;
+        for nth in 0.. {
+            let dir = tempfile::tempdir().unwrap();
+            let (backing, faults) = FaultBacking::new(LinuxBacking::open(dir.path()).unwrap());
+            let root = backing.root();
+            sample().save(&root).unwrap();
+            faults.arm(Rule {
+                call: Call::Any,
+                after: nth,
+                lasting: false,
+                errno: Errno::IO,
+                partial: None,
+            });
+            let newer = Envelope { volume_key_id: 2, ..sample() };
+            let saved = newer.save(&root);
+            if !faults.disarm() {
+                saved.unwrap();
+                assert!(nth > 5, "{nth}");
+                break;
+            }
+            assert!(saved.is_err(), "call {nth}");
+            let found = Envelope::load(&root).unwrap();
+            assert!(found == newer || found.volume_key_id == 1, "call {nth}");
+            newer.save(&root).unwrap();
+            assert_eq!(Envelope::load(&root).unwrap(), newer);
+        }
     }
 
     #[test]

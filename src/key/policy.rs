@@ -304,7 +304,7 @@ impl Policy {
                 if complete {
                     self.pending = None;
                 }
-                let in_window = reason != Reason::NotOpened
+                let in_window = !matches!(reason, Reason::NotOpened | Reason::NotConfirmed)
                     && reason != Reason::Operator
                     && !self.settings.auto_heal_window.is_zero()
                     && now.since(since) <= self.settings.auto_heal_window;
@@ -330,7 +330,8 @@ impl Policy {
     /// A cut-off by hand keeps its reason: nothing the key service says may replace it.
     fn restate(&mut self, old: Reason, new: Reason, since: BootTime) -> Decision {
         self.pending = None;
-        if old == new || matches!(old, Reason::Operator | Reason::NotOpened) {
+        if old == new || matches!(old, Reason::Operator | Reason::NotOpened | Reason::NotConfirmed)
+        {
             return Decision::StayInaccessible;
         }
         self.mode = Mode::Inaccessible { reason: new, since };

@@ -11,6 +11,8 @@ use crate::error::CutOff;
 pub enum Reason {
     /// Not opened since the daemon started.
     NotOpened,
+    /// The volume lies elsewhere than where it was opened last, or names another key version.
+    NotConfirmed,
     /// The key is disabled.
     KeyDisabled,
     /// The key is past its expiry date.
@@ -49,8 +51,9 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 18] = [
+    pub const ALL: [Reason; 19] = [
         Reason::NotOpened,
+        Reason::NotConfirmed,
         Reason::KeyDisabled,
         Reason::KeyExpired,
         Reason::KeyNotYetValid,
@@ -73,6 +76,7 @@ impl Reason {
     pub const fn name(self) -> &'static str {
         match self {
             Reason::NotOpened => "NotOpened",
+            Reason::NotConfirmed => "NotConfirmed",
             Reason::KeyDisabled => "KeyDisabled",
             Reason::KeyExpired => "KeyExpired",
             Reason::KeyNotYetValid => "KeyNotYetValid",
@@ -101,6 +105,10 @@ impl Reason {
     pub const fn describe(self) -> &'static str {
         match self {
             Reason::NotOpened => "its key has not been obtained yet",
+            Reason::NotConfirmed => {
+                "it is a copy, was moved here, or names another key version than the last time; \
+                 confirm it with `byokfs revalidate`"
+            }
             Reason::KeyDisabled => "the key is disabled; enable it",
             Reason::KeyExpired => "the key has expired; extend or remove its expiry date",
             Reason::KeyNotYetValid => "the key's activation date is in the future; change it",
@@ -138,6 +146,7 @@ impl Reason {
         match self {
             Reason::KeyExpired | Reason::KeyNotYetValid => CutOff::Expired,
             Reason::NotOpened
+            | Reason::NotConfirmed
             | Reason::TlsUntrusted
             | Reason::ProxyDenied
             | Reason::VaultGone

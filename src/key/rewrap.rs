@@ -31,6 +31,8 @@ pub struct NewKey<'a> {
     pub url: &'a str,
     /// None: as before, where the new key's type allows it, else the type's own.
     pub algorithm: Option<Algorithm>,
+    /// Whether newer versions are to be followed; None: as the URL says.
+    pub follow: Option<bool>,
     /// Forget the keys before this one: nothing that was made with them belongs to this volume.
     pub forget_earlier: bool,
 }
@@ -72,7 +74,7 @@ pub fn rewrap(
         };
         let (info, report) = checked(session, new.url, algorithm, settings)?;
         usable(&info, settings.on_expired)?;
-        let follow_versions = follows(new.url, &info.kid);
+        let follow_versions = new.follow.unwrap_or_else(|| follows(new.url, &info.kid));
         let same = info.kid == envelope.kid && algorithm == envelope.algorithm;
         if same && follow_versions == envelope.follow_versions && !new.forget_earlier {
             return Ok(None);
@@ -160,7 +162,7 @@ mod tests {
     }
 
     fn to<'a>(service: &'a FakeService, url: &'a str) -> NewKey<'a> {
-        NewKey { provider: service, url, algorithm: None, forget_earlier: false }
+        NewKey { provider: service, url, algorithm: None, follow: None, forget_earlier: false }
     }
 
     fn opens(service: &FakeService, envelope: &Envelope, pin: &[u8; 32]) -> Result<(), Refusal> {

@@ -56,6 +56,8 @@ pub enum Name {
     /// The volume could not open by itself although the key is good again.
     HealFailed,
     KekRotated,
+    /// A key version that copies might have needed was taken off the list.
+    KeyForgotten,
     DekRotated,
     IntegrityFailure,
     UnmountRefused,
@@ -80,6 +82,7 @@ impl Name {
             Name::HealFailed => "HealFailed",
             Name::KeyExpiryWarning => "KeyExpiryWarning",
             Name::KekRotated => "KekRotated",
+            Name::KeyForgotten => "KeyForgotten",
             Name::DekRotated => "DekRotated",
             Name::IntegrityFailure => "IntegrityFailure",
             Name::UnmountRefused => "UnmountRefused",

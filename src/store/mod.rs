@@ -292,6 +292,11 @@ impl Store {
         Ok(())
     }
 
+    /// Keeps every other user of the volume out, for as long as what is returned lives.
+    pub fn lock(backing: &dyn Backing) -> Result<Box<dyn fmt::Debug + Send + Sync>> {
+        lock(backing)
+    }
+
     pub fn info(&self) -> &VolumeInfo {
         &self.info
     }

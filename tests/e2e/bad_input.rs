@@ -179,9 +179,19 @@ fn the_key_is_another_one() {
     let renamed = pristine.replace(&format!("/keys/{KEY}"), "/keys/second").replace(own, version);
     fs::write(&envelope, renamed).unwrap();
     let before = tree::fingerprint(&sandbox.back());
-    let answer = mount(&sandbox, &sandbox.back());
-    assert!(matches!(answer.code, Some(CORRUPT | DENIED)), "{answer}");
-    assert!(!sandbox.is_mounted());
+    // This host knows the volume with another key version: mounted, it stays shut.
+    sandbox.mount();
+    assert_eq!(sandbox.status()["reason"], "NotConfirmed");
+    assert!(fs::read_dir(sandbox.mnt()).is_err());
+    // Nor does it open when a person accepts that version: its key is not this volume's.
+    let mnt = sandbox.mnt();
+    let accepted = format!("{}/{version}", sandbox.key_url("second"));
+    for more in [&[][..], &["--accept-key", &accepted]] {
+        let answer = sandbox.byokfs(&[&["revalidate", path(&mnt)], more].concat());
+        assert!(matches!(answer.code, Some(CORRUPT | DENIED)), "{answer}");
+        assert_eq!(sandbox.state(), "Inaccessible");
+    }
+    sandbox.umount();
     assert_eq!(tree::fingerprint(&sandbox.back()), before);
     fs::write(&envelope, pristine).unwrap();
     mounts_again(&mut sandbox);

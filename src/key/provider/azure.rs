@@ -84,6 +84,10 @@ impl KeyUrl {
         &self.name
     }
 
+    pub fn without_version(&self) -> String {
+        format!("{}keys/{}", self.base, self.name)
+    }
+
     /// The address of this key, or of an operation on it.
     fn endpoint(&self, operation: &str) -> String {
         let KeyUrl { base, name, version } = self;
@@ -460,6 +464,7 @@ mod tests {
             key.endpoint("/wrapkey"),
             "https://kv1.vault.azure.net/keys/kek/0123abcd/wrapkey?api-version=7.4"
         );
+        assert_eq!(key.without_version(), "https://kv1.vault.azure.net/keys/kek");
         let current = KeyUrl::parse("https://127.0.0.1:8443/keys/kek/").unwrap();
         assert_eq!(current.endpoint(""), "https://127.0.0.1:8443/keys/kek?api-version=7.4");
         assert!(current.is("https://elsewhere/keys/KEK/0123"));

@@ -101,6 +101,11 @@ pub fn for_key(kid: &str, settings: &Settings) -> Result<Arc<dyn Provider>> {
     ))
 }
 
+/// The name of a version's key, which stands for its current version.
+pub fn without_version(kid: &str) -> Result<String> {
+    azure::KeyUrl::parse(kid).map(|key| key.without_version())
+}
+
 /// How the key service encrypts a key with a key. Names as in RFC 7518 and Key Vault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Algorithm {

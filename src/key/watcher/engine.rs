@@ -38,14 +38,20 @@ const EXPIRY_WARNINGS: [u64; 3] = [1, 7, 30];
 
 pub(super) struct Shared {
     pub(super) settings: Settings,
-    pub(super) provider: Arc<dyn Provider>,
-    pub(super) envelope: Mutex<Arc<Envelope>>,
+    pub(super) watched: Mutex<Arc<Watched>>,
     pub(super) gate: Arc<Gate>,
     pub(super) cut_offs: Mutex<Sender<CutOffOrder>>,
     pub(super) notices: Mutex<Sender<Event>>,
     pub(super) inner: Mutex<Inner>,
     /// Told of every change of `inner`.
     pub(super) changed: Condvar,
+}
+
+/// The key that is watched, by its envelope, and who is asked about it.
+#[derive(Debug)]
+pub(super) struct Watched {
+    pub(super) provider: Arc<dyn Provider>,
+    pub(super) envelope: Envelope,
 }
 
 pub(super) struct Inner {
@@ -133,10 +139,10 @@ impl Shared {
                     self.changed.wait(&mut inner);
                 }
             };
-            let envelope = Arc::clone(&self.envelope.lock());
+            let watched = Arc::clone(&self.watched.lock());
             let deadline = flight.started + self.settings.deadline;
             let looked = catch_unwind(AssertUnwindSafe(|| {
-                probe(&*self.provider, &envelope, flight.complete, deadline)
+                probe(&*watched.provider, &watched.envelope, flight.complete, deadline)
             }));
             crate::sys::stack::burn();
             let result =

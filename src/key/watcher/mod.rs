@@ -35,7 +35,8 @@ use super::reason::Reason;
 use super::rewrap::Rewrapped;
 use crate::error::{Error, Kind, Result};
 use engine::{
-    Inner, Shared, TICK, jittered, run_cut_offs, run_events, spawn, system_time_of, unix_time,
+    Inner, Shared, TICK, Watched, jittered, run_cut_offs, run_events, spawn, system_time_of,
+    unix_time,
 };
 
 /// How long [`Watcher::admit`] waits for the end of a cut-off.
@@ -164,8 +165,7 @@ impl Watcher {
         let inner = Inner::new(settings.policy.clone());
         let shared = Arc::new(Shared {
             settings,
-            provider,
-            envelope: Mutex::new(Arc::new(envelope)),
+            watched: Mutex::new(Arc::new(Watched { provider, envelope })),
             gate,
             cut_offs: Mutex::new(cut_offs),
             notices: Mutex::new(notices),
@@ -250,26 +250,35 @@ impl Watcher {
         self.status()
     }
 
-    /// The envelope is another one: probes go to its key from now on.
-    pub fn replace_envelope(&self, envelope: Envelope) {
+    /// The envelope is another one: probes go to its key, by `provider`, from now on.
+    pub fn replace_envelope(&self, envelope: Envelope, provider: Arc<dyn Provider>) {
         let mut inner = self.shared.inner.lock();
-        self.replace(&mut inner, envelope);
+        self.replace(&mut inner, Watched { provider, envelope });
     }
 
     /// The envelope was rewrapped and saved: its key, which was just checked in full, is the one
-    /// that counts from now on. What the old one does does not matter any more.
-    pub fn rotated(&self, rewrapped: &Rewrapped) {
+    /// that counts from now on. What becomes of the old one does not matter any more.
+    pub fn rotated(&self, rewrapped: &Rewrapped, provider: Arc<dyn Provider>) {
         let mut inner = self.shared.inner.lock();
-        self.replace(&mut inner, rewrapped.envelope.clone());
+        self.replace(&mut inner, Watched { provider, envelope: rewrapped.envelope.clone() });
         self.shared.judge_rotated(&mut inner, rewrapped.started, rewrapped.validity());
     }
 
-    fn replace(&self, inner: &mut MutexGuard<'_, engine::Inner>, envelope: Envelope) {
-        let mut current = self.shared.envelope.lock();
-        if **current == envelope {
+    /// The envelope was saved again, with the same key: nothing changes for what is under way.
+    pub fn envelope_saved(&self, envelope: Envelope) {
+        let mut watched = self.shared.watched.lock();
+        if watched.envelope.kid == envelope.kid {
+            let provider = Arc::clone(&watched.provider);
+            *watched = Arc::new(Watched { provider, envelope });
+        }
+    }
+
+    fn replace(&self, inner: &mut MutexGuard<'_, engine::Inner>, new: Watched) {
+        let mut watched = self.shared.watched.lock();
+        if watched.envelope == new.envelope {
             return;
         }
-        *current = Arc::new(envelope);
+        *watched = Arc::new(new);
         // A probe under way may be of the old key.
         inner.envelope_from = inner.probes_started;
         inner.told_newer = None;
@@ -279,12 +288,8 @@ impl Watcher {
         self.shared.changed.notify_all();
     }
 
-    pub fn envelope(&self) -> Arc<Envelope> {
-        Arc::clone(&self.shared.envelope.lock())
-    }
-
     pub fn status(&self) -> Status {
-        let kid = self.shared.envelope.lock().kid.clone();
+        let kid = self.shared.watched.lock().envelope.kid.clone();
         let inner = self.shared.inner.lock();
         Status {
             gate: self.shared.gate.status(),

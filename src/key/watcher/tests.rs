@@ -338,7 +338,13 @@ fn rewrapped(rig: &Rig) -> Rewrapped {
     let pin = &rig.recorder.enrolment.fingerprint;
     let (service, settings) = (&rig.service, requirement::Settings::default());
     let (bare, _) = FakeService::KID.rsplit_once('/').unwrap();
-    let new = NewKey { provider: service, url: bare, algorithm: None, forget_earlier: false };
+    let new = NewKey {
+        provider: service,
+        url: bare,
+        algorithm: None,
+        follow: None,
+        forget_earlier: false,
+    };
     rewrap(service, &envelope, pin, &new, &settings, LIMIT).unwrap().unwrap()
 }
 
@@ -356,7 +362,7 @@ fn what_becomes_of_the_old_key_after_a_rotation_does_not_matter() {
     rig.watcher.shared.inner.lock().due = Some(BootTime::ZERO);
     rig.watcher.shared.changed.notify_all();
     until("a probe", || rig.service.calls() > calls);
-    rig.watcher.rotated(&rewrapped);
+    rig.watcher.rotated(&rewrapped, Arc::new(rig.service.clone()));
     rig.service.change(|key| {
         key.delay = Duration::ZERO;
         key.info.enabled = true;
@@ -365,7 +371,7 @@ fn what_becomes_of_the_old_key_after_a_rotation_does_not_matter() {
     until("a probe of the new key", || rig.watcher.status().expires.is_some());
     assert!(rig.recorder.orders.lock().is_empty());
     assert_eq!(rig.state(), (State::Available, None));
-    assert!(rig.watcher.envelope().follow_versions);
+    assert!(rig.watcher.shared.watched.lock().envelope.follow_versions);
 }
 
 #[test]
@@ -381,7 +387,7 @@ fn a_rotation_clears_a_denial_of_the_old_key() {
     rig.watcher.probe_now(LIMIT);
     assert_eq!(rig.state(), (State::Degraded, Some(Reason::PermissionRevoked)));
     rig.service.change(|key| key.denied.clear());
-    rig.watcher.rotated(&rewrapped);
+    rig.watcher.rotated(&rewrapped, Arc::new(rig.service.clone()));
     assert_eq!(rig.state(), (State::Available, None));
 }
 
@@ -395,7 +401,7 @@ fn a_rotation_of_a_volume_that_is_cut_off_does_not_open_it() {
     let rewrapped = rewrapped(&rig);
     rig.watcher.cut_off(Reason::Operator);
     rig.wait_for(State::Inaccessible, Some(Reason::Operator));
-    rig.watcher.rotated(&rewrapped);
+    rig.watcher.rotated(&rewrapped, Arc::new(rig.service.clone()));
     thread::sleep(millis(150));
     assert_eq!(rig.state(), (State::Inaccessible, Some(Reason::Operator)));
 }
@@ -407,7 +413,7 @@ fn a_newer_version_is_told_of_again_until_it_is_followed() {
     rig.recorder.admit().unwrap();
     thread::sleep(millis(300));
     assert!(rig.recorder.newer.lock().is_empty(), "the envelope names a version");
-    rig.watcher.rotated(&rewrapped(&rig));
+    rig.watcher.rotated(&rewrapped(&rig), Arc::new(rig.service.clone()));
     until("it to be told twice", || rig.recorder.newer.lock().len() >= 2);
     assert_eq!(rig.recorder.newer.lock()[0], "https://kv.example/keys/kek/02");
     assert_eq!(rig.state(), (State::Available, None));

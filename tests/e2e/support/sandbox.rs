@@ -266,6 +266,19 @@ impl Sandbox {
         fs::read_to_string(self.path("vault/identity.url")).unwrap().trim().to_owned()
     }
 
+    /// The key version that the mounted volume is wrapped with.
+    pub fn kek_in_use(&self) -> String {
+        self.status()["kek"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// `byokfs info --keys`: key version and role.
+    pub fn needed_keys(&self, back: &Path) -> Vec<(String, String)> {
+        let keys = self.byokfs(&["info", "--keys", "--json", path(back)]).ok();
+        let keys: Vec<Value> = serde_json::from_str(&keys).unwrap();
+        let text = |key: &Value, field: &str| key[field].as_str().unwrap().to_owned();
+        keys.iter().map(|key| (text(key, "kid"), text(key, "role"))).collect()
+    }
+
     pub fn kek(&self) -> String {
         self.key_url(KEY)
     }
