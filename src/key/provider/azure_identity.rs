@@ -1,12 +1,11 @@
 //! How each kind of identity gets a token: the requests, and the secrets that they need.
 //!
 //! A secret's file is read when the configuration is checked, so that a mistake is told at once,
-//! and then for each token, so that a renewed secret counts without a mount. A file that cannot be
-//! read then says nothing about the key: transient.
+//! and then for each token, so that a renewed secret counts without a mount.
 
 use std::fmt;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::sync::Arc;
 
 use ureq::http::Method;
 use url::form_urlencoded;
@@ -16,7 +15,7 @@ use super::azure_assertion::assertion;
 use super::azure_token::{self, Token};
 use super::http::{Client, Request};
 use super::identity::{AppService, Application, Identity, Imds};
-use super::secret_file::{read_any, read_private};
+use super::secret_file::SecretFile;
 use super::{Class, ProviderError, ProviderResult};
 use crate::crypto::secret::SecretString;
 use crate::error::{Error, Kind, Result};
@@ -38,15 +37,15 @@ pub(super) enum Credential {
 
 /// Where the secret header of App Service comes from.
 pub(super) enum Header {
-    File(PathBuf),
-    Environment(SecretString),
+    File(SecretFile),
+    Environment(Arc<SecretString>),
 }
 
 /// What an application shows to be itself.
 pub(super) enum Proof {
-    Secret(PathBuf),
-    Certificate(PathBuf),
-    Federated(PathBuf),
+    Secret(SecretFile),
+    Certificate(SecretFile),
+    Federated(SecretFile),
 }
 
 impl Credential {
@@ -55,17 +54,18 @@ impl Credential {
             Identity::AppService(settings) => app_service(settings),
             Identity::Imds(settings) => imds(settings),
             Identity::ClientSecret(settings, file) => {
-                application(settings, Proof::Secret(file.clone()))
+                application(settings, Proof::Secret(SecretFile::private(SECRET_KEY, file)?))
             }
             Identity::ClientCertificate(settings, file) => {
-                application(settings, Proof::Certificate(file.clone()))
+                let file = SecretFile::private(CERTIFICATE_KEY, file)?;
+                application(settings, Proof::Certificate(file))
             }
             Identity::WorkloadIdentity(settings, file) => {
                 let file = match set(file.as_ref()) {
                     Some(file) => file.clone(),
                     None => variable("AZURE_FEDERATED_TOKEN_FILE", "federated_token_file")?.into(),
                 };
-                application(settings, Proof::Federated(file))
+                application(settings, Proof::Federated(SecretFile::any(FEDERATED_KEY, &file)?))
             }
         }
     }
@@ -75,13 +75,9 @@ impl Credential {
         let response = match self {
             Credential::AppService { endpoint, header, client_id } => {
                 let url = managed(endpoint, APP_SERVICE_VERSION, resource, client_id.as_deref());
-                let read;
                 let secret = match header {
-                    Header::Environment(secret) => secret,
-                    Header::File(path) => {
-                        read = read_private("identity_header_file", path).map_err(unusable)?;
-                        &read
-                    }
+                    Header::Environment(secret) => Arc::clone(secret),
+                    Header::File(file) => file.get(),
                 };
                 client.send(get(&url, &[("X-IDENTITY-HEADER", secret.expose())]))?
             }
@@ -134,19 +130,17 @@ impl Proof {
         form.append_pair("scope", &format!("{}/.default", resource.trim_end_matches('/')));
         match self {
             Proof::Secret(file) => {
-                form.append_pair("client_secret", read_private(SECRET_KEY, file)?.expose());
+                form.append_pair("client_secret", file.get().expose());
             }
             Proof::Certificate(file) => {
-                let pem = read_private(CERTIFICATE_KEY, file)?;
-                let jwt = assertion(&pem, client_id, endpoint.as_str()).map_err(|why| {
-                    config(format!("{CERTIFICATE_KEY} {}: {why}", file.display()))
-                })?;
+                let jwt = assertion(&file.get(), client_id, endpoint.as_str())
+                    .map_err(|why| config(format!("{}: {why}", file.name())))?;
                 form.append_pair("client_assertion_type", JWT_BEARER);
                 form.append_pair("client_assertion", jwt.expose());
             }
             Proof::Federated(file) => {
                 form.append_pair("client_assertion_type", JWT_BEARER);
-                form.append_pair("client_assertion", read_any(FEDERATED_KEY, file)?.expose());
+                form.append_pair("client_assertion", file.get().expose());
             }
         }
         Ok(form.finish().into_bytes())
@@ -185,13 +179,10 @@ fn app_service(settings: &AppService) -> Result<Credential> {
         None => variable("IDENTITY_ENDPOINT", "identity_endpoint")?,
     };
     let header = match &settings.header_file {
-        Some(path) => {
-            read_private("identity_header_file", path)?;
-            Header::File(path.clone())
-        }
+        Some(path) => Header::File(SecretFile::private("identity_header_file", path)?),
         None => {
             let header = variable("IDENTITY_HEADER", "identity_header_file")?;
-            Header::Environment(SecretString::from_string_wiping(header)?)
+            Header::Environment(SecretString::from_string_wiping(header)?.into())
         }
     };
     let endpoint = private_url("identity_endpoint", &text)?;
@@ -264,6 +255,8 @@ fn config(message: impl Into<String>) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -280,18 +273,20 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("secret");
         let message = |settings: Application| {
-            let proof = Proof::Secret("/nonexistent/secret".into());
-            application(&settings, proof).unwrap_err().to_string()
+            let identity = Identity::ClientSecret(settings, file.clone());
+            Credential::new(&identity).unwrap_err().to_string()
         };
+        let missing = message(Application::default());
+        assert!(missing.contains("client_secret_file") && missing.contains("secret"), "{missing}");
+        std::fs::write(&file, "s").unwrap();
+        std::fs::set_permissions(&file, PermissionsExt::from_mode(0o600)).unwrap();
         let tenant = Some("72f9-ab".to_owned());
-        let client_id = Some("app-1".to_owned());
         assert!(message(Application { tenant, ..Application::default() }).contains("client_id"));
-        let tenant = Some("../x".to_owned());
-        let bad = Application { tenant, client_id: client_id.clone(), authority: None };
+        let (tenant, client_id) = (Some("../x".to_owned()), Some("app-1".to_owned()));
+        let bad = Application { tenant, client_id, authority: None };
         assert!(message(bad).contains("neither an id nor a domain"));
-        let tenant = Some("contoso.onmicrosoft.com".to_owned());
-        let no_file = Application { tenant, client_id, authority: None };
-        assert!(message(no_file).contains("client_secret_file /nonexistent/secret"));
     }
 }

@@ -3,7 +3,10 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::crypto::secret::SecretString;
 use crate::error::{Context, Error, Kind, Result};
@@ -11,9 +14,53 @@ use crate::error::{Context, Error, Kind, Result};
 /// A secret is a line, a token or a private key: nothing longer is read.
 const LIMIT: u64 = 15 * 1024;
 
+/// A secret that its file may renew at any time. While the file cannot be read, what it last held
+/// counts: who holds it is asked for the verdict, and not the file.
+pub(super) struct SecretFile {
+    key: &'static str,
+    path: PathBuf,
+    read: fn(&str, &Path) -> Result<SecretString>,
+    last: Mutex<Arc<SecretString>>,
+}
+
+impl SecretFile {
+    /// One that nobody else may read; it must be there now. `key` is the configuration's name.
+    pub(super) fn private(key: &'static str, path: &Path) -> Result<SecretFile> {
+        SecretFile::open(key, path, read_private)
+    }
+
+    /// One that others put there with the modes that they choose.
+    pub(super) fn any(key: &'static str, path: &Path) -> Result<SecretFile> {
+        SecretFile::open(key, path, read_any)
+    }
+
+    fn open(
+        key: &'static str,
+        path: &Path,
+        read: fn(&str, &Path) -> Result<SecretString>,
+    ) -> Result<SecretFile> {
+        let last = Mutex::new(Arc::new(read(key, path)?));
+        Ok(SecretFile { key, path: path.to_owned(), read, last })
+    }
+
+    pub(super) fn get(&self) -> Arc<SecretString> {
+        let mut last = self.last.lock();
+        match (self.read)(self.key, &self.path) {
+            Ok(secret) => *last = Arc::new(secret),
+            Err(error) => log::warn!("{error}; going on with what it held before"),
+        }
+        Arc::clone(&last)
+    }
+
+    /// As messages name it.
+    pub(super) fn name(&self) -> String {
+        format!("{} {}", self.key, self.path.display())
+    }
+}
+
 /// The text of a file that nobody but its owner, who is we or root, may read, without the line's
 /// end. `key` is the configuration's name for it.
-pub(super) fn read_private(key: &str, path: &Path) -> Result<SecretString> {
+fn read_private(key: &str, path: &Path) -> Result<SecretString> {
     let name = || format!("{key} {}", path.display());
     let file = File::open(path).context(name)?;
     let metadata = file.metadata().context(name)?;
@@ -26,7 +73,7 @@ pub(super) fn read_private(key: &str, path: &Path) -> Result<SecretString> {
 }
 
 /// As [`read_private`], for what others put there with the modes that they choose.
-pub(super) fn read_any(key: &str, path: &Path) -> Result<SecretString> {
+fn read_any(key: &str, path: &Path) -> Result<SecretString> {
     let name = format!("{key} {}", path.display());
     let file = File::open(path).context(|| name.clone())?;
     read(&name, &file)
@@ -60,6 +107,21 @@ mod tests {
         assert!(read_any("token_file", &path).unwrap().ct_eq("s3cret"));
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
         assert!(read_private("pin_file", &path).unwrap().ct_eq("s3cret"));
+    }
+
+    #[test]
+    fn a_secret_is_renewed_and_outlives_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("secret");
+        assert!(SecretFile::any("token_file", &path).is_err());
+        std::fs::write(&path, "one").unwrap();
+        let file = SecretFile::any("token_file", &path).unwrap();
+        std::fs::write(&path, "two").unwrap();
+        assert!(file.get().ct_eq("two"));
+        std::fs::remove_file(&path).unwrap();
+        assert!(file.get().ct_eq("two"));
+        std::fs::write(&path, "three").unwrap();
+        assert!(file.get().ct_eq("three"));
     }
 
     #[test]
