@@ -6,6 +6,7 @@
 
 mod support;
 
+mod alert;
 mod backing;
 mod bad_input;
 mod check_key;
