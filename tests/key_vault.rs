@@ -35,8 +35,7 @@ impl Vault {
         vault.run(&["init", vault.path().to_str().unwrap()]);
         vault.serve();
         vault.key_url = vault.run(&["key", "create", "--name", "kek"]).trim().to_owned();
-        let header = vault.dir.path().join("db.header");
-        vault.run(&["identity", "create", "db", "--header-file", header.to_str().unwrap()]);
+        vault.run(&["identity", "create", "db"]);
         vault.grant(ALL);
         vault
     }
@@ -95,7 +94,7 @@ impl Vault {
         Settings {
             identity: Identity::AppService(AppService {
                 endpoint: Some(self.endpoint.clone()),
-                header_file: Some(self.dir.path().join("db.header")),
+                header_file: Some(self.path().join("identities/db.header")),
                 client_id: None,
             }),
             ca_file: Some(self.path().join("ca.pem")),

@@ -4,31 +4,13 @@
 # Debian mirror answers.
 
 suite_mysql() {
-    local dir=$1 prefix status=0
+    local dir=$1
     need_packages mariadb-server mariadb-client
     box_up "$dir/box"
     server_suite "$dir" mariadb
-    prefix=$tools/mysql
-    mkdir -p "$tools"
-    "$repo/scripts/mysql-prefix" "$prefix" >"$dir/fetch" 2>&1 || status=$?
-    if ((status == 75)); then
-        tail -n 1 "$dir/fetch"
-        say "skipped: MySQL could not be fetched"
-    elif ((status != 0)); then
-        tail -n 20 "$dir/fetch"
-        return 1
-    else
-        # The server's user must be able to read it.
-        chmod 755 "$tools"
-        # /root is closed to it on many machines: then it is copied to where this suite works.
-        setpriv --reuid=mysql --regid=mysql --clear-groups -- test -x "$prefix/bin/mysqld" || { cp -a "$prefix" "$dir/mysql" && prefix=$dir/mysql && mysql_moved "$tools/mysql" "$prefix"; }
-        server_suite "$dir" mysql "$prefix"
-    fi
+    mysql_up "$dir"
+    [[ -z $mysql_prefix ]] || server_suite "$dir" mysql "$mysql_prefix"
     no_integrity_failure "$dir/box"
-}
-
-mysql_moved() { # FROM TO
-    sed -i "s|$1|$2|g" "$2"/bin/* "$2/etc/my.cnf"
 }
 
 # server_suite DIR mariadb|mysql [PREFIX]

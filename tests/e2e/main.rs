@@ -4,9 +4,10 @@
 //! What needs root, /dev/fuse, loop devices or MariaDB says `skipped: ...` on standard error where
 //! it is missing. Waits are bounded and generous; how long something takes never decides a test.
 
+#[path = "../support/mod.rs"]
+#[allow(dead_code)] // not every test binary needs all of it
 mod support;
 
-mod alert;
 mod backing;
 mod bad_input;
 mod check_key;

@@ -4,9 +4,9 @@ use std::fs;
 use std::process::Command;
 
 use crate::support::can_run_mariadb;
-use crate::support::mariadb::{MariaDb, Site};
 use crate::support::process::{Answer, run};
 use crate::support::sandbox::path;
+use crate::support::server::{Server, Site};
 use crate::support::writer::{self, AckedWriters};
 
 /// The two ways in which the servers make pages durable.
@@ -90,7 +90,7 @@ fn a_tar_through_the_mount_restores() {
     // What tar compares: modes, owners, times and contents of the first tree with the archive.
     run("tar", &["-C", path(&mnt), "--compare", "-f", path(&archive)]);
 
-    let copy = MariaDb::at(restored.join("mysql"), &site.sandbox.path("server"), &[O_DIRECT]);
+    let copy = Server::at(restored.join("mysql"), &site.sandbox.path("server"), &[O_DIRECT]);
     copy.start();
     writer::assert_all_there(&copy, &acked);
     copy.stop();

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use mysql::prelude::Queryable;
 use rustix::process::Signal;
 
-use crate::support::mariadb::Site;
 use crate::support::process::{alive, signal};
 use crate::support::sandbox::path;
+use crate::support::server::Site;
 use crate::support::writer::{self, AckedWriters, TABLE};
 use crate::support::{can_run_mariadb, until};
 

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use rustix::fs::{XattrFlags, setxattr};
 
-use crate::support::mariadb::Site;
 use crate::support::sandbox::{Sandbox, path};
+use crate::support::server::Site;
 use crate::support::tree::holding;
 use crate::support::{can_mount, can_run_mariadb};
 

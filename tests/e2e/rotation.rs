@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::support::mariadb::Site;
 use crate::support::process::{alive, signal};
 use crate::support::sandbox::{KEY, Sandbox, path};
+use crate::support::server::Site;
 use crate::support::writer::{self, AckedWriters};
 use crate::support::{can_mount, can_run_mariadb, until};
 

@@ -1,4 +1,5 @@
-//! A MariaDB server of the test's own, run as the user mysql without any of /etc/mysql's options.
+//! A database server of the test's own, run as the user mysql without any of /etc/mysql's options:
+//! Debian's MariaDB, or the MySQL that scripts/mysql-prefix unpacks.
 
 use std::fs;
 use std::os::unix::fs::chown;
@@ -16,7 +17,25 @@ use super::until;
 
 const FENCE_PASSWORD: &str = "only-for-the-fence-4711";
 
-pub struct MariaDb {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Flavor {
+    MariaDb,
+    /// With the folder it was unpacked to.
+    MySql(PathBuf),
+}
+
+impl Flavor {
+    /// A program that both have under one name, innochecksum for example.
+    pub fn program(&self, name: &str) -> PathBuf {
+        match self {
+            Flavor::MariaDb => PathBuf::from(name),
+            Flavor::MySql(prefix) => prefix.join("bin").join(name),
+        }
+    }
+}
+
+pub struct Server {
+    flavor: Flavor,
     pub data: PathBuf,
     /// Socket, pid file and log: off the mount.
     dir: PathBuf,
@@ -24,30 +43,44 @@ pub struct MariaDb {
     child: Mutex<Option<Child>>,
 }
 
-impl MariaDb {
-    /// Makes a data directory in `parent`, which the server will use with `options`.
-    pub fn create(parent: &Path, dir: &Path, options: &[&str]) -> MariaDb {
+impl Server {
+    /// Makes MariaDB's data directory in `parent`, which the server will use with `options`.
+    pub fn create(parent: &Path, dir: &Path, options: &[&str]) -> Server {
+        Server::create_flavor(Flavor::MariaDb, parent, dir, options)
+    }
+
+    pub fn create_flavor(flavor: Flavor, parent: &Path, dir: &Path, options: &[&str]) -> Server {
         let (uid, gid) = mysql_user();
         let data = parent.join("mysql");
         for made in [&data, dir] {
             fs::create_dir_all(made).unwrap();
             chown(made, Some(uid), Some(gid)).unwrap();
         }
-        Answer::of(as_mysql("mariadb-install-db", dir).args([
-            "--no-defaults",
-            "--skip-test-db",
-            "--skip-name-resolve",
-            "--auth-root-authentication-method=normal",
-            &format!("--datadir={}", path(&data)),
-        ]))
-        .ok();
-        MariaDb::at(data, dir, options)
+        let datadir = format!("--datadir={}", path(&data));
+        let mut install = match flavor {
+            Flavor::MariaDb => as_mysql(Path::new("mariadb-install-db"), dir),
+            Flavor::MySql(_) => as_mysql(&flavor.program("mysqld"), dir),
+        };
+        match flavor {
+            Flavor::MariaDb => install.args([
+                "--no-defaults",
+                "--skip-test-db",
+                "--skip-name-resolve",
+                "--auth-root-authentication-method=normal",
+            ]),
+            Flavor::MySql(_) => install.arg("--initialize-insecure"),
+        };
+        Answer::of(install.arg(datadir)).ok();
+        let mut server = Server::at(data, dir, options);
+        server.flavor = flavor;
+        server
     }
 
-    /// On a data directory that is there.
-    pub fn at(data: PathBuf, dir: &Path, options: &[&str]) -> MariaDb {
+    /// MariaDB on a data directory that is there.
+    pub fn at(data: PathBuf, dir: &Path, options: &[&str]) -> Server {
         let options = options.iter().map(|option| (*option).to_owned()).collect();
-        MariaDb { data, dir: dir.to_owned(), options, child: Mutex::new(None) }
+        let flavor = Flavor::MariaDb;
+        Server { flavor, data, dir: dir.to_owned(), options, child: Mutex::new(None) }
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -61,9 +94,13 @@ impl MariaDb {
     /// Starts it without waiting; the caller waits for the process.
     pub fn spawn(&self) -> Child {
         let log = self.dir.join("server.log");
-        as_mysql("mariadbd", &self.dir)
+        let (program, more) = match &self.flavor {
+            Flavor::MariaDb => (PathBuf::from("mariadbd"), &["--no-defaults"][..]),
+            Flavor::MySql(_) => (self.flavor.program("mysqld"), &[][..]),
+        };
+        as_mysql(&program, &self.dir)
+            .args(more)
             .args([
-                "--no-defaults",
                 "--skip-networking",
                 "--skip-name-resolve",
                 "--innodb-buffer-pool-size=32M",
@@ -83,12 +120,21 @@ impl MariaDb {
     /// Starts it and waits until it answers.
     #[track_caller]
     pub fn start(&self) {
+        assert!(self.start_unless(&|| false), "the server ended:\n{}", self.log_tail());
+    }
+
+    /// The same; it may end instead, once `crashed` holds: then it is false.
+    #[track_caller]
+    pub fn start_unless(&self, crashed: &dyn Fn() -> bool) -> bool {
         let mut child = self.spawn();
+        let mut ended = false;
         until("the server to answer", || {
-            assert!(child.try_wait().unwrap().is_none(), "the server ended:\n{}", self.log());
-            self.connect().is_some()
+            ended = child.try_wait().unwrap().is_some();
+            assert!(!ended || crashed(), "the server ended:\n{}", self.log_tail());
+            ended || crashed() || self.connect().is_some()
         });
         *self.child.lock().unwrap() = Some(child);
+        !ended && !crashed()
     }
 
     /// A connection as root; none while the server does not take any.
@@ -158,20 +204,29 @@ impl MariaDb {
 
     /// Makes the account of the fence.
     pub fn create_fence_account(&self) {
+        let rights = match self.flavor {
+            Flavor::MariaDb => "SHUTDOWN, CONNECTION ADMIN, PROCESS",
+            Flavor::MySql(_) => "SHUTDOWN, CONNECTION_ADMIN, SYSTEM_VARIABLES_ADMIN, PROCESS",
+        };
         self.sql(&[
             &format!("CREATE USER byokfs_fence@localhost IDENTIFIED BY '{FENCE_PASSWORD}'"),
-            "GRANT SHUTDOWN, CONNECTION ADMIN, PROCESS ON *.* TO byokfs_fence@localhost",
+            &format!("GRANT {rights} ON *.* TO byokfs_fence@localhost"),
         ]);
     }
 }
 
-impl Drop for MariaDb {
+impl Server {
+    fn log_tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+}
+
+impl Drop for Server {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let log = self.log();
-            let tail: Vec<&str> = log.lines().rev().take(25).collect();
-            eprintln!("---- MariaDB's log ----");
-            tail.iter().rev().for_each(|line| eprintln!("{line}"));
+            eprintln!("---- the server's log ----\n{}", self.log_tail());
         }
         self.kill9();
     }
@@ -192,9 +247,9 @@ pub fn fence_config(sandbox: &Sandbox, dir: &Path) -> String {
 }
 
 /// With temporary files in `dir`: a starting server removes those of all others beside its own.
-fn as_mysql(program: &str, dir: &Path) -> Command {
+fn as_mysql(program: &Path, dir: &Path) -> Command {
     let mut command = Command::new("setpriv");
-    command.args(["--reuid=mysql", "--regid=mysql", "--clear-groups", "--", program]);
+    command.args(["--reuid=mysql", "--regid=mysql", "--clear-groups", "--"]).arg(program);
     command.env("HOME", "/nonexistent").env("TMPDIR", dir);
     command
 }
@@ -206,7 +261,7 @@ fn mysql_user() -> (u32, u32) {
 
 /// A server on a mounted volume, with the fence set up. The server ends first.
 pub struct Site {
-    pub server: MariaDb,
+    pub server: Server,
     pub sandbox: Sandbox,
 }
 
@@ -218,7 +273,7 @@ impl Site {
         let dir = sandbox.path("server");
         let fence = fence_config(&sandbox, &dir);
         let sandbox = sandbox.and_mounted(&format!("{fence}{config}"));
-        let server = MariaDb::create(&sandbox.mnt(), &dir, options);
+        let server = Server::create(&sandbox.mnt(), &dir, options);
         server.start();
         server.create_fence_account();
         super::writer::create_table(&server);

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 
 use mysql::prelude::Queryable;
 
-use super::mariadb::MariaDb;
+use super::server::Server;
 use super::until;
 
 pub const TABLE: &str = "acked.rows_written";
@@ -21,7 +21,7 @@ pub struct AckedWriters {
 }
 
 /// Makes the table they write.
-pub fn create_table(server: &MariaDb) {
+pub fn create_table(server: &Server) {
     server.sql(&[
         "CREATE DATABASE acked",
         &format!(
@@ -33,7 +33,7 @@ pub fn create_table(server: &MariaDb) {
 impl AckedWriters {
     /// Each client inserts row after row, one commit each, until an error or `finish`. `first`
     /// keeps the ids of two runs apart.
-    pub fn start(server: &MariaDb, clients: u64, first: u64) -> AckedWriters {
+    pub fn start(server: &Server, clients: u64, first: u64) -> AckedWriters {
         let stop = Arc::new(AtomicBool::new(false));
         let count = Arc::new(AtomicUsize::new(0));
         let acked = Arc::new(Mutex::new(Vec::new()));
@@ -75,7 +75,7 @@ impl AckedWriters {
 
 /// Every acknowledged row is there, with its content, and the table is sound.
 #[track_caller]
-pub fn assert_all_there(server: &MariaDb, acked: &[u64]) {
+pub fn assert_all_there(server: &Server, acked: &[u64]) {
     server.check("acked");
     let mut conn = server.connect().expect("the server takes no connection");
     let present: Vec<(u64, String)> = conn.query(format!("SELECT id, word FROM {TABLE}")).unwrap();

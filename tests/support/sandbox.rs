@@ -16,6 +16,7 @@ pub const IDENTITY: &str = "host";
 
 pub struct Sandbox {
     dir: tempfile::TempDir,
+    back: PathBuf,
     vault: Option<Child>,
     /// Guards and daemons of mounts made here, to be ended with the sandbox.
     daemons: Vec<i32>,
@@ -26,7 +27,8 @@ impl Sandbox {
     pub fn bare() -> Sandbox {
         let dir = tempfile::Builder::new().prefix("byokfs-e2e.").tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let mut sandbox = Sandbox { dir, vault: None, daemons: Vec::new() };
+        let back = dir.path().join("back");
+        let mut sandbox = Sandbox { dir, back, vault: None, daemons: Vec::new() };
         for name in ["back", "mnt", "config", "log", "run"] {
             fs::create_dir(sandbox.path(name)).unwrap();
         }
@@ -71,7 +73,12 @@ impl Sandbox {
     }
 
     pub fn back(&self) -> PathBuf {
-        self.path("back")
+        self.back.clone()
+    }
+
+    /// Has the volume elsewhere, on a file system of its own for example.
+    pub fn set_back(&mut self, back: PathBuf) {
+        self.back = back;
     }
 
     pub fn mnt(&self) -> PathBuf {
@@ -86,7 +93,9 @@ impl Sandbox {
     // ---- byokfs ------------------------------------------------------------------------------
 
     pub fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_byokfs"));
+        // A release build, where a test takes too long with this one.
+        let binary = std::env::var_os("BYOKFS_BINARY");
+        let mut command = Command::new(binary.unwrap_or(env!("CARGO_BIN_EXE_byokfs").into()));
         command.env("BYOKFS_CONFIG", self.path("config/byokfs.toml"));
         command.env("BYOKFS_VAULT", self.path("vault"));
         command
@@ -124,18 +133,47 @@ impl Sandbox {
 
     #[track_caller]
     pub fn mount(&mut self) {
-        self.byokfs(&["mount", path(&self.back()), path(&self.mnt())]).ok();
-        let daemon = self.daemon();
-        self.daemons.push(daemon);
-        if let Some(guard) = self.guard() {
-            self.daemons.push(guard);
+        self.try_mount().ok();
+    }
+
+    /// For a mount that may fail. It answers as the verb did.
+    #[track_caller]
+    pub fn try_mount(&mut self) -> Answer {
+        let answer = self.byokfs(&["mount", path(&self.back()), path(&self.mnt())]);
+        if answer.code == Some(0) {
+            let daemon = self.daemon();
+            self.daemons.push(daemon);
+            if let Some(guard) = self.guard() {
+                self.daemons.push(guard);
+            }
         }
+        answer
     }
 
     #[track_caller]
     pub fn umount(&self) {
         self.byokfs(&["umount", path(&self.mnt())]).ok();
         assert!(!self.is_mounted(), "umount said it was done");
+    }
+
+    /// Kills the daemon with SIGKILL and waits for its end. The guard lives on.
+    #[track_caller]
+    pub fn kill_daemon(&self) {
+        let daemon = self.daemon();
+        signal(daemon, Signal::KILL);
+        until("the daemon to end", || !alive(daemon));
+    }
+
+    /// Kills guard and daemon, as the loss of the machine does: neither gets to do anything more.
+    /// True once all have ended.
+    pub fn kill_everything(&mut self) -> bool {
+        let ours = |pid: i32| name(pid).is_some_and(|name| name.starts_with("byokfs"));
+        let pids: Vec<i32> = self.daemons.drain(..).filter(|pid| ours(*pid)).collect();
+        // Each would act on the end of the other.
+        for signal_sent in [Signal::STOP, Signal::KILL] {
+            pids.iter().for_each(|pid| signal(*pid, signal_sent));
+        }
+        pids.iter().all(|pid| within(SOON, || !alive(*pid)))
     }
 
     pub fn is_mounted(&self) -> bool {

@@ -2,10 +2,10 @@
 //! to get anywhere has worked.
 
 pub mod mapping;
-pub mod mariadb;
 pub mod process;
 pub mod sandbox;
 pub mod scan;
+pub mod server;
 pub mod tree;
 pub mod writer;
 

@@ -1,0 +1,34 @@
+//! What runs on the volume when it crashes, and what must be there afterwards.
+
+pub mod names;
+pub mod records;
+pub mod server;
+pub mod sqlite;
+
+use std::path::Path;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Crash {
+    /// The machine lost its power: what was acknowledged as durable is there.
+    Power,
+    /// The daemon was killed: every acknowledged write is there.
+    Kill,
+}
+
+/// One kind of load. A ledger of what was acknowledged is kept in this process: off the volume.
+pub trait Load {
+    /// Once, on a new volume.
+    fn prepare(&mut self, mnt: &Path);
+
+    /// Starts to write. `crashed` tells that errors are to be expected by now.
+    fn start(&mut self, mnt: &Path, crashed: &dyn Fn() -> bool);
+
+    /// Acknowledgements so far, over all crashes.
+    fn acknowledged(&self) -> u64;
+
+    /// The machine is gone: whatever still runs is to end.
+    fn end(&mut self);
+
+    /// Panics, saying what is wrong. Leaves nothing running.
+    fn verify(&mut self, mnt: &Path, crash: Crash);
+}
