@@ -31,6 +31,7 @@ pub struct Config {
     pub fence: Fence,
     pub mount: Mount,
     pub audit: Audit,
+    pub alert: Alert,
     pub log: Log,
     pub run: Run,
     /// Where volume pins live (`volumes.d/`): the directory of the file this came from.
@@ -156,6 +157,24 @@ pub struct Audit {
 impl Default for Audit {
     fn default() -> Audit {
         Audit { file: Some("/var/log/byokfs/audit.jsonl".into()) }
+    }
+}
+
+/// A program that is run for each change of state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Alert {
+    /// None: no program.
+    #[serde(with = "optional_path")]
+    pub command: Option<PathBuf>,
+    /// It is killed then.
+    #[serde(with = "duration")]
+    pub timeout: Duration,
+}
+
+impl Default for Alert {
+    fn default() -> Alert {
+        Alert { command: None, timeout: Duration::from_secs(30) }
     }
 }
 

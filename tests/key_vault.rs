@@ -35,7 +35,8 @@ impl Vault {
         vault.run(&["init", vault.path().to_str().unwrap()]);
         vault.serve();
         vault.key_url = vault.run(&["key", "create", "--name", "kek"]).trim().to_owned();
-        vault.run(&["identity", "create", "db"]);
+        let header = vault.dir.path().join("db.header");
+        vault.run(&["identity", "create", "db", "--header-file", header.to_str().unwrap()]);
         vault.grant(ALL);
         vault
     }
@@ -94,7 +95,7 @@ impl Vault {
         Settings {
             identity: Identity::AppService(AppService {
                 endpoint: Some(self.endpoint.clone()),
-                header_file: Some(self.path().join("identities/db.header")),
+                header_file: Some(self.dir.path().join("db.header")),
                 client_id: None,
             }),
             ca_file: Some(self.path().join("ca.pem")),

@@ -17,9 +17,13 @@ pub(super) fn check(config: &Config) -> Result<(), String> {
         return Err(format!("mount.threads is {}: at most {MAX_THREADS}", config.mount.threads));
     }
     identity(&config.key)?;
+    if config.alert.timeout.is_zero() {
+        return Err("alert.timeout is 0s: it must be longer".into());
+    }
     // The daemon works in /: a relative path would mean another file there.
     absolute("run.dir", Some(&config.run.dir))?;
     absolute("audit.file", config.audit.file.as_deref())?;
+    absolute("alert.command", config.alert.command.as_deref())?;
     absolute("log.file", config.log.file.as_deref())?;
     for (name, path) in config.key.files() {
         absolute(&format!("key.{name}"), path)?;

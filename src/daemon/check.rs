@@ -51,6 +51,7 @@ pub fn own_paths(plan: &Plan) -> Result<()> {
         ("the configuration", Some(&plan.config_dir)),
         ("run.dir", Some(&config.run.dir)),
         ("audit.file", config.audit.file.as_ref()),
+        ("alert.command", config.alert.command.as_ref()),
         ("log.file", config.log.file.as_ref()),
         ("fence.socket", config.fence.socket.as_ref()),
         ("fence.pid_file", config.fence.pid_file.as_ref()),

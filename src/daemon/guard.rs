@@ -22,6 +22,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::Signal;
 
+use super::alert::Alerts;
 use super::fence::process::Process;
 use super::fence::{Fence, Outcome};
 use super::mountinfo::{self, Device};
@@ -32,6 +33,8 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::observe::audit::{self, Event, Name};
 use crate::sys;
 
+/// For the alerts of a daemon's death to be sent.
+const ALERTS_LIMIT: Duration = Duration::from_secs(60);
 /// For the first lookup on a new mount.
 const LOOKUP_LIMIT: Duration = Duration::from_secs(20);
 
@@ -224,6 +227,10 @@ fn aftermath(plan: &Plan, device: Device, status: &str) -> Result<()> {
     }
     log::error!("the daemon died ({status}) and left its mount {}", plan.mnt.display());
     install_audit(plan);
+    let alerts = Alerts::start(&plan.config.alert).unwrap_or_else(|error| {
+        log::error!("{error}");
+        None
+    });
     audit::emit(Event::new(Name::DaemonDied).with("status", status));
     // Open files of the server answer ENOTCONN now, but its cache does not.
     let outcome = Fence::new(plan.config.fence.clone(), device).stop_server();
@@ -236,6 +243,9 @@ fn aftermath(plan: &Plan, device: Device, status: &str) -> Result<()> {
         event = event.with("error", error.to_string());
     }
     audit::emit(event);
+    if let Some(alerts) = alerts {
+        alerts.finish(ALERTS_LIMIT);
+    }
     unmounted?;
     let fence = match outcome {
         Outcome::Off => {

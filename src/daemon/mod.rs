@@ -1,5 +1,6 @@
 //! The process behind a mount: start order, readiness, control socket, cut-off, fence, guard.
 
+pub mod alert;
 pub mod check;
 pub mod control;
 pub mod cutoff;

@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
+use super::alert::Alerts;
 use super::control::{self, Description};
 use super::cutoff::{self, CutOff};
 use super::fence::Fence;
@@ -44,6 +45,8 @@ use crate::vfs::{AuditSink, Filesystem, FilesystemOptions};
 
 /// For the end of a mount that failed.
 const END_LIMIT: Duration = Duration::from_secs(5);
+/// For the alert of the unmount to be sent.
+const ALERTS_LIMIT: Duration = Duration::from_secs(5);
 /// How long a mount waits for the daemon of the one before it.
 const PREDECESSOR_LIMIT: Duration = Duration::from_secs(10);
 
@@ -78,12 +81,16 @@ pub fn install_log(plan: &Plan) -> Result<()> {
 fn serve(plan: Plan, life: BufReader<File>, signals: OwnedFd) -> Result<()> {
     // A new session: what a terminal sends to the foreground is for the guard alone.
     rustix::process::setsid().context(|| "cannot start a session".to_owned())?;
+    let alerts = Alerts::start(&plan.config.alert)?;
     let volume = open(plan)?;
     let result = mount_and_serve(&volume, life, signals);
     if result.is_err() {
         take_away(&volume);
     }
     let closed = volume.close();
+    if let Some(alerts) = alerts {
+        alerts.finish(ALERTS_LIMIT);
+    }
     result.and(closed)
 }
 

@@ -143,7 +143,11 @@ struct Repeats {
     dropped: u64,
 }
 
+/// Is handed each event's name and line; must not wait, nor emit.
+pub type Listener = Box<dyn Fn(Name, &str) + Send>;
+
 static TRAIL: Mutex<Option<Trail>> = Mutex::new(None);
+static LISTENER: Mutex<Option<Listener>> = Mutex::new(None);
 static REPEATS: Mutex<Option<Repeats>> = Mutex::new(None);
 
 /// Opens the trail at `path` (created with mode 0600) for this process. `context` is added to
@@ -161,8 +165,14 @@ pub fn install(path: &Path, context: &[(&'static str, String)]) -> Result<()> {
     Ok(())
 }
 
+/// Has every event of this process handed to `listener` too.
+pub fn forward(listener: Listener) {
+    *LISTENER.lock() = Some(listener);
+}
+
 /// Writes one event, to the trail if there is one, and to the log.
 pub fn emit(event: Event) {
+    let name = event.name;
     let mut line = Map::new();
     line.insert("time".into(), timestamp(SystemTime::now()).into());
     line.insert("event".into(), event.name.as_str().into());
@@ -173,8 +183,11 @@ pub fn emit(event: Event) {
     }
     let mut text = Value::Object(line).to_string();
     ::log::info!(target: "audit", "{text}");
-    let Some(trail) = trail.as_mut() else { return };
     text.push('\n');
+    if let Some(listener) = LISTENER.lock().as_ref() {
+        listener(name, &text);
+    }
+    let Some(trail) = trail.as_mut() else { return };
     // One write, so that lines of several processes never mix; a short one is a failure.
     match trail.file.write(text.as_bytes()) {
         Ok(written) if written == text.len() => {}

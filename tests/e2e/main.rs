@@ -8,6 +8,7 @@
 #[allow(dead_code)] // not every test binary needs all of it
 mod support;
 
+mod alert;
 mod backing;
 mod bad_input;
 mod check_key;
