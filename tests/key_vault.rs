@@ -29,10 +29,14 @@ struct Vault {
 
 impl Vault {
     fn start() -> Vault {
+        Vault::start_with(&[])
+    }
+
+    fn start_with(options: &[&str]) -> Vault {
         let dir = tempfile::tempdir().unwrap();
         let mut vault =
             Vault { dir, server: None, key_url: String::new(), endpoint: String::new() };
-        vault.run(&["init", vault.path().to_str().unwrap()]);
+        vault.run(&[&["init", vault.path().to_str().unwrap()], options].concat());
         vault.serve();
         vault.key_url = vault.run(&["key", "create", "--name", "kek"]).trim().to_owned();
         let header = vault.dir.path().join("db.header");
@@ -357,6 +361,28 @@ fn every_way_to_lose_a_key_and_every_way_back() {
         assert_eq!(daemon.state(), (State::Inaccessible, Some(reason)), "{what}");
         daemon.revalidate().unwrap_or_else(|error| panic!("{what}: {error}"));
     }
+}
+
+#[test]
+fn a_purged_key_comes_back_from_its_backup_only() {
+    let vault = Vault::start_with(&["--no-purge-protection"]);
+    let daemon = Daemon::start(&vault, quick());
+    let backup = vault.dir.path().join("kek.backup");
+    let backup = backup.to_str().unwrap();
+    vault.run(&["key", "backup", "--name", "kek", "--file", backup]);
+    vault.run(&["key", "delete", "--name", "kek"]);
+    daemon.wait_for("deleted", State::Inaccessible, Some(Reason::KeyDeleted));
+    vault.run(&["key", "purge", "--name", "kek"]);
+    // Still Inaccessible, and for another reason: there is no recovering it.
+    daemon.wait_for("purged", State::Inaccessible, Some(Reason::KeyNotFound));
+    // Another key of the same name is another key.
+    vault.run(&["key", "create", "--name", "kek"]);
+    assert!(daemon.revalidate().is_err());
+    vault.run(&["key", "delete", "--name", "kek"]);
+    vault.run(&["key", "purge", "--name", "kek"]);
+    vault.run(&["key", "restore", "--file", backup]);
+    daemon.revalidate().unwrap();
+    daemon.wait_for("restored", State::Available, None);
 }
 
 #[test]
