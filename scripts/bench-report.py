@@ -2,7 +2,8 @@
 
 usage: bench-report.py RESULTS.TSV OUT_DIR
 
-Medians per row and target; ratios to the plain directory, else to the first target. Standard library only.
+Medians per row and target; ratios to the plain directory, else to the first target; what the disk was given, for a
+byte or a transaction, in the order of the targets. Standard library only.
 """
 
 import csv
@@ -19,13 +20,24 @@ TITLES = {
     "mix": "70/30 mix, 16 KiB, O_DIRECT, 4 threads",
     "append_512": "append 512 B + fdatasync",
     "append_4k": "append 4 KiB + fdatasync",
+    "append_512_16": "append 512 B + fdatasync, 16 threads, a file each",
+    "append_4k_16": "append 4 KiB + fdatasync, 16 threads, a file each",
+    "append_4k_shared": "append 4 KiB + fdatasync, 16 threads, one file",
+    "overwrite": "random overwrite of 1 GiB, 16 KiB, O_DIRECT, 4 threads",
+    "overwrite_worst": "its longest write (less is better)",
     "create": "create 4000 files",
     "stat": "stat 4000 files",
     "unlink": "unlink 4000 files",
+    "create_sync": "create 400 files of 4 KiB, each with fsync",
     "oltp_read_write": "sysbench oltp_read_write, MariaDB",
     "oltp_write_only": "sysbench oltp_write_only, MariaDB",
+    "oltp_write_safe": "sysbench oltp_write_only, doublewrite off on byokfs only",
+    "recovery": "mount after kill -9 under random overwrite (less is better)",
     "peak_memory": "peak memory of the daemon",
 }
+
+# Only of some targets.
+ONE_SIDED = ("peak_memory", "recovery")
 
 
 def load(path):
@@ -40,35 +52,41 @@ def load(path):
                 values.setdefault((row, target), []).append(float(line["value"]))
     medians = {key: statistics.median(found) for key, found in values.items()}
     rows = [row for row in TITLES if row in units]
+    assert all(row.removesuffix(".written") in TITLES for row in units), "a row without a title"
     return rows, targets, units, medians
 
 
 def number(value):
     if value is None:
         return "failed"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def table(rows, targets, units, medians):
     base = "plain" if "plain" in targets else targets[0]
     others = [target for target in targets if target != base]
-    head = ["workload", "unit", *targets, *(f"{target} / {base}" for target in others)]
+    head = ["workload", "unit", *targets, *(f"{target} / {base}" for target in others), "given to the disk"]
     lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * (len(head) - 2) + "|"]
     for row in rows:
         cells = [TITLES[row], units[row]]
         for target in targets:
-            absent = "" if row == "peak_memory" else "failed"
+            absent = "" if row in ONE_SIDED else "failed"
             value = medians.get((row, target))
             cells.append(absent if value is None else number(value))
         for target in others:
             value, reference = medians.get((row, target)), medians.get((row, base))
             cells.append(f"{value / reference:.2f}" if value is not None and reference else "")
+        given = [medians.get((f"{row}.written", target)) for target in targets]
+        unit = units.get(f"{row}.written", "")
+        shown = " / ".join("-" if value is None else f"{value:.1f}" for value in given)
+        cells.append(f"{shown} {unit}" if any(value is not None for value in given) else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def chart(rows, targets, units, medians):
-    rows = [row for row in rows if row != "peak_memory"]
+    # Where a longer bar is better.
+    rows = [row for row in rows if row not in (*ONE_SIDED, "overwrite_worst")]
     left, width, bar, gap, top = 300, 460, 13, 14, 46
     height = top + len(rows) * (bar * len(targets) + gap) + 10
     out = [
