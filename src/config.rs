@@ -102,6 +102,8 @@ pub struct Fence {
     /// `[client]` with user and password of the account that may shut the server down.
     #[serde(with = "optional_path")]
     pub option_file: Option<PathBuf>,
+    /// Where neither leads to it: take a process that uses the mount and has a server's name.
+    pub search: bool,
     #[serde(with = "duration")]
     pub timeout: Duration,
 }
@@ -113,6 +115,7 @@ impl Default for Fence {
             socket: None,
             pid_file: None,
             option_file: None,
+            search: true,
             timeout: Duration::from_secs(20),
         }
     }

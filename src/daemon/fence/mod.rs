@@ -1,13 +1,14 @@
 //! The fence: stops the database server on the mount, for a cut-off that means something. An idle
 //! server with a warm cache serves its rows for as long as it lives, whatever its files answer.
 //!
-//! The server is the process that listens on its socket, else the one that its pid file names, and
-//! only if it uses this mount: an innocent process behind a stale socket or pid file is left
-//! alone. Stages, each with its share of `fence.timeout`: the server's own SHUTDOWN, SIGTERM,
+//! The server is the process that listens on its socket, else the one that its pid file names (also
+//! in the numbers of a container's own pid namespace), else one with the name of a database server;
+//! and only if it uses this mount: an innocent process behind a stale or foreign socket or pid file
+//! is left alone, and only the server's own socket is asked. Stages, each with its share of `fence.timeout`: the server's own SHUTDOWN, SIGTERM,
 //! SIGKILL. Every step is an audit event. All waits are bounded; the gate does not wait for the
 //! fence beyond the timeout (`daemon::cutoff`).
 //!
-//! It does not look for other processes on the mount: those meet the errors of the mount itself.
+//! Other processes on the mount are not stopped: they meet the errors of the mount itself.
 
 pub mod process;
 pub mod server;
@@ -32,6 +33,10 @@ const TERM_UNTIL: u32 = 85;
 
 /// How often to look for a server that its supervisor has started again.
 const LINGER_STEP: Duration = Duration::from_millis(200);
+/// Each so-many-th time among all processes of the machine.
+const LINGER_SEARCH: u32 = 10;
+/// What a server's process is called where neither socket nor pid file lead to it.
+const SERVERS: [&str; 2] = ["mariadbd", "mysqld"];
 /// A restarted server can do nothing useful: it gets this long after SIGTERM.
 const RESTARTED_TERM: Duration = Duration::from_secs(2);
 
@@ -59,6 +64,14 @@ impl Outcome {
     }
 }
 
+/// A server that was found.
+#[derive(Debug)]
+struct Server {
+    process: Process,
+    /// It is the one that listens on `fence.socket`.
+    by_socket: bool,
+}
+
 /// The server on one mount, and how to stop it.
 #[derive(Clone, Debug)]
 pub struct Fence {
@@ -75,6 +88,11 @@ impl Fence {
         self.config.enabled
     }
 
+    /// Of the mount.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
     pub fn timeout(&self) -> Duration {
         self.config.timeout
     }
@@ -88,7 +106,7 @@ impl Fence {
         emit(Event::new(Name::Fence).status(Status::Started));
         let (outcome, pid) = match self.server() {
             None => (Outcome::NoServer, None),
-            Some(server) => (self.stop(&server, start), Some(server.pid())),
+            Some(server) => (self.stop(&server, start), Some(server.process.pid())),
         };
         let status = if outcome == Outcome::Survived { Status::Failed } else { Status::Succeeded };
         let mut event = Event::new(Name::Fence)
@@ -109,12 +127,17 @@ impl Fence {
     /// answers only errors. Ends when `until` has passed or `over` says so.
     pub fn linger(&self, until: Duration, over: impl Fn() -> bool) {
         let until = Instant::now() + until;
-        while self.is_on() && Instant::now() < until && !over() {
+        for round in 1_u32.. {
+            if !self.is_on() || Instant::now() >= until || over() {
+                return;
+            }
             std::thread::sleep(LINGER_STEP);
-            let Some(server) = self.find_server() else { continue };
+            let search = round.is_multiple_of(LINGER_SEARCH);
+            let Some(server) = self.find_server(search) else { continue };
             if over() {
                 return;
             }
+            let server = server.process;
             log::warn!("the database server was started again, as pid {}", server.pid());
             if !self.send(&server, Signal::TERM, "SIGTERM", RESTARTED_TERM) && !over() {
                 self.send(&server, Signal::KILL, "SIGKILL", RESTARTED_TERM);
@@ -123,28 +146,29 @@ impl Fence {
     }
 
     /// The server, if it runs and uses this mount; says so in the log where it does not.
-    fn server(&self) -> Option<Process> {
-        let server = self.find_server();
+    fn server(&self) -> Option<Server> {
+        let server = self.find_server(true);
         if server.is_none() {
             log::warn!("the fence found no database server on this mount");
         }
         server
     }
 
-    fn find_server(&self) -> Option<Process> {
-        let by_socket = self
-            .config
-            .socket
-            .as_ref()
-            .map(|path| ("fence.socket", path, Process::listening_on(path)));
-        let by_pid_file = self
-            .config
-            .pid_file
-            .as_ref()
-            .map(|path| ("fence.pid_file", path, Process::named_by(path)));
-        for (key, path, found) in [by_socket, by_pid_file].into_iter().flatten() {
+    /// `search`: among all processes too, which takes a while on a machine with many.
+    fn find_server(&self, search: bool) -> Option<Server> {
+        let by_socket = self.config.socket.as_ref().map(|path| {
+            let found = Process::listening_on(path);
+            ("fence.socket", path, found, true)
+        });
+        let by_pid_file = self.config.pid_file.as_ref().map(|path| {
+            let found = Process::named_by(path);
+            ("fence.pid_file", path, found, false)
+        });
+        for (key, path, found, by_socket) in [by_socket, by_pid_file].into_iter().flatten() {
             match found {
-                Ok(process) if self.is_ours(&process) => return Some(process),
+                Ok(process) if self.is_ours(&process) => {
+                    return Some(Server { process, by_socket });
+                }
                 Ok(process) => log::info!(
                     "{key} {} leads to {} (pid {}), which does not use this mount: left alone",
                     path.display(),
@@ -154,7 +178,27 @@ impl Fence {
                 Err(error) => log::debug!("{key} {}: {error}", path.display()),
             }
         }
-        None
+        if search && self.config.search { self.search() } else { None }
+    }
+
+    /// Among those that use the mount: the one that its pid namespace has under the pid file's
+    /// number, else one that is called as a server is.
+    fn search(&self) -> Option<Server> {
+        let inside = self.config.pid_file.as_deref().and_then(|path| process::number_in(path).ok());
+        let users = users::of(self.device);
+        let in_namespace = |user: &&users::User| {
+            inside.is_some_and(|inside| process::inner_number(user.pid) == Some(inside))
+        };
+        let in_namespace = users.iter().find(in_namespace);
+        let named = || users.iter().find(|user| SERVERS.contains(&user.name.as_str()));
+        let found = in_namespace.or_else(named)?;
+        log::warn!(
+            "neither fence.socket nor fence.pid_file leads to {} (pid {}), which uses this mount",
+            found.name,
+            found.pid
+        );
+        let process = Process::open(found.pid).ok()?;
+        self.is_ours(&process).then_some(Server { process, by_socket: false })
     }
 
     /// Whether the process uses this mount. What was read under its number was its own if it is
@@ -163,10 +207,13 @@ impl Fence {
         users::usage(process.pid(), self.device).is_some() && process.is_alive()
     }
 
-    fn stop(&self, server: &Process, start: Instant) -> Outcome {
+    fn stop(&self, server: &Server, start: Instant) -> Outcome {
         let at =
             |percent: u32| (self.config.timeout * percent / 100).saturating_sub(start.elapsed());
-        if self.ask(server, at(ASK_UNTIL)) {
+        // A socket that leads to another server would have that one shut down.
+        let asked = server.by_socket && self.ask(&server.process, at(ASK_UNTIL));
+        let server = &server.process;
+        if asked {
             if server.wait(at(SHUTDOWN_UNTIL)) {
                 return Outcome::Stopped("SHUTDOWN");
             }

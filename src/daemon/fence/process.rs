@@ -46,11 +46,7 @@ impl Process {
 
     /// The process that a pid file names, whoever that is by now.
     pub fn named_by(pid_file: &Path) -> io::Result<Process> {
-        let text = std::fs::read_to_string(pid_file)?;
-        let pid = text.trim().parse().map_err(|_| {
-            io::Error::new(io::ErrorKind::InvalidData, "the pid file holds no process id")
-        })?;
-        Process::open(pid)
+        Process::open(number_in(pid_file)?)
     }
 
     pub fn pid(&self) -> i32 {
@@ -87,6 +83,25 @@ impl Process {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// The number in a pid file, as whoever wrote it counts processes.
+pub fn number_in(pid_file: &Path) -> io::Result<i32> {
+    let text = std::fs::read_to_string(pid_file)?;
+    text.trim()
+        .parse()
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "the pid file holds no process id"))
+}
+
+/// The number of a process in its own pid namespace; None where that is this process's namespace
+/// too, or cannot be told.
+pub fn inner_number(pid: i32) -> Option<i32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    let mut numbers = numbers.split_whitespace();
+    // The first is ours.
+    numbers.next()?;
+    numbers.next_back()?.parse().ok()
 }
 
 impl AsFd for Process {

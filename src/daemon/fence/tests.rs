@@ -13,7 +13,10 @@ fn device_of(path: &Path) -> Device {
 
 fn fence(pid_file: &Path, device: Device, timeout: Duration) -> Fence {
     let pid_file = Some(pid_file.to_owned());
-    Fence::new(config::Fence { enabled: true, pid_file, timeout, ..Default::default() }, device)
+    // The device that stands for the mount has other users too.
+    let search = false;
+    let config = config::Fence { enabled: true, pid_file, timeout, search, ..Default::default() };
+    Fence::new(config, device)
 }
 
 fn shell(script: &str, dir: &str) -> Child {
@@ -73,4 +76,28 @@ fn a_restarted_server_is_stopped_too() {
 fn without_a_fence_nothing_is_looked_for() {
     let device = device_of(Path::new("/proc/self"));
     assert_eq!(Fence::new(config::Fence::default(), device).stop_server(), Outcome::Off);
+}
+
+/// It writes its own pid file and starts the server again whenever that ends, as systemd would.
+#[test]
+fn a_server_that_its_supervisor_starts_again_and_again_is_stopped_each_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pid_file, starts) = (dir.path().join("pid"), dir.path().join("starts"));
+    let device = device_of(Path::new("/proc/self"));
+    let script = format!(
+        "while :; do (cd /proc && exec sleep 60) & echo $! >'{}'; echo x >>'{}'; wait; done",
+        pid_file.display(),
+        starts.display()
+    );
+    let mut supervisor = shell(&script, "/");
+    let started = || fs::read_to_string(&starts).unwrap_or_default().lines().count();
+    let limit = Instant::now() + Duration::from_secs(30);
+    let fence = fence(&pid_file, device, Duration::from_secs(2));
+    fence.linger(Duration::from_secs(30), || started() > 3 || Instant::now() > limit);
+    supervisor.kill().unwrap();
+    supervisor.wait().unwrap();
+    assert!(started() > 3, "{}", started());
+    // The last one lives: it was started when the linger was over.
+    let last = Process::named_by(&pid_file).unwrap();
+    last.signal(Signal::KILL).unwrap();
 }
