@@ -190,4 +190,12 @@ mod tests {
         }
         assert_eq!(Reason::from_name("nonsense"), None);
     }
+
+    #[test]
+    fn each_has_its_place_in_the_runbook() {
+        let runbook = include_str!("../../docs/RUNBOOK.md");
+        for reason in Reason::ALL {
+            assert!(runbook.contains(&format!("\n## {reason}\n")), "{reason}");
+        }
+    }
 }
