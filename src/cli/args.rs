@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::key::provider::pkcs11;
+
 const EXIT_CODES: &str = "\
 Exit codes:
    0  done
@@ -60,6 +62,9 @@ pub enum Verb {
     /// The daemon of a mount
     #[command(name = "__daemon", hide = true)]
     Daemon { mnt: PathBuf },
+    /// The process that loads a hardware security module's library
+    #[command(name = pkcs11::VERB, hide = true)]
+    Pkcs11,
 }
 
 #[derive(Debug, Args)]
@@ -80,7 +85,7 @@ impl ConfigArg {
 pub struct InitArgs {
     /// The backing directory: missing or empty
     pub back: PathBuf,
-    /// The customer's key: its URL in the key vault, with or without a version
+    /// The customer's key: its URL in the key vault, with or without a version, or a PKCS#11 URI
     #[arg(long, value_name = "URL")]
     pub kek: String,
     /// Leave file names unencrypted, for those who need to find files on the disk; contents, link

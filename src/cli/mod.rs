@@ -23,8 +23,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::daemon::{guard, start};
+use crate::daemon::{guard, harden, start};
 use crate::error::{Error, Kind, Result};
+use crate::key::provider::pkcs11;
 use args::{Cli, RotateVerb, Verb};
 
 /// The binary's whole life: `mount.byokfs` by its own name, else the verb of the arguments.
@@ -37,6 +38,7 @@ pub fn main() -> ExitCode {
             // The internal verbs report to whoever started them, and to the log.
             Ok(Cli { verb: Verb::Guard { .. } }) => (guard::main(), false),
             Ok(Cli { verb: Verb::Daemon { .. } }) => (start::run(), false),
+            Ok(Cli { verb: Verb::Pkcs11 }) => (serve_pkcs11(), false),
             Ok(cli) => (run(cli.verb), true),
             Err(error) => return clap_exit(&error),
         }
@@ -68,7 +70,13 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Vault(args) => vault::run(args),
         Verb::Guard { .. } => guard::main(),
         Verb::Daemon { .. } => start::run(),
+        Verb::Pkcs11 => serve_pkcs11(),
     }
+}
+
+fn serve_pkcs11() -> Result<()> {
+    harden::process("byokfs-pkcs11")?;
+    pkcs11::serve()
 }
 
 /// mount(8) calls `mount.byokfs`, or `mount.fuse.byokfs` for the type that /proc/mounts shows.

@@ -46,17 +46,25 @@ pub struct Key {
     pub region: Option<String>,
     /// What the requirement check only warns of refuses the key too.
     pub strict_requirements: bool,
+    /// The shared library of a hardware security module.
+    #[serde(with = "optional_path")]
+    pub pkcs11_module: Option<PathBuf>,
+    /// None: the token asks for none.
+    #[serde(with = "optional_path")]
+    pub pkcs11_pin_file: Option<PathBuf>,
 }
 
 impl Key {
     /// Every file that is named here, by its key.
-    pub fn files(&self) -> [(&'static str, Option<&Path>); 5] {
+    pub fn files(&self) -> [(&'static str, Option<&Path>); 7] {
         [
             ("identity_header_file", self.identity_header_file.as_deref()),
             ("client_secret_file", self.client_secret_file.as_deref()),
             ("client_certificate_file", self.client_certificate_file.as_deref()),
             ("federated_token_file", self.federated_token_file.as_deref()),
             ("ca_file", self.ca_file.as_deref()),
+            ("pkcs11_module", self.pkcs11_module.as_deref()),
+            ("pkcs11_pin_file", self.pkcs11_pin_file.as_deref()),
         ]
     }
 }

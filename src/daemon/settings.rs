@@ -16,6 +16,11 @@ pub fn provider(config: &config::Key) -> provider::Settings {
             config::VerifyChallenge::On => provider::ChallengeCheck::On,
             config::VerifyChallenge::Off => provider::ChallengeCheck::Off,
         },
+        pkcs11: provider::pkcs11::Settings {
+            module: config.pkcs11_module.clone(),
+            pin_file: config.pkcs11_pin_file.clone(),
+            program: None,
+        },
     }
 }
 

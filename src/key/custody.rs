@@ -122,7 +122,7 @@ pub fn enrol(
         provider: provider.name().into(),
         kid: kid.clone(),
         algorithm,
-        follow_versions: follows(key_url, kid),
+        follow_versions: !provider.names_version(key_url),
         volume_key_id: 1,
         wrapped_volume_key,
         fingerprint,
@@ -195,11 +195,6 @@ pub fn survey(
         report.tried(unwrap_canary(session, envelope), "the volume's envelope")?;
     }
     Ok(report)
-}
-
-/// A key that was named without its version is followed to newer ones.
-pub(super) fn follows(key_url: &str, kid: &str) -> bool {
-    key_url.trim_end_matches('/') != kid
 }
 
 pub(super) fn new_canary(

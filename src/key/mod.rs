@@ -7,7 +7,7 @@
 //!    |    ---> gate       leases on the keyring; fails closed
 //!    v
 //!  probe, custody, requirement ---> envelope   (wrapped volume key, canary)
-//!                              ---> provider   (azure, later pkcs11, ...)
+//!                              ---> provider   (azure, pkcs11)
 //! ```
 //!
 //! How a volume gets its key. At `init`, [`custody::enrol`] makes a volume key and an envelope;

@@ -11,8 +11,7 @@ use std::time::Duration;
 
 use super::clock::BootTime;
 use super::custody::{
-    Refusal, checked, follows, foreign_envelope, new_canary, to_key, unwrap_canary,
-    wrap_and_compare,
+    Refusal, checked, foreign_envelope, new_canary, to_key, unwrap_canary, wrap_and_compare,
 };
 use super::envelope::{Envelope, now_text};
 use super::keyring::Keyring;
@@ -74,7 +73,7 @@ pub fn rewrap(
         };
         let (info, report) = checked(session, new.url, algorithm, settings)?;
         usable(&info, settings.on_expired)?;
-        let follow_versions = new.follow.unwrap_or_else(|| follows(new.url, &info.kid));
+        let follow_versions = new.follow.unwrap_or_else(|| !new.provider.names_version(new.url));
         let same = info.kid == envelope.kid && algorithm == envelope.algorithm;
         if same && follow_versions == envelope.follow_versions && !new.forget_earlier {
             return Ok(None);

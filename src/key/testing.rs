@@ -110,6 +110,10 @@ impl Provider for FakeService {
         "fake"
     }
 
+    fn names_version(&self, url: &str) -> bool {
+        url.split('/').count() == FakeService::KID.split('/').count()
+    }
+
     fn session(&self, _deadline: BootTime) -> ProviderResult<Box<dyn Session + '_>> {
         Ok(Box::new(self.clone()))
     }

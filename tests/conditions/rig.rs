@@ -54,6 +54,10 @@ impl Provider for Nameable {
         self.real.name()
     }
 
+    fn names_version(&self, url: &str) -> bool {
+        self.real.names_version(url)
+    }
+
     fn session(
         &self,
         deadline: byokfs::key::gate::BootTime,

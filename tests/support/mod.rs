@@ -68,7 +68,7 @@ pub fn has(program: &str) -> bool {
         .any(|dir| Path::new(dir).join(program).exists())
 }
 
-fn skip(why: &str) -> bool {
+pub fn skip(why: &str) -> bool {
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
     // `eprintln!` would be captured, and a passing test's output is not shown.
     let _ = writeln!(std::io::stderr(), "skipped: {test} {why}");

@@ -98,6 +98,7 @@ impl Sandbox {
         let mut command = Command::new(binary.unwrap_or(env!("CARGO_BIN_EXE_byokfs").into()));
         command.env("BYOKFS_CONFIG", self.path("config/byokfs.toml"));
         command.env("BYOKFS_VAULT", self.path("vault"));
+        command.env("SOFTHSM2_CONF", self.path("hsm/softhsm2.conf"));
         command
     }
 

@@ -25,7 +25,7 @@ pub(super) fn read(response: &Response) -> ProviderResult<Token> {
     if response.status != 200 {
         return Err(classify(response));
     }
-    let token = stack::with_burnt_stack(|| {
+    stack::with_burnt_stack(|| {
         let answer: TokenAnswer<'_> =
             serde_json::from_slice(&response.body).map_err(|_| malformed("answer"))?;
         let expires = answer.expires(wall_clock()).ok_or_else(|| malformed("expiry"))?;
@@ -33,8 +33,7 @@ pub(super) fn read(response: &Response) -> ProviderResult<Token> {
         let secret = secret.map_err(|error| ProviderError::unreachable(error.to_string()))?;
         let tenant = issuing_tenant(secret.expose());
         Ok(Token { secret, expires, fetched: BootTime::now(), tenant })
-    })?;
-    Ok(token)
+    })
 }
 
 /// `tid` of a JWT. Not verified: it is for the requirement check to compare, and decides nothing.

@@ -14,8 +14,10 @@ mod azure_auth;
 mod azure_error;
 mod azure_identity;
 mod azure_token;
+mod base64url;
 mod http;
 mod identity;
+pub mod pkcs11;
 mod secret_file;
 
 use std::fmt;
@@ -33,10 +35,12 @@ pub type ProviderResult<T> = std::result::Result<T, ProviderError>;
 
 /// A key service.
 pub trait Provider: fmt::Debug + Send + Sync {
-    /// As the envelope names it: "azure".
+    /// As the envelope names it: "azure", "pkcs11".
     fn name(&self) -> &'static str;
     /// A conversation that ends at `deadline`.
     fn session(&self, deadline: BootTime) -> ProviderResult<Box<dyn Session + '_>>;
+    /// Whether a key that is named like this is one version of it, and not whichever is current.
+    fn names_version(&self, url: &str) -> bool;
 }
 
 /// One conversation with a key service, with a key at a time.
@@ -74,6 +78,7 @@ pub struct Settings {
     /// Whether the service's challenge must name a domain that the key's host lies in. Off only
     /// for hosts that have no domain: addresses and single-label names.
     pub verify_challenge_resource: ChallengeCheck,
+    pub pkcs11: pkcs11::Settings,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -87,17 +92,23 @@ pub enum ChallengeCheck {
 
 /// Whether this names a key of some provider, and not a file.
 pub fn is_key(name: &str) -> bool {
-    name.starts_with("https://")
+    name.starts_with("https://") || name.starts_with(pkcs11::SCHEME)
 }
 
 /// The provider for a key, by the form of its identifier.
 pub fn for_key(kid: &str, settings: &Settings) -> Result<Arc<dyn Provider>> {
+    if kid.starts_with(pkcs11::SCHEME) {
+        return Ok(Arc::new(pkcs11::Pkcs11::new(kid, &settings.pkcs11)?));
+    }
     if is_key(kid) {
         return Ok(Arc::new(azure::Azure::new(kid, settings)?));
     }
     Err(Error::new(
         Kind::Usage,
-        format!("{kid} is not the URL of a key: expected https://HOST/keys/NAME or .../VERSION"),
+        format!(
+            "{kid} is not the URL of a key: expected https://HOST/keys/NAME, .../VERSION, or \
+             pkcs11:token=TOKEN;object=NAME"
+        ),
     ))
 }
 
@@ -183,6 +194,14 @@ pub struct VersionInfo {
     pub not_before: Option<i64>,
     pub expires: Option<i64>,
     pub created: Option<i64>,
+}
+
+/// Of an unsigned number, big end first: the size of an RSA modulus.
+fn significant_bits(number: &[u8]) -> Option<u32> {
+    let zeros = number.iter().take_while(|&&byte| byte == 0).count();
+    let number = number.get(zeros..)?;
+    let first = number.first()?;
+    u32::try_from(number.len()).ok()?.checked_mul(8)?.checked_sub(first.leading_zeros())
 }
 
 /// What a failure means for the key.
