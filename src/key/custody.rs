@@ -106,7 +106,7 @@ pub fn enrol(
         Some(algorithm) => algorithm,
         None => {
             let info = session.get_key(key_url)?;
-            session.algorithm(&info)?
+            session.algorithm(&info, None)?
         }
     };
     let (info, report) = checked(session, key_url, algorithm, settings)?;

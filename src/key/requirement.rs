@@ -169,7 +169,7 @@ pub fn survey(
         Ok(info) => {
             let algorithm = match algorithm {
                 Some(algorithm) => algorithm,
-                None => session.algorithm(&info)?,
+                None => session.algorithm(&info, None)?,
             };
             let report = judge(session, &info, algorithm, settings)?;
             return Ok((Some(info), report));

@@ -69,7 +69,10 @@ pub fn rewrap(
         let session = &mut *session;
         let algorithm = match new.algorithm {
             Some(algorithm) => algorithm,
-            None => fitting(&session.get_key(new.url)?, envelope.algorithm),
+            None => {
+                let info = session.get_key(new.url)?;
+                session.algorithm(&info, Some(envelope.algorithm))?
+            }
         };
         let (info, report) = checked(session, new.url, algorithm, settings)?;
         usable(&info, settings.on_expired)?;
@@ -113,16 +116,6 @@ pub fn rewrap(
         };
         Ok(Some(Rewrapped { envelope, info, report, started }))
     })
-}
-
-/// What a key of this type wraps with; `before`, if it can.
-fn fitting(info: &KeyInfo, before: Algorithm) -> Algorithm {
-    let symmetric = info.key_type.starts_with("oct");
-    match (symmetric, before) {
-        (true, _) => Algorithm::A256Kw,
-        (false, Algorithm::A256Kw) => Algorithm::RsaOaep256,
-        (false, before) => before,
-    }
 }
 
 /// A key that would be cut off opens nothing here either, though its service still unwraps with
@@ -263,13 +256,5 @@ mod tests {
         let moved = rewrap(&old, &envelope, &pin, &own, &settings, LIMIT).unwrap().unwrap();
         assert!(moved.envelope.earlier.is_empty() && moved.envelope.follow_versions);
         assert!(moved.report.failures().next().is_none());
-    }
-
-    #[test]
-    fn the_algorithm_follows_the_type_of_the_key() {
-        let of = |key_type: &str| KeyInfo { key_type: key_type.into(), ..KeyInfo::default() };
-        assert_eq!(fitting(&of("RSA"), Algorithm::RsaOaep), Algorithm::RsaOaep);
-        assert_eq!(fitting(&of("oct-HSM"), Algorithm::RsaOaep), Algorithm::A256Kw);
-        assert_eq!(fitting(&of("RSA-HSM"), Algorithm::A256Kw), Algorithm::RsaOaep256);
     }
 }

@@ -225,6 +225,50 @@ fn every_way_to_lose_a_tokens_key_and_every_way_back() {
     until("the token to be back", || sandbox.state() == "Available");
 }
 
+#[test]
+fn a_volume_moves_from_a_vault_to_a_token_and_back() {
+    if !can_mount() || !has_hsm() {
+        return;
+    }
+    let sandbox = Sandbox::bare();
+    let mut hsm = Hsm::new(sandbox.path("").as_path());
+    hsm.make("kek", 1);
+    configure(&sandbox, &hsm);
+    init(&sandbox, &sandbox.kek());
+    let mut sandbox = sandbox;
+    sandbox.mount();
+    let file = sandbox.mnt().join("file");
+    fs::write(&file, "content").unwrap();
+    let rotate = |sandbox: &Sandbox, to: &str| {
+        sandbox.byokfs(&["rotate", "kek", path(&sandbox.mnt()), "--to", to]).ok();
+    };
+    rotate(&sandbox, &Hsm::uri("kek", Some(1)));
+    assert_eq!(sandbox.status()["kek"], Hsm::uri("kek", Some(1)).as_str());
+    // Now the vault means nothing to it.
+    sandbox.stop_vault();
+    let probe = sandbox.status()["last_success"].clone();
+    until("a probe of the token", || sandbox.status()["last_success"] != probe);
+    assert_eq!(sandbox.state(), "Available");
+    sandbox.umount();
+    sandbox.mount();
+    assert_eq!(fs::read_to_string(&file).unwrap(), "content");
+
+    // Named without an id, a later version is followed.
+    rotate(&sandbox, &Hsm::uri("kek", None));
+    hsm.make("kek", 2);
+    hsm.step(&Step::Starts(2, "2026-01-02".into()));
+    until("the later version", || sandbox.status()["kek"] == Hsm::uri("kek", Some(2)).as_str());
+    sandbox.start_vault();
+    configure(&sandbox, &hsm);
+    rotate(&sandbox, &sandbox.kek());
+    hsm.step(&Step::Delete(1));
+    hsm.step(&Step::Delete(2));
+    let probe = sandbox.status()["last_success"].clone();
+    until("a probe of the vault", || sandbox.status()["last_success"] != probe);
+    assert_eq!(sandbox.state(), "Available");
+    assert_eq!(fs::read_to_string(&file).unwrap(), "content");
+}
+
 fn copy_tree(from: &std::path::Path, to: &std::path::Path) {
     let copied = std::process::Command::new("cp").arg("-a").args([from, to]).status().unwrap();
     assert!(copied.success());

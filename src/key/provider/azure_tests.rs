@@ -667,8 +667,12 @@ fn a_managed_hsm_is_asked_with_its_own_audience() {
         form_of(&rig).contains(&("scope".into(), "https://managedhsm.azure.net/.default".into()))
     );
     rig.with_session(Duration::from_secs(10), |session, kid| {
-        let algorithm = session.algorithm(&info)?;
+        let algorithm = session.algorithm(&info, Some(Algorithm::RsaOaep))?;
         assert_eq!(algorithm, Algorithm::A256Kw);
+        let rsa = KeyInfo { key_type: "RSA-HSM".into(), ..KeyInfo::default() };
+        assert_eq!(session.algorithm(&rsa, None)?, Algorithm::RsaOaep256);
+        assert_eq!(session.algorithm(&rsa, Some(Algorithm::A256Kw))?, Algorithm::RsaOaep256);
+        assert_eq!(session.algorithm(&rsa, Some(Algorithm::RsaOaep))?, Algorithm::RsaOaep);
         assert_eq!(session.unwrap(kid, algorithm, &[1; 40])?.expose(), [5; 40]);
         Ok(())
     })

@@ -63,9 +63,13 @@ pub trait Session {
         algorithm: Algorithm,
         wrapped: &[u8],
     ) -> ProviderResult<SecretBytes>;
-    /// What a new volume key is best wrapped with by this key.
-    fn algorithm(&mut self, info: &KeyInfo) -> ProviderResult<Algorithm> {
-        Ok(if info.key_type.starts_with("oct") { Algorithm::A256Kw } else { Algorithm::RsaOaep256 })
+    /// What a volume key is best wrapped with by this key; `wish`, if the key can.
+    fn algorithm(&mut self, info: &KeyInfo, wish: Option<Algorithm>) -> ProviderResult<Algorithm> {
+        Ok(match (info.key_type.starts_with("oct"), wish) {
+            (true, _) => Algorithm::A256Kw,
+            (false, None | Some(Algorithm::A256Kw)) => Algorithm::RsaOaep256,
+            (false, Some(wish)) => wish,
+        })
     }
 }
 

@@ -170,8 +170,9 @@ impl Session for TokenSession<'_> {
     }
 
     /// OAEP with SHA-256 where the token can, with SHA-1 where it cannot: tokens do not say.
-    fn algorithm(&mut self, info: &KeyInfo) -> ProviderResult<Algorithm> {
-        match self.ask("algorithm", &Request::Algorithm { kid: info.kid.clone() })? {
+    fn algorithm(&mut self, info: &KeyInfo, wish: Option<Algorithm>) -> ProviderResult<Algorithm> {
+        let wish = wish.map(|algorithm| algorithm.name().to_owned());
+        match self.ask("algorithm", &Request::Algorithm { kid: info.kid.clone(), wish })? {
             Answer::Algorithm(name) => Algorithm::from_name(&name).ok_or_else(unexpected),
             _ => Err(unexpected()),
         }

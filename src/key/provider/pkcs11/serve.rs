@@ -55,7 +55,10 @@ fn answer(token: &mut Option<Token>, request: Request) -> ProviderResult<Answer>
         Request::Open { .. } => return Err(unexpected()),
         Request::Key { kid } => Answer::Key(token.key(&kid)?),
         Request::Versions { kid } => Answer::Versions(token.versions(&kid)?),
-        Request::Algorithm { kid } => Answer::Algorithm(token.best(&kid)?.name().to_owned()),
+        Request::Algorithm { kid, wish } => {
+            let wish = wish.as_deref().and_then(Algorithm::from_name);
+            Answer::Algorithm(token.best(&kid, wish)?.name().to_owned())
+        }
         Request::Wrap { kid, algorithm, value } => {
             let value = base64url::decode(&value).ok_or_else(unexpected)?;
             Answer::Bytes(base64url::encode(&token.wrap(&kid, named(&algorithm)?, &value)?))

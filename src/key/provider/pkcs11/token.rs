@@ -106,13 +106,17 @@ impl Token {
         Ok([own].into_iter().chain(later).map(version).collect())
     }
 
-    /// The best algorithm that works with this key, tried with a random value.
-    pub(super) fn best(&self, kid: &str) -> ProviderResult<Algorithm> {
-        match self.round_trip(kid, Algorithm::RsaOaep256) {
-            Ok(()) => Ok(Algorithm::RsaOaep256),
-            Err(error) if is_unsupported(&error) => Ok(Algorithm::RsaOaep),
-            Err(error) => Err(error),
+    /// The best algorithm that works with this key, tried with a random value; `wish` first.
+    pub(super) fn best(&self, kid: &str, wish: Option<Algorithm>) -> ProviderResult<Algorithm> {
+        let wish = wish.filter(|algorithm| mechanism(*algorithm).is_ok());
+        for algorithm in wish.into_iter().chain([Algorithm::RsaOaep256]) {
+            match self.round_trip(kid, algorithm) {
+                Ok(()) => return Ok(algorithm),
+                Err(error) if is_unsupported(&error) => {}
+                Err(error) => return Err(error),
+            }
         }
+        Ok(Algorithm::RsaOaep)
     }
 
     pub(super) fn wrap(

@@ -11,7 +11,7 @@ pub(super) enum Request {
     Open { module: String, token: String, serial: Option<String>, pin: Option<String> },
     Key { kid: String },
     Versions { kid: String },
-    Algorithm { kid: String },
+    Algorithm { kid: String, wish: Option<String> },
     Wrap { kid: String, algorithm: String, value: String },
     Unwrap { kid: String, algorithm: String, value: String },
 }
