@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use byokfs::key::provider;
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, ObjectClass};
@@ -98,6 +99,25 @@ impl Hsm {
     pub fn write_pin(&self, pin: &str) {
         fs::write(self.pin_file(), pin).unwrap();
         fs::set_permissions(self.pin_file(), fs::Permissions::from_mode(0o600)).unwrap();
+    }
+
+    /// How this program reaches it, whose own environment does not name it.
+    pub fn settings(&self) -> provider::Settings {
+        let program = self.dir.join("byokfs");
+        // Written by another process: what this one has open to write, its children cannot run.
+        let script = format!(
+            "#!/bin/sh\nSOFTHSM2_CONF='{}' exec '{}' \"$@\"",
+            path(&self.config()),
+            env!("CARGO_BIN_EXE_byokfs")
+        );
+        let write = "printf '%s\\n' \"$1\" > \"$0\" && chmod 755 \"$0\"";
+        Answer::of(Command::new("sh").args(["-c", write, path(&program), &script])).ok();
+        let pkcs11 = provider::pkcs11::Settings {
+            module: Some(MODULE.into()),
+            pin_file: Some(self.pin_file()),
+            program: Some(program),
+        };
+        provider::Settings { pkcs11, ..provider::Settings::default() }
     }
 
     /// Key of that label and, with an id, that version.

@@ -67,26 +67,33 @@ fn keys(sandbox: &Sandbox) -> Vec<Needle> {
 const NAME_KEYS: [&str; 2] = ["byokfs names v1", "byokfs values v1"];
 
 fn volume_key(sandbox: &Sandbox) -> Secret<32> {
+    volume_key_by(
+        sandbox,
+        &Settings {
+            identity: Identity::AppService(AppService {
+                endpoint: Some(sandbox.identity_endpoint()),
+                header_file: Some(sandbox.path("config/identity.header")),
+                client_id: None,
+            }),
+            ca_file: Some(sandbox.path("vault/ca.pem")),
+            ..Settings::default()
+        },
+    )
+}
+
+/// The volume key, from the service that the envelope names.
+pub fn volume_key_by(sandbox: &Sandbox, settings: &Settings) -> Secret<32> {
     let envelope = fs::read_to_string(sandbox.back().join("envelope.json")).unwrap();
     let envelope: Value = serde_json::from_str(&envelope).unwrap();
     let text = |value: &Value| value.as_str().expect("a text in the envelope").to_owned();
     let kid = text(&envelope["kek"]["kid"]);
-    let settings = Settings {
-        identity: Identity::AppService(AppService {
-            endpoint: Some(sandbox.identity_endpoint()),
-            header_file: Some(sandbox.path("config/identity.header")),
-            client_id: None,
-        }),
-        ca_file: Some(sandbox.path("vault/ca.pem")),
-        ..Settings::default()
-    };
     let algorithm = Algorithm::from_name(&text(&envelope["kek"]["algorithm"])).unwrap();
     let wrapped = base64::Engine::decode(
         &base64::engine::general_purpose::URL_SAFE_NO_PAD,
         text(&envelope["volume_key"]["wrapped"]),
     )
     .unwrap();
-    let provider = provider::for_key(&kid, &settings).unwrap();
+    let provider = provider::for_key(&kid, settings).unwrap();
     let mut session = provider.session(BootTime::now() + Duration::from_secs(30)).unwrap();
     let key = session.unwrap(&kid, algorithm, &wrapped).unwrap();
     Secret::new_with(|bytes| bytes.copy_from_slice(key.expose())).unwrap()

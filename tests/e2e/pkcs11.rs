@@ -6,7 +6,9 @@ use std::fs;
 use serde_json::Value;
 
 use crate::hsm::{Hsm, MODULE, Step, has_hsm};
+use crate::memory::volume_key_by;
 use crate::support::sandbox::{Sandbox, path};
+use crate::support::scan::{Needle, scan};
 use crate::support::{can_mount, until};
 
 const USAGE: i32 = 2;
@@ -152,6 +154,33 @@ fn a_volume_lives_on_a_tokens_key() {
     let message =
         sandbox.byokfs(&["mount", path(&sandbox.back()), path(&sandbox.mnt())]).fails(DENIED);
     assert!(message.contains("not wrapped with this key"), "{message}");
+}
+
+#[test]
+fn no_key_is_left_in_memory_after_the_cut_off() {
+    if !can_mount() || !has_hsm() {
+        return;
+    }
+    let (mut sandbox, mut hsm) = with_key();
+    init(&sandbox, &Hsm::uri("kek", None));
+    sandbox.mount();
+    fs::write(sandbox.mnt().join("file"), "content").unwrap();
+    let probe = sandbox.status()["last_success"].clone();
+    until("a probe", || sandbox.status()["last_success"] != probe);
+    let key = volume_key_by(&sandbox, &hsm.settings()).expose().to_vec();
+    let key = [Needle { name: "volume key".into(), key }];
+    assert!(!scan(sandbox.daemon(), &key).is_empty(), "the search finds nothing at all");
+    hsm.step(&Step::Decrypts(1, false));
+    sandbox.until_inaccessible();
+    let clean = || {
+        let found = scan(sandbox.daemon(), &key);
+        println!("{found:?}");
+        found.is_empty()
+    };
+    until("a memory without keys", clean);
+    // Foreign code was never in it.
+    let maps = fs::read_to_string(format!("/proc/{}/maps", sandbox.daemon())).unwrap();
+    assert!(!maps.contains("softhsm"), "{maps}");
 }
 
 /// One loss: how it happens, what it is called, and its way back.
