@@ -1,11 +1,17 @@
 //! `byokfs vault`: the embedded key vault's verbs.
 //!
-//! `init` and `serve` work on the vault's directory. All others are calls to the running server:
+//! `init`, `serve`, `backup` and `restore` work on the vault's directory. All others are calls to the running server:
 //! a token from its identity endpoint, then its REST routes, as any client does it.
 
+mod archive;
 mod client;
+mod credential;
+mod fault;
 mod identity;
+mod import;
 mod key;
+mod role;
+mod rules;
 mod serve;
 
 use std::path::PathBuf;
@@ -35,6 +41,20 @@ enum VaultVerb {
     Grant(identity::PermissionArgs),
     /// Take key permissions from an identity
     Revoke(identity::PermissionArgs),
+    /// Roles of identities, for a vault that goes by them
+    Role(role::RoleArgs),
+    /// Addresses that may reach the keys
+    NetworkRule(rules::RuleArgs),
+    /// Show what holds for the whole vault
+    Show(rules::ShowArgs),
+    /// Change what holds for the whole vault
+    Update(rules::UpdateArgs),
+    /// Write the whole vault to a file that only its root key opens
+    Backup(archive::BackupArgs),
+    /// Make a vault from such a file and its root key
+    Restore(archive::RestoreArgs),
+    /// Faults on purpose, for drills and tests
+    Fault(fault::FaultArgs),
 }
 
 /// Which vault, and how to answer.
@@ -56,6 +76,13 @@ pub fn run(args: VaultArgs) -> Result<()> {
         VaultVerb::Identity(args) => identity::run(args),
         VaultVerb::Grant(args) => identity::grant(args),
         VaultVerb::Revoke(args) => identity::revoke(args),
+        VaultVerb::Role(args) => role::run(args),
+        VaultVerb::NetworkRule(args) => rules::rule(args),
+        VaultVerb::Show(args) => rules::show(args),
+        VaultVerb::Update(args) => rules::update(args),
+        VaultVerb::Backup(args) => archive::backup(args),
+        VaultVerb::Restore(args) => archive::restore(args),
+        VaultVerb::Fault(args) => fault::run(args),
     }
 }
 

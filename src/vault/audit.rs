@@ -1,22 +1,31 @@
-//! The audit log: one JSON line per call, in the shape of the real service's `AuditEvent` rows.
+//! The audit log: one JSON line per call, a record as the real service's `AuditEvent` log has them.
 //!
 //! Who, what, on which key version, with which result. No tokens, no header secrets, no values.
+//! What the real records do not have is under `byokfs`.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
+use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::access::Needed;
 use super::store::identities::Identity;
 use crate::error::{Context, Result};
 
+const OBJECT_ID_CLAIM: &str = "http://schemas.microsoft.com/identity/claims/objectidentifier";
+
 #[derive(Debug)]
 pub(crate) struct AuditLog {
+    path: PathBuf,
+    resource_id: String,
     file: Mutex<File>,
 }
 
@@ -24,70 +33,130 @@ pub(crate) struct AuditLog {
 #[derive(Debug, Default)]
 pub(crate) struct Event {
     pub(crate) operation: &'static str,
-    pub(crate) caller: Option<Identity>,
+    pub(crate) caller: Option<Arc<Identity>>,
     pub(crate) key: Option<String>,
     pub(crate) version: Option<String>,
+    pub(crate) needed: Option<Needed>,
+    pub(crate) algorithm: Option<String>,
+    pub(crate) api_version: Option<String>,
     /// Identity that an administrative call acts on.
     pub(crate) subject: Option<String>,
+    /// The faults that hit it.
+    pub(crate) drill: Option<Vec<&'static str>>,
 }
 
 /// How the call ended.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Outcome<'a> {
     pub(crate) status: u16,
     /// The code of a refusal.
     pub(crate) reason: Option<&'a str>,
+    /// Its message.
+    pub(crate) description: &'a str,
     pub(crate) request_id: &'a str,
-    pub(crate) client: Option<String>,
+    pub(crate) client: Option<IpAddr>,
+    pub(crate) user_agent: Option<&'a str>,
+    /// What was asked, without its query.
+    pub(crate) target: Option<String>,
+    pub(crate) api_version: Option<String>,
+    pub(crate) duration: Duration,
+}
+
+fn open(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+        .context(|| format!("cannot open the audit log {}", path.display()))
 }
 
 impl AuditLog {
-    pub(crate) fn open(path: &Path) -> Result<AuditLog> {
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(path)
-            .context(|| format!("cannot open the audit log {}", path.display()))?;
-        Ok(AuditLog { file: Mutex::new(file) })
+    pub(crate) fn open(path: &Path, resource_id: String) -> Result<AuditLog> {
+        Ok(AuditLog { path: path.to_owned(), resource_id, file: Mutex::new(open(path)?) })
+    }
+
+    /// After the file was moved away.
+    pub(crate) fn reopen(&self) -> Result<()> {
+        let file = open(&self.path)?;
+        *self.file.lock() = file;
+        Ok(())
     }
 
     /// A call that cannot be recorded is still answered; the failure goes to the server's log.
     pub(crate) fn record(&self, event: &Event, outcome: &Outcome<'_>, now: i64) {
+        // One write per line: lines of a killed server may be missing, never mixed.
+        let text = format!("{}\n", self.line(event, outcome, now));
+        if let Err(error) = self.file.lock().write_all(text.as_bytes()) {
+            log::error!("cannot write the vault's audit log: {error}");
+        }
+    }
+
+    fn line(&self, event: &Event, outcome: &Outcome<'_>, now: i64) -> Value {
         let time = OffsetDateTime::from_unix_timestamp(now)
             .ok()
             .and_then(|time| time.format(&Rfc3339).ok())
             .unwrap_or_default();
         let success = outcome.status < 400;
+        let mut properties = Map::new();
+        if let Some(target) = &outcome.target {
+            // The object itself, without what is done with it.
+            if let (Some(key), Some((origin, _))) = (&event.key, target.split_once("/keys/")) {
+                let version = event.version.as_deref().map(|version| format!("/{version}"));
+                let id = format!("{origin}/keys/{key}{}", version.unwrap_or_default());
+                properties.insert("id".into(), json!(id));
+            }
+            properties.insert("requestUri".into(), json!(target));
+        }
+        if let Some(agent) = outcome.user_agent {
+            properties.insert("clientInfo".into(), json!(agent));
+        }
+        if let Some(algorithm) = &event.algorithm {
+            properties.insert("algorithm".into(), json!(algorithm));
+        }
+        properties.insert("httpStatusCode".into(), json!(outcome.status));
         let mut line = json!({
             "time": time,
-            "category": "AuditEvent",
+            "resourceId": self.resource_id,
             "operationName": if event.operation.is_empty() { "Unknown" } else { event.operation },
+            "operationVersion": outcome.api_version,
+            "category": "AuditEvent",
             "resultType": if success { "Success" } else { "Failure" },
-            "httpStatusCode": outcome.status,
+            "resultSignature": signature(outcome.status),
+            "resultDescription": outcome.description,
+            "durationMs": outcome.duration.as_millis().to_string(),
             "callerIpAddress": outcome.client,
             "correlationId": outcome.request_id,
             "identity": event.caller.as_ref().map(|caller| json!({
-                "name": caller.name,
-                "oid": caller.object_id,
-                "appid": caller.client_id,
+                "claim": { OBJECT_ID_CLAIM: caller.object_id, "appid": caller.client_id },
             })),
+            "properties": properties,
         });
+        let mut own = Map::new();
         for (name, value) in [
+            ("caller", event.caller.as_ref().map(|caller| caller.name.as_str())),
             ("key", event.key.as_deref()),
             ("keyVersion", event.version.as_deref()),
             ("subject", event.subject.as_deref()),
-            ("resultSignature", outcome.reason),
+            ("reason", outcome.reason),
         ] {
             if let Some(value) = value {
-                line[name] = json!(value);
+                own.insert(name.into(), json!(value));
             }
         }
-        // One write per line: lines of a killed server may be missing, never mixed.
-        let text = format!("{line}\n");
-        if let Err(error) = self.file.lock().write_all(text.as_bytes()) {
-            log::error!("cannot write the vault's audit log: {error}");
+        if let Some(drill) = &event.drill {
+            own.insert("drill".into(), json!(drill));
         }
+        line["byokfs"] = Value::Object(own);
+        line
+    }
+}
+
+/// The status in a word, as the real records have it.
+fn signature(status: u16) -> String {
+    match axum::http::StatusCode::from_u16(status).ok().and_then(|code| code.canonical_reason()) {
+        Some(reason) => reason.to_owned(),
+        None => status.to_string(),
     }
 }
 
@@ -96,22 +165,44 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_call_is_one_line_of_json() {
+    fn each_call_is_one_line_in_the_shape_of_the_service() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("audit.jsonl");
-        let log = AuditLog::open(&path).unwrap();
-        let outcome =
-            Outcome { status: 403, reason: Some("KeyDisabled"), request_id: "r", client: None };
-        let event =
-            Event { operation: "KeyUnwrap", key: Some("line\nbreak".into()), ..Event::default() };
+        let log = AuditLog::open(&path, "/subscriptions/x".into()).unwrap();
+        let outcome = Outcome {
+            status: 403,
+            reason: Some("KeyDisabled"),
+            description: "no",
+            request_id: "r",
+            target: Some("https://v:1/keys/kek/abc/unwrapkey".into()),
+            duration: Duration::from_millis(7),
+            ..Outcome::default()
+        };
+        let event = Event {
+            operation: "KeyUnwrap",
+            key: Some("line\nbreak".into()),
+            version: Some("abc".into()),
+            ..Event::default()
+        };
         log.record(&event, &outcome, 0);
-        log.record(&Event::default(), &Outcome { status: 200, reason: None, ..outcome }, 1);
-        let text = std::fs::read_to_string(&path).unwrap();
-        let lines: Vec<serde_json::Value> =
-            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        assert_eq!(lines.len(), 2);
-        assert_eq!(lines[0]["resultSignature"], "KeyDisabled");
-        assert_eq!(lines[0]["time"], "1970-01-01T00:00:00Z");
-        assert_eq!(lines[1]["resultType"], "Success");
+        let moved = dir.path().join("moved");
+        std::fs::rename(&path, &moved).unwrap();
+        log.reopen().unwrap();
+        log.record(&Event::default(), &Outcome { status: 200, ..Outcome::default() }, 1);
+        let line = |path: &Path| {
+            let text = std::fs::read_to_string(path).unwrap();
+            assert_eq!(text.lines().count(), 1);
+            serde_json::from_str::<Value>(&text).unwrap()
+        };
+        let first = line(&moved);
+        assert_eq!(first["category"], "AuditEvent");
+        assert_eq!(first["operationName"], "KeyUnwrap");
+        assert_eq!((&first["resultType"], &first["durationMs"]), (&json!("Failure"), &json!("7")));
+        assert_eq!(first["resultSignature"], "Forbidden");
+        assert_eq!(first["properties"]["id"], "https://v:1/keys/line\nbreak/abc");
+        assert_eq!(first["properties"]["httpStatusCode"], 403);
+        assert_eq!(first["byokfs"]["reason"], "KeyDisabled");
+        assert_eq!(first["time"], "1970-01-01T00:00:00Z");
+        assert_eq!(line(&path)["resultType"], "Success");
     }
 }

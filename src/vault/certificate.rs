@@ -1,10 +1,12 @@
 //! The vault's own certificate authority and the server's certificate.
 //!
-//! A client trusts `ca.pem`. The server's certificate is issued anew at every start, for the
-//! names of [`super::host::Hosts`]; only the authority's key lasts, sealed in the database.
+//! A client trusts `ca.pem`. The server's certificate is issued anew at every start and long before
+//! it expires, for the names of [`super::host::Hosts`]; only the authority's key lasts, sealed in
+//! the database.
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SerialNumber,
@@ -17,8 +19,9 @@ use crate::crypto::secret::SecretBytes;
 use crate::error::{Error, Kind, Result};
 
 const CA_LIFETIME: Duration = Duration::days(3650);
-/// A running server must be restarted within this time; [`ISSUED_IN_ADVANCE`] tolerates clocks that are behind.
-const SERVER_LIFETIME: Duration = Duration::days(825);
+/// [`ISSUED_IN_ADVANCE`] tolerates clocks that are behind.
+const SERVER_LIFETIME: Duration = Duration::days(90);
+const RENEWED_AFTER: Duration = Duration::days(30);
 const ISSUED_IN_ADVANCE: Duration = Duration::hours(24);
 
 /// A new authority: its certificate (PEM) and its private key (PKCS#8).
@@ -29,8 +32,48 @@ pub(crate) fn new_authority(vault_name: &str) -> Result<(String, SecretBytes)> {
     Ok((certificate.pem(), SecretBytes::from_vec_wiping(key.serialize_der())?))
 }
 
+/// Issues the server's certificates for as long as it runs.
+pub(crate) struct CertificateIssuer {
+    vault_name: String,
+    ca_pem: String,
+    authority_key: SecretBytes,
+    names: Vec<String>,
+    issued: Mutex<OffsetDateTime>,
+}
+
+impl CertificateIssuer {
+    pub(crate) fn new(
+        vault_name: &str,
+        ca_pem: &str,
+        authority_key: SecretBytes,
+        names: Vec<String>,
+    ) -> CertificateIssuer {
+        let (vault_name, ca_pem) = (vault_name.to_owned(), ca_pem.to_owned());
+        let issued = Mutex::new(OffsetDateTime::UNIX_EPOCH);
+        CertificateIssuer { vault_name, ca_pem, authority_key, names, issued }
+    }
+
+    /// With a new certificate.
+    pub(crate) fn server_config(&self) -> Result<rustls::ServerConfig> {
+        let names = self.names.clone();
+        let config = server_config(&self.vault_name, &self.ca_pem, &self.authority_key, names)?;
+        *self.issued.lock() = OffsetDateTime::now_utc();
+        Ok(config)
+    }
+
+    pub(crate) fn is_renewal_due(&self) -> bool {
+        OffsetDateTime::now_utc() - *self.issued.lock() > RENEWED_AFTER
+    }
+
+    /// With a certificate that nobody trusts, for a drill.
+    pub(crate) fn foreign_config(&self) -> Result<rustls::ServerConfig> {
+        let (ca_pem, key) = new_authority("nobody")?;
+        server_config("nobody", &ca_pem, &key, self.names.clone())
+    }
+}
+
 /// The TLS configuration of a server with a fresh certificate for `names`.
-pub(crate) fn server_config(
+fn server_config(
     vault_name: &str,
     ca_pem: &str,
     authority_key: &SecretBytes,
@@ -125,5 +168,17 @@ mod tests {
         assert!(server_config("kv1", "nonsense", &key, vec!["localhost".into()]).is_err());
         let wrong = SecretBytes::from_vec_wiping(vec![1; 40]).unwrap();
         assert!(server_config("kv1", &pem, &wrong, vec!["localhost".into()]).is_err());
+    }
+
+    #[test]
+    fn a_certificate_is_renewed_when_it_is_old() {
+        let (pem, key) = new_authority("kv1").unwrap();
+        let issuer = CertificateIssuer::new("kv1", &pem, key, vec!["localhost".into()]);
+        assert!(issuer.is_renewal_due());
+        issuer.server_config().unwrap();
+        assert!(!issuer.is_renewal_due());
+        *issuer.issued.lock() -= RENEWED_AFTER + Duration::seconds(1);
+        assert!(issuer.is_renewal_due());
+        issuer.foreign_config().unwrap();
     }
 }

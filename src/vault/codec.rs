@@ -23,6 +23,19 @@ pub(crate) fn from_base64url(text: &str) -> Option<Vec<u8>> {
     BASE64URL.decode(text).ok()
 }
 
+/// In either alphabet, with or without padding.
+pub(crate) fn from_any_base64(text: &str) -> Option<Vec<u8>> {
+    let url: String = text
+        .chars()
+        .map(|c| match c {
+            '+' => '-',
+            '/' => '_',
+            c => c,
+        })
+        .collect();
+    from_base64url(&url)
+}
+
 pub(crate) fn to_hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut text = String::with_capacity(bytes.len() * 2);
@@ -70,6 +83,7 @@ mod tests {
         assert_eq!(from_base64url("-_8").unwrap(), [0xfb, 0xff]);
         assert_eq!(from_base64url("-_8=").unwrap(), [0xfb, 0xff]);
         assert_eq!(from_base64url("+/8="), None);
+        assert_eq!(from_any_base64("+/8="), Some(vec![0xfb, 0xff]));
     }
 
     #[test]

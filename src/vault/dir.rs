@@ -149,8 +149,11 @@ impl VaultDir {
 
     /// Reads the root key, refusing a file that anyone else could read.
     pub(crate) fn read_root_key(&self) -> Result<Secret<32>> {
-        let path = self.root_key();
-        let mut file = open_private(&path)?;
+        VaultDir::read_root_key_at(&self.root_key())
+    }
+
+    pub(crate) fn read_root_key_at(path: &Path) -> Result<Secret<32>> {
+        let mut file = open_private(path)?;
         let mut bytes = [0u8; 33];
         let mut len = 0;
         while len < bytes.len() {

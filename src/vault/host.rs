@@ -6,13 +6,24 @@
 
 use std::net::IpAddr;
 
+use super::settings::Flavor;
+
+/// Where tokens are asked for, under a name: what `login.microsoftonline.com` is to the real service.
+pub(crate) const LOGIN_HOST: &str = "login.localhost";
+
 /// Parent domain of the vault's own name: what `vault.azure.net` is to the real service.
-pub(crate) const DOMAIN: &str = "vault.localhost";
+const fn domain(flavor: Flavor) -> &'static str {
+    match flavor {
+        Flavor::Vault => "vault.localhost",
+        Flavor::Mhsm => "managedhsm.localhost",
+    }
+}
 
 /// The host names a vault answers to.
 #[derive(Debug, Clone)]
 pub(crate) struct Hosts {
     dns_name: String,
+    domain: &'static str,
     addresses: Vec<IpAddr>,
 }
 
@@ -24,22 +35,26 @@ pub(crate) struct Origin {
     /// Audience its tokens must have. The official clients insist that the host asked ends in
     /// `.` + this one's host; an address has no parent domain and is its own audience.
     pub(crate) resource: String,
+    /// A name for the token endpoint alone: there are no keys under it.
+    pub(crate) is_login: bool,
 }
 
 impl Hosts {
-    pub(crate) fn new(vault_name: &str, listen: IpAddr) -> Hosts {
+    pub(crate) fn new(vault_name: &str, flavor: Flavor, listen: IpAddr) -> Hosts {
         let mut addresses =
             vec![IpAddr::from([127, 0, 0, 1]), std::net::Ipv6Addr::LOCALHOST.into()];
         if !listen.is_unspecified() && !addresses.contains(&listen) {
             addresses.push(listen);
         }
-        Hosts { dns_name: format!("{}.{DOMAIN}", vault_name.to_ascii_lowercase()), addresses }
+        let domain = domain(flavor);
+        let dns_name = format!("{}.{domain}", vault_name.to_ascii_lowercase());
+        Hosts { dns_name, domain, addresses }
     }
 
     /// The names for the server's certificate.
     pub(crate) fn certificate_names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.addresses.iter().map(IpAddr::to_string).collect();
-        names.extend(["localhost".to_string(), self.dns_name.clone(), DOMAIN.to_string()]);
+        names.extend(["localhost", &self.dns_name, self.domain, LOGIN_HOST].map(String::from));
         names
     }
 
@@ -50,6 +65,7 @@ impl Hosts {
         let suffix = port.map(|port| format!(":{port}")).unwrap_or_default();
         let known = host == "localhost"
             || host == self.dns_name
+            || host == LOGIN_HOST
             || host
                 .trim_matches(['[', ']'])
                 .parse::<IpAddr>()
@@ -58,9 +74,12 @@ impl Hosts {
             return None;
         }
         let url = format!("https://{host}{suffix}");
-        let resource =
-            if host == self.dns_name { format!("https://{DOMAIN}{suffix}") } else { url.clone() };
-        Some(Origin { url, resource })
+        let resource = if host == self.dns_name {
+            format!("https://{}{suffix}", self.domain)
+        } else {
+            url.clone()
+        };
+        Some(Origin { url, resource, is_login: host == LOGIN_HOST })
     }
 }
 
@@ -80,7 +99,7 @@ mod tests {
     use super::*;
 
     fn hosts() -> Hosts {
-        Hosts::new("Kv1", IpAddr::from([127, 0, 0, 1]))
+        Hosts::new("Kv1", Flavor::Vault, IpAddr::from([127, 0, 0, 1]))
     }
 
     #[test]
@@ -93,6 +112,11 @@ mod tests {
         assert_eq!(origin.resource, "https://vault.localhost:8443");
         assert_eq!(hosts().origin("[::1]:1").unwrap().url, "https://[::1]:1");
         assert_eq!(hosts().origin("localhost").unwrap().url, "https://localhost");
+        assert!(hosts().origin("login.localhost:1").unwrap().is_login);
+        let hsm = Hosts::new("hsm1", Flavor::Mhsm, IpAddr::from([127, 0, 0, 1]));
+        let origin = hsm.origin("hsm1.managedhsm.localhost:8443").unwrap();
+        assert_eq!(origin.resource, "https://managedhsm.localhost:8443");
+        assert_eq!(hsm.origin("hsm1.vault.localhost:8443"), None);
     }
 
     #[test]

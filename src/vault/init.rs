@@ -6,14 +6,14 @@
 use std::fs::OpenOptions;
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::codec;
 use super::dir::{VaultDir, remove_if_there, write_atomic, write_new};
 use super::identity::header_sha256;
 use super::permission::Permissions;
 use super::seal::Sealer;
-use super::settings::Settings;
+use super::settings::{self, AccessModel, Flavor, Settings};
 use super::store::identities::{self, ADMIN, Identity};
 use super::store::{self, Store};
 use super::wire::{FULL_RETENTION_DAYS, Recovery, is_vault_name};
@@ -30,6 +30,9 @@ const MIN_RETENTION_DAYS: u16 = 7;
 #[derive(Debug, Clone)]
 pub struct InitOptions {
     pub name: String,
+    pub flavor: Flavor,
+    /// Permissions by roles, not by access policies; a Managed HSM has roles anyway.
+    pub roles: bool,
     pub host: IpAddr,
     /// 0: any free port at the first start.
     pub port: u16,
@@ -64,13 +67,16 @@ pub fn init(dir: &VaultDir, options: &InitOptions) -> Result<Initialised> {
     let (ca_pem, authority_key) = certificate::new_authority(&options.name)?;
     write_atomic(&dir.ca_certificate(), ca_pem.as_bytes(), 0o644)?;
 
+    let tenant = match &options.tenant {
+        Some(tenant) => tenant.to_ascii_lowercase(),
+        None => codec::new_uuid()?,
+    };
+    let roles = options.roles || options.flavor == Flavor::Mhsm;
+    let model = if roles { AccessModel::Roles } else { AccessModel::Policies };
     let settings = Settings {
         vault_id: codec::new_uuid()?,
         name: options.name.clone(),
-        tenant: match &options.tenant {
-            Some(tenant) => tenant.clone(),
-            None => codec::new_uuid()?,
-        },
+        flavor: options.flavor,
         region: options.region.clone(),
         recovery: Recovery {
             days: options.retention_days,
@@ -88,16 +94,16 @@ pub fn init(dir: &VaultDir, options: &InitOptions) -> Result<Initialised> {
         name: ADMIN.to_owned(),
         object_id: codec::new_uuid()?,
         client_id: codec::new_uuid()?,
-        header_sha256: header_sha256(admin_header.expose()),
+        header_sha256: Some(header_sha256(admin_header.expose())),
+        tenant: tenant.clone(),
         permissions: Permissions::all(),
         is_admin: true,
+        enabled: true,
+        deleted: None,
         created: (super::system_clock())(),
     };
 
-    let unfinished = dir.database().with_extension("db.new");
-    for leftover in [unfinished.clone(), unfinished.with_extension("new-journal")] {
-        remove_if_there(&leftover)?;
-    }
+    let unfinished = unfinished_database(dir)?;
     OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -107,22 +113,44 @@ pub fn init(dir: &VaultDir, options: &InitOptions) -> Result<Initialised> {
     let database = Store::create(&unfinished)?;
     database.write(|tx| {
         settings.save(tx)?;
+        store::set_setting(tx, settings::TENANT, &tenant)?;
+        store::set_setting(tx, settings::ACCESS_MODEL, model.name())?;
         store::set_sealed(tx, AUTHORITY_KEY, &authority_key)?;
         store::set_sealed(tx, SIGNING_KEY, &signing_key)?;
         identities::insert(tx, &admin)?;
         Ok::<_, Error>(())
     })?;
     drop(database);
-    std::fs::rename(&unfinished, dir.database())
+    finish_database(dir, &unfinished)?;
+    Ok(Initialised { ca_certificate: dir.ca_certificate(), tenant })
+}
+
+/// Where the database is made; nothing of it is there.
+pub(crate) fn unfinished_database(dir: &VaultDir) -> Result<PathBuf> {
+    let unfinished = dir.database().with_extension("db.new");
+    for leftover in [unfinished.clone(), unfinished.with_extension("new-journal")] {
+        remove_if_there(&leftover)?;
+    }
+    Ok(unfinished)
+}
+
+/// From now on there is a vault.
+pub(crate) fn finish_database(dir: &VaultDir, unfinished: &Path) -> Result<()> {
+    std::fs::rename(unfinished, dir.database())
         .context(|| format!("cannot rename {}", unfinished.display()))?;
-    dir.sync()?;
-    Ok(Initialised { ca_certificate: dir.ca_certificate(), tenant: settings.tenant })
+    dir.sync()
 }
 
 /// 32 random bytes in base64url.
 pub fn new_header_secret() -> Result<SecretString> {
     let bytes: Secret<32> = Secret::random()?;
     SecretString::from_string_wiping(codec::to_base64url(bytes.expose()))
+}
+
+/// Of regions and tenants.
+pub(crate) fn is_plain(text: &str) -> bool {
+    (1..=64).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.'))
 }
 
 fn check(options: &InitOptions) -> Result<()> {
@@ -137,18 +165,16 @@ fn check(options: &InitOptions) -> Result<()> {
             "the retention of deleted keys is {MIN_RETENTION_DAYS} to {FULL_RETENTION_DAYS} days"
         )));
     }
-    let plain = |text: &str| {
-        (1..=64).contains(&text.len())
-            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.'))
-    };
-    if !plain(&options.region) || options.tenant.as_deref().is_some_and(|tenant| !plain(tenant)) {
+    if !is_plain(&options.region)
+        || options.tenant.as_deref().is_some_and(|tenant| !is_plain(tenant))
+    {
         return Err(Error::usage("a region or tenant is 1 to 64 letters, digits, dots and dashes"));
     }
     Ok(())
 }
 
 /// An existing vault is left alone, as is a directory with anything `init` does not make.
-fn refuse_occupied(dir: &VaultDir) -> Result<()> {
+pub(crate) fn refuse_occupied(dir: &VaultDir) -> Result<()> {
     if dir.database().exists() {
         return Err(Error::new(
             Kind::Busy,
@@ -188,6 +214,8 @@ mod tests {
     fn options() -> InitOptions {
         InitOptions {
             name: "kv1".into(),
+            flavor: Flavor::Vault,
+            roles: false,
             host: IpAddr::from([127, 0, 0, 1]),
             port: 0,
             region: "local".into(),

@@ -1,4 +1,4 @@
-//! RSA key material: generation and use. Every private operation is aws-lc-rs's, whose private
+//! Key material: generation and use. Every private RSA operation is aws-lc-rs's, whose private
 //! operations take constant time.
 
 use std::fmt;
@@ -15,9 +15,12 @@ use crate::crypto::secret::SecretBytes;
 use crate::error::{Error, Kind, Result};
 
 use super::refusal::Refusal;
+use super::wire::KeyType;
 
 mod signing;
+mod symmetric;
 pub(crate) use signing::SignatureAlgorithm;
+pub(crate) use symmetric::SymmetricKey;
 
 /// How a value is encrypted or wrapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +29,9 @@ pub(crate) enum EncryptionAlgorithm {
     RsaOaep,
     RsaOaep256,
     Rsa15,
+    A128Kw,
+    A192Kw,
+    A256Kw,
 }
 
 impl EncryptionAlgorithm {
@@ -34,6 +40,9 @@ impl EncryptionAlgorithm {
             "RSA-OAEP" => Some(EncryptionAlgorithm::RsaOaep),
             "RSA-OAEP-256" => Some(EncryptionAlgorithm::RsaOaep256),
             "RSA1_5" => Some(EncryptionAlgorithm::Rsa15),
+            "A128KW" => Some(EncryptionAlgorithm::A128Kw),
+            "A192KW" => Some(EncryptionAlgorithm::A192Kw),
+            "A256KW" => Some(EncryptionAlgorithm::A256Kw),
             _ => None,
         }
     }
@@ -42,8 +51,102 @@ impl EncryptionAlgorithm {
         match self {
             EncryptionAlgorithm::RsaOaep => Some(&OAEP_SHA1_MGF1SHA1),
             EncryptionAlgorithm::RsaOaep256 => Some(&OAEP_SHA256_MGF1SHA256),
-            EncryptionAlgorithm::Rsa15 => None,
+            _ => None,
         }
+    }
+
+    /// The size of the symmetric key that it needs; None: it is of RSA.
+    pub(crate) const fn symmetric_bits(self) -> Option<u32> {
+        match self {
+            EncryptionAlgorithm::A128Kw => Some(128),
+            EncryptionAlgorithm::A192Kw => Some(192),
+            EncryptionAlgorithm::A256Kw => Some(256),
+            _ => None,
+        }
+    }
+}
+
+/// What a key version holds, ready to use.
+#[derive(Debug)]
+pub(crate) enum KeyMaterial {
+    Rsa(Box<PrivateKey>),
+    Symmetric(SymmetricKey),
+}
+
+impl KeyMaterial {
+    /// The material, and its bytes to be sealed. Takes seconds for large RSA keys.
+    pub(crate) fn generate(kty: KeyType, bits: u32) -> Result<(KeyMaterial, SecretBytes)> {
+        if !kty.is_rsa() {
+            let (key, bytes) = SymmetricKey::generate(bits)?;
+            return Ok((KeyMaterial::Symmetric(key), bytes));
+        }
+        let size = key_size(bits.into())
+            .ok_or_else(|| Error::corrupt(format!("an RSA key has no {bits} bits")))?;
+        let (key, pkcs8) = PrivateKey::generate(size)?;
+        Ok((KeyMaterial::Rsa(Box::new(key)), pkcs8))
+    }
+
+    /// From what was sealed.
+    pub(crate) fn from_sealed(kty: KeyType, bytes: SecretBytes) -> Result<KeyMaterial> {
+        if kty.is_rsa() {
+            return Ok(KeyMaterial::Rsa(Box::new(PrivateKey::from_pkcs8(&bytes)?)));
+        }
+        SymmetricKey::from_bytes(bytes)
+            .map(KeyMaterial::Symmetric)
+            .ok_or_else(|| Error::corrupt("a stored symmetric key is unusable"))
+    }
+
+    pub(crate) fn bits(&self) -> u32 {
+        match self {
+            // At most 512 bytes.
+            KeyMaterial::Rsa(key) => key.pair.public_modulus_len() as u32 * 8,
+            KeyMaterial::Symmetric(key) => key.bits(),
+        }
+    }
+
+    pub(crate) fn public_numbers(&self) -> Option<PublicNumbers> {
+        match self {
+            KeyMaterial::Rsa(key) => Some(key.public_numbers()),
+            KeyMaterial::Symmetric(_) => None,
+        }
+    }
+
+    pub(crate) fn encrypt(
+        &self,
+        algorithm: EncryptionAlgorithm,
+        plaintext: &[u8],
+    ) -> Result<Vec<u8>, Refusal> {
+        match self {
+            KeyMaterial::Rsa(key) => key.encrypt(algorithm, plaintext),
+            KeyMaterial::Symmetric(key) => key.wrap(algorithm, plaintext),
+        }
+    }
+
+    pub(crate) fn decrypt(
+        &self,
+        algorithm: EncryptionAlgorithm,
+        ciphertext: &[u8],
+    ) -> Result<SecretBytes, Refusal> {
+        match self {
+            KeyMaterial::Rsa(key) => key.decrypt(algorithm, ciphertext),
+            KeyMaterial::Symmetric(key) => key.unwrap(algorithm, ciphertext),
+        }
+    }
+
+    /// For what only an RSA key does.
+    pub(crate) fn rsa(&self) -> Result<&PrivateKey, Refusal> {
+        match self {
+            KeyMaterial::Rsa(key) => Ok(key),
+            KeyMaterial::Symmetric(_) => {
+                Err(Refusal::bad_parameter("The operation is not one of this type of key."))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for SymmetricKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SymmetricKey").finish_non_exhaustive()
     }
 }
 
@@ -126,6 +229,10 @@ impl PrivateKey {
         Ok(Some((PrivateKey::from_pkcs8(&pkcs8)?, pkcs8)))
     }
 
+    pub(crate) fn has_usual_exponent(&self) -> bool {
+        self.public_numbers().exponent == PUBLIC_EXPONENT
+    }
+
     pub(crate) fn public_numbers(&self) -> PublicNumbers {
         let public = self.pair.public_key();
         PublicNumbers {
@@ -134,11 +241,14 @@ impl PrivateKey {
         }
     }
 
-    pub(crate) fn encrypt(
+    fn encrypt(
         &self,
         algorithm: EncryptionAlgorithm,
         plaintext: &[u8],
     ) -> Result<Vec<u8>, Refusal> {
+        if algorithm.symmetric_bits().is_some() {
+            return Err(Refusal::bad_parameter("Property 'alg' is not an algorithm for this key."));
+        }
         let public = self.decrypting.public_key();
         let mut out = vec![0; public.key_size_bytes()];
         let written = match algorithm.oaep() {
@@ -165,11 +275,14 @@ impl PrivateKey {
     }
 
     /// One answer for everything that can be wrong with the ciphertext.
-    pub(crate) fn decrypt(
+    fn decrypt(
         &self,
         algorithm: EncryptionAlgorithm,
         ciphertext: &[u8],
     ) -> Result<SecretBytes, Refusal> {
+        if algorithm.symmetric_bits().is_some() {
+            return Err(Refusal::bad_parameter("Property 'alg' is not an algorithm for this key."));
+        }
         let refused = || {
             Refusal::bad_parameter(
                 "The parameter is incorrect: 'value' does not decrypt with this key and algorithm.",

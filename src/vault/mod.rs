@@ -6,7 +6,10 @@
 //! ```text
 //! server     TLS listener, identity endpoint, signals (the only async code)
 //! api        one request -> one reply: authenticate, route, authorise, act, audit
-//! identity   managed identity endpoint: header secret -> token
+//! access     who may do what from where: identities, policies, roles, network rules
+//! identity   managed identity endpoints: header secret -> token
+//! login      token endpoint of applications: secret, certificate or federated token -> token
+//! drill      faults on purpose
 //! store      SQLite: keys, versions, identities; every change is one transaction
 //! ```
 //!
@@ -19,17 +22,25 @@
 //! It shares no code with `key`: what the two agree on is the protocol. It does not keep
 //! secrets or certificates for callers, and it is no HSM: `RSA-HSM` keys are software keys too.
 
+mod access;
 mod api;
+mod archive;
+mod assertion;
 mod audit;
 mod certificate;
 mod codec;
 mod dir;
+mod drill;
 mod host;
 mod identity;
 mod init;
+mod limit;
+mod login;
 mod material;
+mod network;
 mod permission;
 mod refusal;
+mod role;
 mod rotation;
 mod route;
 mod seal;
@@ -39,10 +50,14 @@ mod store;
 mod token;
 mod wire;
 
+pub use archive::{Restored, backup, restore};
 pub use dir::{VaultDir, write_new};
 pub use init::{InitOptions, Initialised, init, new_header_secret};
+pub use network::Cidr;
 pub use permission::{Permission, Permissions};
+pub use role::Role;
 pub use server::{ServeOptions, serve};
+pub use settings::Flavor;
 pub use wire::{API_VERSION, is_key_name, is_vault_name};
 
 use std::sync::Arc;

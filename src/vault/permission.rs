@@ -40,6 +40,15 @@ permissions! {
     UnwrapKey = "unwrapKey",
     Sign = "sign",
     Verify = "verify",
+    GetDeleted = "getDeleted",
+    Random = "random",
+}
+
+impl Permission {
+    /// The others are what roles tell apart and an access policy cannot name.
+    pub const fn is_of_policies(self) -> bool {
+        !matches!(self, Permission::GetDeleted | Permission::Random)
+    }
 }
 
 impl FromStr for Permission {
@@ -50,6 +59,7 @@ impl FromStr for Permission {
         Permission::ALL
             .iter()
             .copied()
+            .filter(|permission| permission.is_of_policies())
             .find(|permission| permission.name().eq_ignore_ascii_case(text))
             .ok_or_else(|| format!("unknown key permission '{text}'"))
     }
@@ -61,7 +71,7 @@ pub struct Permissions(BTreeSet<Permission>);
 
 impl Permissions {
     pub fn all() -> Permissions {
-        Permissions(Permission::ALL.iter().copied().collect())
+        Permission::ALL.iter().copied().filter(|permission| permission.is_of_policies()).collect()
     }
 
     pub fn contains(&self, permission: Permission) -> bool {
@@ -88,6 +98,12 @@ impl Permissions {
         let parsed: Result<BTreeSet<_>, _> =
             names.iter().map(|name| name.as_ref().parse()).collect();
         parsed.map(Permissions)
+    }
+}
+
+impl FromIterator<Permission> for Permissions {
+    fn from_iter<I: IntoIterator<Item = Permission>>(permissions: I) -> Permissions {
+        Permissions(permissions.into_iter().collect())
     }
 }
 

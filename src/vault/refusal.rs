@@ -18,7 +18,7 @@ impl Refusal {
         Refusal { status, code, inner: None, message: message.into() }
     }
 
-    fn with_inner(mut self, inner: &'static str) -> Refusal {
+    pub(crate) fn with_inner(mut self, inner: &'static str) -> Refusal {
         self.inner = Some(inner);
         self
     }
@@ -76,6 +76,14 @@ impl Refusal {
         .with_inner("ObjectIsDeletedButRecoverable")
     }
 
+    /// A moment of the real service; this one deletes and recovers at once, except in drills.
+    pub(crate) fn being(name: &str, what: &'static str) -> Refusal {
+        let inner =
+            if what == "deleted" { "ObjectIsBeingDeleted" } else { "ObjectIsBeingRecovered" };
+        Refusal::new(409, "Conflict", format!("Key {name} is currently being {what}."))
+            .with_inner(inner)
+    }
+
     pub(crate) fn already_exists(what: &str, name: &str) -> Refusal {
         Refusal::new(409, "Conflict", format!("{what} {name} already exists."))
     }
@@ -124,6 +132,57 @@ impl Refusal {
         .with_inner("ForbiddenByPolicy")
     }
 
+    pub(crate) fn by_role(
+        caller: &str,
+        action: &str,
+        resource: &str,
+        vault: &str,
+        location: &str,
+    ) -> Refusal {
+        forbidden(format!(
+            "Caller is not authorized to perform action on resource.\r\nIf role assignments, deny \
+             assignments or role definitions were changed recently, please observe propagation \
+             time.\r\nCaller: {caller}\r\nAction: '{action}'\r\nResource: '{resource}'\r\n\
+             Assignment: (not found)\r\nDenyAssignmentId: null\r\nDecisionReason: null \r\n\
+             Vault: {vault};location={location}\r\n"
+        ))
+        .with_inner("ForbiddenByRbac")
+    }
+
+    pub(crate) fn by_firewall(client: &str, caller: &str, vault: &str, location: &str) -> Refusal {
+        forbidden(format!(
+            "Client address is not authorized and caller is not a trusted service.\r\nClient \
+             address: {client}\r\nCaller: {caller}\r\nVault: {vault};location={location}"
+        ))
+        .with_inner("ForbiddenByFirewall")
+    }
+
+    pub(crate) fn by_connection(caller: &str, vault: &str, location: &str) -> Refusal {
+        forbidden(format!(
+            "Public network access is disabled and request is not from a trusted service nor via \
+             an approved private link.\r\nCaller: {caller}\r\nVault: {vault};location={location}"
+        ))
+        .with_inner("ForbiddenByConnection")
+    }
+
+    /// A Managed HSM's own words for a missing role.
+    pub(crate) fn by_hsm_role(action: &str, scope: &str, activity: &str) -> Refusal {
+        Refusal::new(
+            403,
+            "AccessDenied",
+            format!("Not authorized to access {action} on {scope} (Activity ID: {activity})"),
+        )
+    }
+
+    /// Code and message are not confirmed for the real service; status and header are.
+    pub(crate) fn throttled() -> Refusal {
+        Refusal::new(
+            429,
+            "Throttled",
+            "Request was not processed because too many requests were received.",
+        )
+    }
+
     pub(crate) fn not_an_administrator() -> Refusal {
         forbidden("Only the administrator of this vault manages identities and permissions.")
             .with_inner("ForbiddenByPolicy")
@@ -140,6 +199,11 @@ impl Refusal {
             error["innererror"] = json!({ "code": inner });
         }
         json!({ "error": error })
+    }
+
+    /// As a Managed HSM writes it: flat, the reason in front.
+    pub(crate) fn flat_body(&self) -> Value {
+        json!({ "error": { "code": self.reason(), "message": self.message } })
     }
 
     /// What the audit log records: the most specific code.

@@ -1,6 +1,7 @@
 //! From method and path to what is asked for, with the quirks of the real paths: an empty version
 //! (`/keys/kek/`, `/keys/kek//wrapkey`) means the newest, names of operations come in any case.
 
+use super::access::Needed;
 use super::permission::Permission;
 use super::refusal::Refusal;
 use super::wire::{KeyOperation, is_key_name, is_version};
@@ -8,33 +9,117 @@ use super::wire::{KeyOperation, is_key_name, is_version};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Route {
     ListKeys,
-    ListVersions { name: String },
-    GetKey { name: String, version: Option<String> },
-    UpdateKey { name: String, version: Option<String> },
-    CreateKey { name: String },
-    ImportKey { name: String },
-    DeleteKey { name: String },
-    RotateKey { name: String },
-    GetRotationPolicy { name: String },
-    SetRotationPolicy { name: String },
-    BackupKey { name: String },
+    ListVersions {
+        name: String,
+    },
+    GetKey {
+        name: String,
+        version: Option<String>,
+    },
+    UpdateKey {
+        name: String,
+        version: Option<String>,
+    },
+    CreateKey {
+        name: String,
+    },
+    ImportKey {
+        name: String,
+    },
+    DeleteKey {
+        name: String,
+    },
+    RotateKey {
+        name: String,
+    },
+    GetRotationPolicy {
+        name: String,
+    },
+    SetRotationPolicy {
+        name: String,
+    },
+    BackupKey {
+        name: String,
+    },
     RestoreKey,
-    Use { name: String, version: Option<String>, operation: KeyOperation },
+    Use {
+        name: String,
+        version: Option<String>,
+        operation: KeyOperation,
+    },
     ListDeleted,
-    GetDeleted { name: String },
-    RecoverDeleted { name: String },
-    PurgeDeleted { name: String },
+    GetDeleted {
+        name: String,
+    },
+    RecoverDeleted {
+        name: String,
+    },
+    PurgeDeleted {
+        name: String,
+    },
+    /// Random bytes, of a Managed HSM alone.
+    Random,
     Admin(AdminRoute),
 }
 
-/// Identities and permissions: what the real service keeps in its management plane.
+/// What the real service keeps in its management plane.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum AdminRoute {
+    ShowVault,
+    UpdateVault,
     ListIdentities,
     CreateIdentity,
+    UpdateIdentity { name: String },
     DeleteIdentity { name: String },
     Grant { name: String },
     Revoke { name: String },
+    Assign { name: String },
+    Unassign { name: String },
+    ListCredentials { name: String },
+    AddCredential { name: String },
+    RemoveCredential { name: String, id: String },
+    ListRoleAssignments,
+    AssignRole,
+    RemoveRoleAssignment { id: String },
+}
+
+impl AdminRoute {
+    const fn operation_name(&self) -> &'static str {
+        match self {
+            AdminRoute::ShowVault => "VaultGet",
+            AdminRoute::UpdateVault => "VaultPatch",
+            AdminRoute::ListIdentities => "IdentityList",
+            AdminRoute::CreateIdentity => "IdentityCreate",
+            AdminRoute::UpdateIdentity { .. } => "IdentityUpdate",
+            AdminRoute::DeleteIdentity { .. } => "IdentityDelete",
+            AdminRoute::Grant { .. } => "PermissionsGrant",
+            AdminRoute::Revoke { .. } => "PermissionsRevoke",
+            AdminRoute::Assign { .. } => "IdentityAssign",
+            AdminRoute::Unassign { .. } => "IdentityUnassign",
+            AdminRoute::ListCredentials { .. } => "CredentialList",
+            AdminRoute::AddCredential { .. } => "CredentialAdd",
+            AdminRoute::RemoveCredential { .. } => "CredentialRemove",
+            AdminRoute::ListRoleAssignments => "RoleAssignmentList",
+            AdminRoute::AssignRole => "RoleAssignmentCreate",
+            AdminRoute::RemoveRoleAssignment { .. } => "RoleAssignmentDelete",
+        }
+    }
+
+    /// The identity that it is about, as far as the path tells.
+    pub(crate) fn subject(&self) -> Option<&str> {
+        match self {
+            AdminRoute::UpdateIdentity { name }
+            | AdminRoute::DeleteIdentity { name }
+            | AdminRoute::Grant { name }
+            | AdminRoute::Revoke { name }
+            | AdminRoute::Assign { name }
+            | AdminRoute::Unassign { name }
+            | AdminRoute::ListCredentials { name }
+            | AdminRoute::AddCredential { name }
+            | AdminRoute::RemoveCredential { name, .. } => Some(name),
+            _ => None,
+        }
+    }
 }
 
 impl Route {
@@ -45,27 +130,39 @@ impl Route {
         match root.to_ascii_lowercase().as_str() {
             "keys" => key_route(method, rest),
             "deletedkeys" => deleted_route(method, rest),
+            "rng" if matches!(rest, [] | [""]) => match method {
+                "POST" => Ok(Route::Random),
+                _ => Err(Refusal::method_not_allowed(method)),
+            },
             "byokfs" => admin_route(method, rest).map(Route::Admin),
             _ => Err(Refusal::no_such_route()),
         }
     }
 
     /// What an identity must be allowed; None for the administrator's own routes.
-    pub(crate) fn permission(&self) -> Option<Permission> {
+    pub(crate) fn needs(&self) -> Option<Needed> {
         Some(match self {
-            Route::ListKeys | Route::ListVersions { .. } | Route::ListDeleted => Permission::List,
-            Route::GetKey { .. } | Route::GetDeleted { .. } => Permission::Get,
-            Route::UpdateKey { .. } => Permission::Update,
-            Route::CreateKey { .. } => Permission::Create,
-            Route::ImportKey { .. } => Permission::Import,
-            Route::DeleteKey { .. } => Permission::Delete,
-            Route::RotateKey { .. } => Permission::Rotate,
-            Route::GetRotationPolicy { .. } => Permission::GetRotationPolicy,
-            Route::SetRotationPolicy { .. } => Permission::SetRotationPolicy,
-            Route::BackupKey { .. } => Permission::Backup,
-            Route::RestoreKey => Permission::Restore,
-            Route::RecoverDeleted { .. } => Permission::Recover,
-            Route::PurgeDeleted { .. } => Permission::Purge,
+            Route::ListKeys | Route::ListVersions { .. } => Permission::List.into(),
+            Route::GetKey { .. } => Permission::Get.into(),
+            // Roles tell deleted keys from others, policies do not.
+            Route::ListDeleted => {
+                Needed { by_policy: Permission::List, by_role: Permission::GetDeleted }
+            }
+            Route::GetDeleted { .. } => {
+                Needed { by_policy: Permission::Get, by_role: Permission::GetDeleted }
+            }
+            Route::UpdateKey { .. } => Permission::Update.into(),
+            Route::CreateKey { .. } => Permission::Create.into(),
+            Route::ImportKey { .. } => Permission::Import.into(),
+            Route::DeleteKey { .. } => Permission::Delete.into(),
+            Route::RotateKey { .. } => Permission::Rotate.into(),
+            Route::GetRotationPolicy { .. } => Permission::GetRotationPolicy.into(),
+            Route::SetRotationPolicy { .. } => Permission::SetRotationPolicy.into(),
+            Route::BackupKey { .. } => Permission::Backup.into(),
+            Route::RestoreKey => Permission::Restore.into(),
+            Route::RecoverDeleted { .. } => Permission::Recover.into(),
+            Route::PurgeDeleted { .. } => Permission::Purge.into(),
+            Route::Random => Permission::Random.into(),
             Route::Use { operation, .. } => match operation {
                 KeyOperation::Encrypt => Permission::Encrypt,
                 KeyOperation::Decrypt => Permission::Decrypt,
@@ -73,7 +170,9 @@ impl Route {
                 KeyOperation::Verify => Permission::Verify,
                 KeyOperation::WrapKey => Permission::WrapKey,
                 KeyOperation::UnwrapKey => Permission::UnwrapKey,
-            },
+                KeyOperation::Import => Permission::Import,
+            }
+            .into(),
             Route::Admin(_) => return None,
         })
     }
@@ -104,12 +203,10 @@ impl Route {
                 KeyOperation::Verify => "KeyVerify",
                 KeyOperation::WrapKey => "KeyWrap",
                 KeyOperation::UnwrapKey => "KeyUnwrap",
+                KeyOperation::Import => "KeyImport",
             },
-            Route::Admin(AdminRoute::ListIdentities) => "IdentityList",
-            Route::Admin(AdminRoute::CreateIdentity) => "IdentityCreate",
-            Route::Admin(AdminRoute::DeleteIdentity { .. }) => "IdentityDelete",
-            Route::Admin(AdminRoute::Grant { .. }) => "PermissionsGrant",
-            Route::Admin(AdminRoute::Revoke { .. }) => "PermissionsRevoke",
+            Route::Random => "RandomBytesGet",
+            Route::Admin(route) => route.operation_name(),
         }
     }
 
@@ -129,9 +226,11 @@ impl Route {
             | Route::GetDeleted { name }
             | Route::RecoverDeleted { name }
             | Route::PurgeDeleted { name } => (Some(name), None),
-            Route::ListKeys | Route::RestoreKey | Route::ListDeleted | Route::Admin(_) => {
-                (None, None)
-            }
+            Route::ListKeys
+            | Route::RestoreKey
+            | Route::ListDeleted
+            | Route::Random
+            | Route::Admin(_) => (None, None),
         }
     }
 }
@@ -181,7 +280,7 @@ fn key_route(method: &str, rest: &[&str]) -> Result<Route, Refusal> {
 }
 
 fn use_route(name: String, version: Option<String>, action: &str) -> Result<Route, Refusal> {
-    let operation = KeyOperation::ALL
+    let operation = KeyOperation::USES
         .into_iter()
         .find(|operation| operation.name().eq_ignore_ascii_case(action))
         .ok_or_else(Refusal::no_such_route)?;
@@ -202,18 +301,53 @@ fn deleted_route(method: &str, rest: &[&str]) -> Result<Route, Refusal> {
 }
 
 fn admin_route(method: &str, rest: &[&str]) -> Result<AdminRoute, Refusal> {
-    match (method, rest) {
-        ("GET", ["identities"]) => Ok(AdminRoute::ListIdentities),
-        ("POST", ["identities"]) => Ok(AdminRoute::CreateIdentity),
-        ("DELETE", ["identities", name]) => {
-            Ok(AdminRoute::DeleteIdentity { name: key_name(name)? })
+    match rest {
+        ["vault"] => match method {
+            "GET" => Ok(AdminRoute::ShowVault),
+            "PATCH" => Ok(AdminRoute::UpdateVault),
+            _ => Err(Refusal::method_not_allowed(method)),
+        },
+        ["identities"] => match method {
+            "GET" => Ok(AdminRoute::ListIdentities),
+            "POST" => Ok(AdminRoute::CreateIdentity),
+            _ => Err(Refusal::method_not_allowed(method)),
+        },
+        ["identities", name] => {
+            let name = key_name(name)?;
+            match method {
+                "PATCH" => Ok(AdminRoute::UpdateIdentity { name }),
+                "DELETE" => Ok(AdminRoute::DeleteIdentity { name }),
+                _ => Err(Refusal::method_not_allowed(method)),
+            }
         }
-        ("POST", ["identities", name, "grant"]) => Ok(AdminRoute::Grant { name: key_name(name)? }),
-        ("POST", ["identities", name, "revoke"]) => {
-            Ok(AdminRoute::Revoke { name: key_name(name)? })
+        ["identities", name, "credentials"] => {
+            let name = key_name(name)?;
+            match method {
+                "GET" => Ok(AdminRoute::ListCredentials { name }),
+                "POST" => Ok(AdminRoute::AddCredential { name }),
+                _ => Err(Refusal::method_not_allowed(method)),
+            }
         }
-        (_, ["identities"] | ["identities", _] | ["identities", _, "grant" | "revoke"]) => {
-            Err(Refusal::method_not_allowed(method))
+        ["identities", name, "credentials", id] if method == "DELETE" => {
+            Ok(AdminRoute::RemoveCredential { name: key_name(name)?, id: (*id).to_owned() })
+        }
+        ["identities", name, action @ ("grant" | "revoke" | "assign" | "unassign")] => {
+            let name = key_name(name)?;
+            match (method, *action) {
+                ("POST", "grant") => Ok(AdminRoute::Grant { name }),
+                ("POST", "revoke") => Ok(AdminRoute::Revoke { name }),
+                ("POST", "assign") => Ok(AdminRoute::Assign { name }),
+                ("POST", _) => Ok(AdminRoute::Unassign { name }),
+                _ => Err(Refusal::method_not_allowed(method)),
+            }
+        }
+        ["roleassignments"] => match method {
+            "GET" => Ok(AdminRoute::ListRoleAssignments),
+            "POST" => Ok(AdminRoute::AssignRole),
+            _ => Err(Refusal::method_not_allowed(method)),
+        },
+        ["roleassignments", id] if method == "DELETE" => {
+            Ok(AdminRoute::RemoveRoleAssignment { id: (*id).to_owned() })
         }
         _ => Err(Refusal::no_such_route()),
     }
@@ -309,7 +443,7 @@ mod tests {
 
     #[test]
     fn only_the_administrators_routes_have_no_key_permission() {
-        assert_eq!(parse("GET", "/byokfs/identities").unwrap().permission(), None);
+        assert_eq!(parse("GET", "/byokfs/identities").unwrap().needs(), None);
         for (method, path, permission) in [
             ("GET", "/keys", Permission::List),
             ("GET", "/keys/k", Permission::Get),
@@ -322,7 +456,8 @@ mod tests {
             ("POST", "/deletedkeys/k/recover", Permission::Recover),
             ("GET", "/deletedkeys/k", Permission::Get),
         ] {
-            assert_eq!(parse(method, path).unwrap().permission(), Some(permission), "{path}");
+            let needed = parse(method, path).unwrap().needs().map(|needed| needed.by_policy);
+            assert_eq!(needed, Some(permission), "{path}");
         }
     }
 }

@@ -5,11 +5,13 @@
 //! passes only if all of these hold. Whether the identity still exists is the caller's question.
 
 use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
 use jsonwebtoken::errors::ErrorKind as JwtError;
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::crypto::secret::SecretBytes;
 use crate::error::{Error, Kind, Result};
@@ -38,8 +40,24 @@ pub(crate) struct TokenAuthority {
     signing: EncodingKey,
     verifying: DecodingKey,
     header: Header,
-    tenant: String,
+    /// The public key as a JSON Web Key.
+    jwk: Value,
+    /// Seconds.
     lifetime: i64,
+    /// Of a drill; 0: none.
+    drill_lifetime: AtomicI64,
+}
+
+/// Whom a token is for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Subject<'a> {
+    pub(crate) object_id: &'a str,
+    pub(crate) client_id: &'a str,
+    pub(crate) tenant: &'a str,
+}
+
+pub(crate) fn issuer(tenant: &str) -> String {
+    format!("https://sts.windows.net/{tenant}/")
 }
 
 /// A new signing key (PKCS#8).
@@ -56,7 +74,7 @@ pub(crate) fn new_signing_key() -> Result<SecretBytes> {
 
 impl TokenAuthority {
     /// `lifetime` in seconds.
-    pub(crate) fn new(key: &SecretBytes, tenant: &str, lifetime: i64) -> Result<TokenAuthority> {
+    pub(crate) fn new(key: &SecretBytes, lifetime: i64) -> Result<TokenAuthority> {
         let unusable = || Error::corrupt("the vault's key to sign tokens is unusable");
         let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, key.expose())
             .map_err(|_| unusable())?;
@@ -71,38 +89,61 @@ impl TokenAuthority {
         )
         .map_err(|error| unusable().with_source(error))?;
         let mut header = Header::new(Algorithm::ES256);
-        header.kid = Some(codec::to_hex(&point[1..17]));
+        let kid = codec::to_hex(&point[1..17]);
+        let jwk = json!({
+            "kty": "EC",
+            "use": "sig",
+            "crv": "P-256",
+            "alg": "ES256",
+            "kid": kid,
+            "x": codec::to_base64url(&point[1..33]),
+            "y": codec::to_base64url(&point[33..]),
+        });
+        header.kid = Some(kid);
         Ok(TokenAuthority {
             signing: EncodingKey::from_ec_der(key.expose()),
             verifying,
             header,
-            tenant: tenant.to_owned(),
+            jwk,
             lifetime,
+            drill_lifetime: AtomicI64::new(0),
         })
     }
 
-    pub(crate) fn issuer(&self) -> String {
-        format!("https://sts.windows.net/{}/", self.tenant)
+    /// What others verify tokens with.
+    pub(crate) fn jwk(&self) -> &Value {
+        &self.jwk
+    }
+
+    /// For a drill: holds for tokens issued from now on, until it is None again.
+    pub(crate) fn override_lifetime(&self, seconds: Option<i64>) {
+        self.drill_lifetime.store(seconds.unwrap_or(0), Ordering::Relaxed);
+    }
+
+    fn lifetime(&self) -> i64 {
+        match self.drill_lifetime.load(Ordering::Relaxed) {
+            0 => self.lifetime,
+            seconds => seconds,
+        }
     }
 
     /// A token and the second it expires at.
     pub(crate) fn issue(
         &self,
-        object_id: &str,
-        client_id: &str,
+        subject: Subject<'_>,
         audience: &str,
         now: i64,
     ) -> Result<(String, i64)> {
         let claims = Claims {
             aud: audience.to_owned(),
-            iss: self.issuer(),
+            iss: issuer(subject.tenant),
             iat: now,
             nbf: now - VALID_BEFORE_ISSUE,
-            exp: now + self.lifetime,
-            appid: client_id.to_owned(),
-            oid: object_id.to_owned(),
-            sub: object_id.to_owned(),
-            tid: self.tenant.clone(),
+            exp: now + self.lifetime(),
+            appid: subject.client_id.to_owned(),
+            oid: subject.object_id.to_owned(),
+            sub: subject.object_id.to_owned(),
+            tid: subject.tenant.to_owned(),
             ver: "1.0".to_owned(),
         };
         let token = jsonwebtoken::encode(&self.header, &claims, &self.signing)
@@ -111,18 +152,24 @@ impl TokenAuthority {
     }
 
     /// Checks all of a token but the existence of its identity.
-    pub(crate) fn verify(&self, token: &str, resource: &str, now: i64) -> Result<Claims, Refusal> {
+    pub(crate) fn verify(
+        &self,
+        token: &str,
+        tenant: &str,
+        resource: &str,
+        now: i64,
+    ) -> Result<Claims, Refusal> {
         // The library reads the system's clock; times are compared here, by the vault's.
         let mut validation = Validation::new(Algorithm::ES256);
         validation.validate_exp = false;
         validation.validate_nbf = false;
         validation.set_required_spec_claims(&["exp", "nbf", "aud", "iss"]);
-        validation.set_issuer(&[self.issuer()]);
+        validation.set_issuer(&[issuer(tenant)]);
         validation.set_audience(&[resource.to_owned(), format!("{resource}/")]);
         let claims = jsonwebtoken::decode::<Claims>(token, &self.verifying, &validation)
             .map_err(|error| refusal(error.kind(), resource))?
             .claims;
-        if claims.tid != self.tenant {
+        if claims.tid != tenant {
             return Err(Refusal::unauthorized("Error validating token: wrong tenant."));
         }
         if claims.exp <= now {
@@ -154,7 +201,7 @@ fn refusal(kind: &JwtError, resource: &str) -> Refusal {
 
 impl fmt::Debug for TokenAuthority {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TokenAuthority").field("tenant", &self.tenant).finish_non_exhaustive()
+        f.debug_struct("TokenAuthority").finish_non_exhaustive()
     }
 }
 
@@ -164,16 +211,20 @@ mod tests {
 
     const AUDIENCE: &str = "https://127.0.0.1:8443";
 
-    fn authority(tenant: &str) -> TokenAuthority {
-        TokenAuthority::new(&new_signing_key().unwrap(), tenant, 3600).unwrap()
+    fn authority() -> TokenAuthority {
+        TokenAuthority::new(&new_signing_key().unwrap(), 3600).unwrap()
+    }
+
+    fn subject(tenant: &str) -> Subject<'_> {
+        Subject { object_id: "oid", client_id: "app", tenant }
     }
 
     #[test]
     fn a_token_is_good_for_its_audience_until_it_expires() {
-        let authority = authority("t1");
-        let (token, expires) = authority.issue("oid", "app", AUDIENCE, 1000).unwrap();
+        let authority = authority();
+        let (token, expires) = authority.issue(subject("t1"), AUDIENCE, 1000).unwrap();
         assert_eq!(expires, 4600);
-        let claims = authority.verify(&token, AUDIENCE, 4599).unwrap();
+        let claims = authority.verify(&token, "t1", AUDIENCE, 4599).unwrap();
         assert_eq!((claims.oid.as_str(), claims.appid.as_str()), ("oid", "app"));
         for (resource, now) in [
             (AUDIENCE, 4600),
@@ -181,29 +232,29 @@ mod tests {
             ("https://127.0.0.1:8444", 1000),
             ("https://vault.azure.net", 1000),
         ] {
-            let refusal = authority.verify(&token, resource, now).unwrap_err();
+            let refusal = authority.verify(&token, "t1", resource, now).unwrap_err();
             assert_eq!(refusal.status, 401, "{resource} at {now}");
         }
-        let (token, _) = authority.issue("oid", "app", "https://127.0.0.1:8443/", 1000).unwrap();
-        authority.verify(&token, AUDIENCE, 1000).unwrap();
+        let (token, _) = authority.issue(subject("t1"), "https://127.0.0.1:8443/", 1000).unwrap();
+        authority.verify(&token, "t1", AUDIENCE, 1000).unwrap();
     }
 
     #[test]
     fn tokens_of_another_key_or_tenant_are_refused() {
-        let (mine, other) = (authority("t1"), authority("t1"));
-        let (token, _) = other.issue("oid", "app", AUDIENCE, 1000).unwrap();
-        assert!(mine.verify(&token, AUDIENCE, 1000).unwrap_err().message.contains("signature"));
-        let key = new_signing_key().unwrap();
-        let one = TokenAuthority::new(&key, "t1", 60).unwrap();
-        let two = TokenAuthority::new(&key, "t2", 60).unwrap();
-        let (token, _) = two.issue("oid", "app", AUDIENCE, 1000).unwrap();
-        assert!(one.verify(&token, AUDIENCE, 1000).unwrap_err().message.contains("issuer"));
+        let (mine, other) = (authority(), authority());
+        let (token, _) = other.issue(subject("t1"), AUDIENCE, 1000).unwrap();
+        let refusal = mine.verify(&token, "t1", AUDIENCE, 1000).unwrap_err();
+        assert!(refusal.message.contains("signature"));
+        let (token, _) = mine.issue(subject("t2"), AUDIENCE, 1000).unwrap();
+        let refusal = mine.verify(&token, "t1", AUDIENCE, 1000).unwrap_err();
+        assert!(refusal.message.contains("AKV10032"));
+        mine.verify(&token, "t2", AUDIENCE, 1000).unwrap();
     }
 
     #[test]
     fn changed_unsigned_and_malformed_tokens_are_refused() {
-        let authority = authority("t1");
-        let (token, _) = authority.issue("oid", "app", AUDIENCE, 1000).unwrap();
+        let authority = authority();
+        let (token, _) = authority.issue(subject("t1"), AUDIENCE, 1000).unwrap();
         let parts: Vec<&str> = token.split('.').collect();
         let claims = String::from_utf8(codec::from_base64url(parts[1]).unwrap()).unwrap();
         let forged =
@@ -220,7 +271,11 @@ mod tests {
             String::new(),
             "..".to_owned(),
         ] {
-            assert_eq!(authority.verify(&bad, AUDIENCE, 1000).unwrap_err().status, 401, "{bad}");
+            assert_eq!(
+                authority.verify(&bad, "t1", AUDIENCE, 1000).unwrap_err().status,
+                401,
+                "{bad}"
+            );
         }
     }
 }

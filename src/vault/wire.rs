@@ -42,13 +42,20 @@ pub(crate) enum KeyType {
     Rsa,
     /// Answers as an HSM key does; its material is as much software as the other's.
     RsaHsm,
+    /// A symmetric key of a Managed HSM.
+    OctHsm,
 }
 
 impl KeyType {
+    pub(crate) const fn is_rsa(self) -> bool {
+        matches!(self, KeyType::Rsa | KeyType::RsaHsm)
+    }
+
     pub(crate) fn from_name(name: &str) -> Option<KeyType> {
         match name {
             "RSA" => Some(KeyType::Rsa),
             "RSA-HSM" => Some(KeyType::RsaHsm),
+            "oct-HSM" => Some(KeyType::OctHsm),
             _ => None,
         }
     }
@@ -57,6 +64,7 @@ impl KeyType {
         match self {
             KeyType::Rsa => "RSA",
             KeyType::RsaHsm => "RSA-HSM",
+            KeyType::OctHsm => "oct-HSM",
         }
     }
 }
@@ -70,10 +78,13 @@ pub(crate) enum KeyOperation {
     Verify,
     WrapKey,
     UnwrapKey,
+    /// Of a key exchange key: other keys come in under it. No route of its own.
+    Import,
 }
 
 impl KeyOperation {
-    pub(crate) const ALL: [KeyOperation; 6] = [
+    /// What has a route, and what a new RSA key may be used for unless it is told.
+    pub(crate) const USES: [KeyOperation; 6] = [
         KeyOperation::Encrypt,
         KeyOperation::Decrypt,
         KeyOperation::Sign,
@@ -81,6 +92,13 @@ impl KeyOperation {
         KeyOperation::WrapKey,
         KeyOperation::UnwrapKey,
     ];
+
+    pub(crate) fn from_name(name: &str) -> Option<KeyOperation> {
+        KeyOperation::USES
+            .into_iter()
+            .chain([KeyOperation::Import])
+            .find(|operation| operation.name().eq_ignore_ascii_case(name))
+    }
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
@@ -90,6 +108,7 @@ impl KeyOperation {
             KeyOperation::Verify => "verify",
             KeyOperation::WrapKey => "wrapKey",
             KeyOperation::UnwrapKey => "unwrapKey",
+            KeyOperation::Import => "import",
         }
     }
 
@@ -103,9 +122,7 @@ impl KeyOperation {
 pub(crate) fn key_operations(names: &[String]) -> Result<Vec<KeyOperation>, Refusal> {
     let mut operations = Vec::new();
     for name in names {
-        let operation = KeyOperation::ALL
-            .into_iter()
-            .find(|operation| operation.name().eq_ignore_ascii_case(name))
+        let operation = KeyOperation::from_name(name)
             .ok_or_else(|| Refusal::bad_parameter(format!("Invalid key operation '{name}'.")))?;
         if !operations.contains(&operation) {
             operations.push(operation);
@@ -150,6 +167,8 @@ pub(crate) struct PrivateJwk {
     pub(crate) dp: Option<String>,
     pub(crate) dq: Option<String>,
     pub(crate) qi: Option<String>,
+    /// A key transfer blob in base64, instead of the numbers.
+    pub(crate) key_hsm: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -276,11 +295,13 @@ impl Wire<'_> {
                 "kid": self.kid(name, &version.version),
                 "kty": version.kty.name(),
                 "key_ops": version.operations.iter().map(|op| op.name()).collect::<Vec<_>>(),
-                "n": codec::to_base64url(&version.public.modulus),
-                "e": codec::to_base64url(&version.public.exponent),
             },
             "attributes": self.attributes(version),
         });
+        if let Some(public) = &version.public {
+            bundle["key"]["n"] = json!(codec::to_base64url(&public.modulus));
+            bundle["key"]["e"] = json!(codec::to_base64url(&public.exponent));
+        }
         if !version.tags.is_empty() {
             bundle["tags"] = json!(version.tags);
         }
@@ -349,6 +370,8 @@ pub(crate) struct TokenReply<'a> {
     pub(crate) access_token: &'a str,
     /// A string of Unix seconds, as the App Service endpoint sends it.
     pub(crate) expires_on: String,
+    /// As IMDS sends it.
+    pub(crate) expires_in: String,
     pub(crate) resource: &'a str,
     pub(crate) token_type: &'a str,
     pub(crate) client_id: &'a str,

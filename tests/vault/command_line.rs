@@ -248,19 +248,32 @@ fn calls_are_in_the_audit_log_and_secrets_nowhere() {
     let find = |operation: &str, caller: &str| {
         lines
             .iter()
-            .find(|line| line["operationName"] == operation && line["identity"]["name"] == caller)
+            .find(|line| line["operationName"] == operation && line["byokfs"]["caller"] == caller)
             .unwrap_or_else(|| panic!("{operation} by {caller} is not in the log"))
     };
     let get = find("KeyGet", "db");
-    assert_eq!((&get["resultType"], &get["keyVersion"]), (&"Success".into(), &version.into()));
+    assert_eq!(
+        (&get["resultType"], &get["byokfs"]["keyVersion"]),
+        (&"Success".into(), &version.into())
+    );
     let wrap = find("KeyWrap", "db");
     assert_eq!(
-        (&wrap["httpStatusCode"], &wrap["resultSignature"]),
-        (&403.into(), &"ForbiddenByPolicy".into())
+        (&wrap["properties"]["httpStatusCode"], &wrap["resultSignature"]),
+        (&403.into(), &"Forbidden".into())
+    );
+    assert_eq!(wrap["byokfs"]["reason"], "ForbiddenByPolicy");
+    assert!(wrap["resultDescription"].as_str().unwrap().contains("wrapKey permission"));
+    let claim = "http://schemas.microsoft.com/identity/claims/objectidentifier";
+    assert_eq!(wrap["identity"]["claim"][claim].as_str().unwrap().len(), 36);
+    assert_eq!(get["properties"]["id"], bundle["key"]["kid"]);
+    assert_eq!(get["operationVersion"], "7.4");
+    assert_eq!(
+        (&get["category"], &get["callerIpAddress"]),
+        (&"AuditEvent".into(), &"127.0.0.1".into())
     );
     find("KeyCreate", "admin");
     find("TokenIssue", "db");
-    assert_eq!(find("PermissionsGrant", "admin")["subject"], "db");
+    assert_eq!(find("PermissionsGrant", "admin")["byokfs"]["subject"], "db");
     for word in [&token, &admin, &secret, &header] {
         assert!(!log.contains(word.as_str()), "a secret is in the audit log");
     }

@@ -36,6 +36,11 @@ impl Vault {
         Vault { _parent: parent, dir }
     }
 
+    /// One that is there already.
+    pub(crate) fn at(parent: tempfile::TempDir, dir: PathBuf) -> Vault {
+        Vault { _parent: parent, dir }
+    }
+
     pub(crate) fn serve(&self) -> Server {
         self.serve_with(&[])
     }
@@ -239,4 +244,13 @@ pub(crate) fn text(bytes: &[u8]) -> String {
 
 pub(crate) fn now() -> i64 {
     time::OffsetDateTime::now_utc().unix_timestamp()
+}
+
+/// Sets a fault; its number.
+pub(crate) fn fault(vault: &Vault, args: &[&str]) -> String {
+    vault.cli_json(&[&["fault", "set"], args].concat())["id"].to_string()
+}
+
+pub(crate) fn clear_faults(vault: &Vault) {
+    vault.cli_json(&["fault", "clear"]);
 }

@@ -17,6 +17,15 @@ use crate::vault::{API_VERSION, VaultDir};
 /// Making a large RSA key takes seconds.
 const TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_REPLY: u64 = 16 * 1024 * 1024;
+const FAULTS_PATH: &str = "/byokfs/faults";
+
+/// What reaches the vault's identity endpoint as the administrator.
+pub(super) struct Administration {
+    dir: VaultDir,
+    agent: Agent,
+    identity_url: String,
+    header: SecretString,
+}
 
 pub(super) struct Client {
     dir: VaultDir,
@@ -25,11 +34,10 @@ pub(super) struct Client {
     token: SecretString,
 }
 
-impl Client {
+impl Administration {
     /// `Unreachable` when no server runs on the directory.
-    pub(super) fn connect(dir: VaultDir) -> Result<Client> {
+    pub(super) fn connect(dir: VaultDir) -> Result<Administration> {
         let header = VaultDir::read_header(&dir.admin_header())?;
-        let url = dir.read_url(&dir.url_file())?;
         let identity_url = dir.read_url(&dir.identity_url_file())?;
         let ca_path = dir.ca_certificate();
         let pem =
@@ -51,31 +59,59 @@ impl Client {
             .proxy(None)
             .build()
             .new_agent();
+        Ok(Administration { dir, agent, identity_url, header })
+    }
 
-        let mut ask = parse_url(&identity_url)?;
+    /// Faults are set where no fault reaches: at the identity endpoint.
+    pub(super) fn faults(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value> {
+        let mut url = parse_url(&self.identity_url)?;
+        url.set_path(&format!("{FAULTS_PATH}{path}"));
+        self.call(method, &url, body)
+    }
+
+    fn call(&self, method: Method, url: &Url, body: Option<&Value>) -> Result<Value> {
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let request = Request::builder()
+            .method(method)
+            .uri(url.as_str())
+            .header("X-IDENTITY-HEADER", self.header.expose())
+            .body(body)
+            .map_err(|error| unusable(url.as_str()).with_source(error))?;
+        let response = self
+            .agent
+            .run(request)
+            .map_err(|error| unreachable(&self.dir, &self.identity_url, error))?;
+        read(response, &self.identity_url)
+    }
+}
+
+impl Client {
+    /// `Unreachable` when no server runs on the directory.
+    pub(super) fn connect(dir: VaultDir) -> Result<Client> {
+        let url = dir.read_url(&dir.url_file())?;
+        let administration = Administration::connect(dir)?;
+        let mut ask = parse_url(&administration.identity_url)?;
         // The audience of a vault under an address is its own origin.
         ask.query_pairs_mut()
             .append_pair("api-version", "2019-08-01")
             .append_pair("resource", &url);
-        let request = Request::get(ask.as_str())
-            .header("X-IDENTITY-HEADER", header.expose())
-            .body(())
-            .map_err(|error| unusable(&identity_url).with_source(error))?;
-        let response =
-            agent.run(request).map_err(|error| unreachable(&dir, &identity_url, error))?;
-        let reply = read(response, &identity_url)?;
-        let token = match reply {
+        let token = match administration.call(Method::GET, &ask, None)? {
             Value::Object(mut fields) => fields.remove("access_token"),
             _ => None,
         };
         let Some(Value::String(token)) = token else {
             return Err(super::unexpected("access_token"));
         };
+        let Administration { dir, agent, .. } = administration;
         Ok(Client { dir, agent, url, token: SecretString::from_string_wiping(token)? })
     }
 
     pub(super) fn get(&self, path: &str) -> Result<Value> {
         self.call(Method::GET, &self.data_plane(path), None)
+    }
+
+    pub(super) fn put(&self, path: &str, body: &Value) -> Result<Value> {
+        self.call(Method::PUT, &self.data_plane(path), Some(body))
     }
 
     pub(super) fn post(&self, path: &str, body: &Value) -> Result<Value> {

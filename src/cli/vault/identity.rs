@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use ureq::http::Method;
 
 use super::client::Client;
+use super::credential;
 use super::{Target, checked_name, unexpected};
 use crate::cli::output;
 use crate::error::{Context, Error, Kind, Result};
@@ -29,6 +30,45 @@ enum IdentityVerb {
     Delete(DeleteArgs),
     /// List the identities and their permissions
     List(ListArgs),
+    /// Let a disabled identity get tokens again
+    Enable(NameArgs),
+    /// Give an identity no more tokens; those it has stay good
+    Disable(NameArgs),
+    /// Let a host ask for the tokens of an identity beside its own
+    Assign(AssignArgs),
+    /// Take that back
+    Unassign(AssignArgs),
+    /// Make a client secret for the token endpoint
+    AddSecret(credential::SecretArgs),
+    /// Take a certificate for the token endpoint
+    AddCertificate(credential::CertificateArgs),
+    /// Take another issuer's tokens at the token endpoint
+    AddFederated(credential::FederatedArgs),
+    /// List what an identity may prove itself with
+    Credentials(credential::ListArgs),
+    /// Take one of them away
+    RemoveCredential(credential::RemoveArgs),
+}
+
+#[derive(Debug, Args)]
+struct NameArgs {
+    /// Name of the identity
+    #[arg(value_parser = checked_name)]
+    name: String,
+    #[command(flatten)]
+    target: Target,
+}
+
+#[derive(Debug, Args)]
+struct AssignArgs {
+    /// Name of the identity
+    #[arg(value_parser = checked_name)]
+    name: String,
+    /// The host, by the name of its own identity
+    #[arg(long, value_parser = checked_name)]
+    host: String,
+    #[command(flatten)]
+    target: Target,
 }
 
 #[derive(Debug, Args)]
@@ -39,6 +79,12 @@ struct CreateArgs {
     /// File for the header secret [default: identities/NAME.header in the vault's directory]
     #[arg(long, value_name = "FILE")]
     header_file: Option<PathBuf>,
+    /// For hosts that it is assigned to, or for an application: no header secret of its own
+    #[arg(long, conflicts_with = "header_file")]
+    user_assigned: bool,
+    /// Tenant that it lives in [default: the vault's]
+    #[arg(long, value_name = "ID")]
+    tenant: Option<String>,
     #[command(flatten)]
     target: Target,
 }
@@ -48,6 +94,9 @@ struct DeleteArgs {
     /// Name of the identity
     #[arg(value_parser = checked_name)]
     name: String,
+    /// Tokens that it has stay good until they expire, as at the real service
+    #[arg(long)]
+    keep_tokens: bool,
     #[command(flatten)]
     target: Target,
 }
@@ -75,6 +124,23 @@ pub(super) fn run(args: IdentityArgs) -> Result<()> {
         IdentityVerb::Create(args) => create(args),
         IdentityVerb::Delete(args) => delete(args),
         IdentityVerb::List(args) => list(args),
+        IdentityVerb::Enable(args) => {
+            act(&args.target, Method::PATCH, &args.name, "", &json!({ "enabled": true }))
+        }
+        IdentityVerb::Disable(args) => {
+            act(&args.target, Method::PATCH, &args.name, "", &json!({ "enabled": false }))
+        }
+        IdentityVerb::Assign(args) => {
+            act(&args.target, Method::POST, &args.name, "/assign", &json!({ "host": args.host }))
+        }
+        IdentityVerb::Unassign(args) => {
+            act(&args.target, Method::POST, &args.name, "/unassign", &json!({ "host": args.host }))
+        }
+        IdentityVerb::AddSecret(args) => credential::add_secret(args),
+        IdentityVerb::AddCertificate(args) => credential::add_certificate(args),
+        IdentityVerb::AddFederated(args) => credential::add_federated(args),
+        IdentityVerb::Credentials(args) => credential::list(args),
+        IdentityVerb::RemoveCredential(args) => credential::remove(args),
     }
 }
 
@@ -90,6 +156,17 @@ pub(super) fn revoke(args: PermissionArgs) -> Result<()> {
 /// leaves at worst a secret that opens nothing.
 fn create(args: CreateArgs) -> Result<()> {
     let client = connect(&args.target)?;
+    if args.user_assigned {
+        let mut body = json!({ "name": args.name });
+        if let Some(tenant) = &args.tenant {
+            body["tenant"] = json!(tenant);
+        }
+        let identity = client.administer(Method::POST, "/identities", Some(&body))?;
+        if args.target.json {
+            return output::json(&identity);
+        }
+        return output::text(&described(&identity)?);
+    }
     let header_file = match args.header_file {
         Some(file) => std::path::absolute(&file)
             .context(|| format!("cannot make sense of the path {}", file.display()))?,
@@ -112,10 +189,13 @@ fn create(args: CreateArgs) -> Result<()> {
             error
         }
     })?;
-    let body = json!({
+    let mut body = json!({
         "name": args.name,
         "headerSha256": URL_SAFE_NO_PAD.encode(hash.as_ref()),
     });
+    if let Some(tenant) = &args.tenant {
+        body["tenant"] = json!(tenant);
+    }
     let made = client
         .administer(Method::POST, "/identities", Some(&body))
         .and_then(|identity| Ok((identity, client.identity_endpoint()?)));
@@ -135,20 +215,39 @@ fn create(args: CreateArgs) -> Result<()> {
         return output::json(&identity);
     }
     output::text(&format!(
-        "identity    {}\nclient id   {}\nprincipal   {}\ntenant      {}\nendpoint    {}\nheader file {}\n",
-        text(&identity, "name")?,
-        text(&identity, "clientId")?,
-        text(&identity, "principalId")?,
-        text(&identity, "tenantId")?,
+        "{}endpoint    {}\nheader file {}\n",
+        described(&identity)?,
         endpoint,
         header_file.display(),
     ))
 }
 
+fn described(identity: &Value) -> Result<String> {
+    Ok(format!(
+        "identity    {}\nclient id   {}\nprincipal   {}\ntenant      {}\n",
+        text(identity, "name")?,
+        text(identity, "clientId")?,
+        text(identity, "principalId")?,
+        text(identity, "tenantId")?,
+    ))
+}
+
+/// A change whose answer is the identity as it is now.
+fn act(target: &Target, method: Method, name: &str, action: &str, body: &Value) -> Result<()> {
+    let path = format!("/identities/{name}{action}");
+    let identity = connect(target)?.administer(method, &path, Some(body))?;
+    if target.json {
+        return output::json(&identity);
+    }
+    let state = if identity["enabled"] == true { "enabled" } else { "disabled" };
+    output::line(&format!("{}  {state}  {}", text(&identity, "name")?, permissions(&identity)))
+}
+
 fn delete(args: DeleteArgs) -> Result<()> {
     let client = connect(&args.target)?;
     let path = format!("/identities/{}", args.name);
-    let identity = client.administer(Method::DELETE, &path, None)?;
+    let body = json!({ "keepTokens": args.keep_tokens });
+    let identity = client.administer(Method::DELETE, &path, Some(&body))?;
     remove(&client.dir().identity_header(&args.name))?;
     if args.target.json {
         return output::json(&identity);

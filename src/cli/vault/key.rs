@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::client::Client;
+use super::import;
 use super::{Target, checked_name, date, unexpected};
 use crate::cli::output;
 use crate::error::{Context, Error, Result};
@@ -48,6 +51,10 @@ enum KeyVerb {
     Backup(BackupArgs),
     /// Bring a purged key back from its backup
     Restore(RestoreArgs),
+    /// Bring a key in from a PEM, PKCS#12 or key transfer (BYOK) file
+    Import(import::ImportArgs),
+    /// Write the public half of an RSA key to a file, as PEM
+    Download(DownloadArgs),
 }
 
 #[derive(Debug, Args)]
@@ -57,12 +64,21 @@ struct ListArgs {
 }
 
 #[derive(Debug, Args)]
-struct NameArgs {
+struct DownloadArgs {
+    #[command(flatten)]
+    key: VersionArgs,
+    /// The file to write; must not be there yet
+    #[arg(long, short)]
+    file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct NameArgs {
     /// Name of the key
     #[arg(long, short, value_parser = checked_name)]
-    name: String,
+    pub(super) name: String,
     #[command(flatten)]
-    target: Target,
+    pub(super) target: Target,
 }
 
 #[derive(Debug, Args)]
@@ -98,18 +114,30 @@ enum Kty {
     Rsa,
     #[value(name = "RSA-HSM")]
     RsaHsm,
+    #[value(name = "oct-HSM")]
+    OctHsm,
+}
+
+impl Kty {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Kty::Rsa => "RSA",
+            Kty::RsaHsm => "RSA-HSM",
+            Kty::OctHsm => "oct-HSM",
+        }
+    }
 }
 
 #[derive(Debug, Args)]
 struct CreateArgs {
     #[command(flatten)]
     key: NameArgs,
-    /// Type of the key; RSA-HSM keys are software keys too
+    /// Type of the key; HSM keys are software keys too
     #[arg(long, value_enum, ignore_case = true, default_value = "RSA")]
     kty: Kty,
-    /// Bits: 2048, 3072 or 4096
-    #[arg(long, default_value = "3072", value_parser = checked_size)]
-    size: u64,
+    /// Bits: 2048, 3072 or 4096 of RSA [default: 3072], 128, 192 or 256 of oct-HSM [default: 256]
+    #[arg(long, value_parser = checked_size)]
+    size: Option<u64>,
     #[command(flatten)]
     attributes: AttributeArgs,
 }
@@ -123,7 +151,7 @@ struct SetArgs {
 }
 
 #[derive(Debug, Args)]
-struct AttributeArgs {
+pub(super) struct AttributeArgs {
     /// Whether the key may be used
     #[arg(long, value_name = "true|false", action = clap::ArgAction::Set)]
     enabled: Option<bool>,
@@ -143,9 +171,9 @@ struct AttributeArgs {
 
 /// None: the date is unset.
 #[derive(Clone, Copy, Debug)]
-struct Moment(Option<i64>);
+pub(super) struct Moment(pub(super) Option<i64>);
 
-fn checked_time(text: &str) -> Result<Moment, String> {
+pub(super) fn checked_time(text: &str) -> Result<Moment, String> {
     if text.eq_ignore_ascii_case("none") {
         return Ok(Moment(None));
     }
@@ -155,11 +183,9 @@ fn checked_time(text: &str) -> Result<Moment, String> {
 }
 
 fn checked_size(text: &str) -> Result<u64, String> {
-    match text {
-        "2048" => Ok(2048),
-        "3072" => Ok(3072),
-        "4096" => Ok(4096),
-        _ => Err("the size is 2048, 3072 or 4096".to_owned()),
+    match text.parse() {
+        Ok(bits @ (128 | 192 | 256 | 2048 | 3072 | 4096)) => Ok(bits),
+        _ => Err("the size is 2048, 3072 or 4096, or 128, 192 or 256 of oct-HSM".to_owned()),
     }
 }
 
@@ -180,7 +206,7 @@ impl AttributeArgs {
     }
 
     /// The fields of a create or update request.
-    fn fields(self) -> Map<String, Value> {
+    pub(super) fn fields(self) -> Map<String, Value> {
         let mut attributes = Map::new();
         if let Some(enabled) = self.enabled {
             attributes.insert("enabled".into(), json!(enabled));
@@ -247,6 +273,8 @@ pub(super) fn run(args: KeyArgs) -> Result<()> {
         }
         KeyVerb::Backup(args) => backup(args),
         KeyVerb::Restore(args) => restore(args),
+        KeyVerb::Import(args) => import::run(args),
+        KeyVerb::Download(args) => download(args),
     }
 }
 
@@ -259,6 +287,34 @@ fn backup(args: BackupArgs) -> Result<()> {
         return output::json(&json!({ "key": args.key.name, "file": args.file }));
     }
     output::line(&format!("wrote {} to {}", args.key.name, args.file.display()))
+}
+
+/// As `openssl pkey -pubin` and the tools of HSM vendors read it.
+fn download(args: DownloadArgs) -> Result<()> {
+    let (client, path) = version_path(&args.key)?;
+    let bundle = client.get(&path)?;
+    let number = |name: &str| {
+        let text = bundle["key"][name].as_str()?;
+        URL_SAFE_NO_PAD.decode(text).ok()
+    };
+    let (Some(n), Some(e)) = (number("n"), number("e")) else {
+        return Err(Error::usage("the key is symmetric: it has no public half"));
+    };
+    let pem = public_pem(&n, &e).ok_or_else(|| unexpected("usable public key"))?;
+    write_new(&args.file, pem.as_bytes(), 0o644)?;
+    if args.key.key.target.json {
+        return output::json(&json!({ "kid": bundle["key"]["kid"], "file": args.file }));
+    }
+    output::line(&format!("wrote {} to {}", args.key.key.name, args.file.display()))
+}
+
+/// SubjectPublicKeyInfo of an RSA key.
+fn public_pem(n: &[u8], e: &[u8]) -> Option<String> {
+    use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
+    use aws_lc_rs::rsa::{PublicEncryptingKey, PublicKeyComponents};
+    let key: PublicEncryptingKey = PublicKeyComponents { n, e }.try_into().ok()?;
+    let der: PublicKeyX509Der<'_> = key.as_der().ok()?;
+    pkcs8::der::pem::encode_string("PUBLIC KEY", pkcs8::LineEnding::LF, der.as_ref()).ok()
 }
 
 fn restore(args: RestoreArgs) -> Result<()> {
@@ -281,12 +337,12 @@ fn version_path(args: &VersionArgs) -> Result<(Client, String)> {
 fn create(args: CreateArgs) -> Result<()> {
     let client = connect(&args.key.target)?;
     let mut body = args.attributes.fields();
-    let kty = match args.kty {
-        Kty::Rsa => "RSA",
-        Kty::RsaHsm => "RSA-HSM",
-    };
-    body.insert("kty".into(), json!(kty));
-    body.insert("key_size".into(), json!(args.size));
+    let size = args.size.unwrap_or(match args.kty {
+        Kty::OctHsm => 256,
+        Kty::Rsa | Kty::RsaHsm => 3072,
+    });
+    body.insert("kty".into(), json!(args.kty.name()));
+    body.insert("key_size".into(), json!(size));
     let bundle = client.post(&format!("/keys/{}/create", args.key.name), &Value::Object(body))?;
     show_kid(args.key.target.json, &bundle)
 }
@@ -316,7 +372,7 @@ fn list(target: Target, path: &str) -> Result<()> {
 }
 
 /// What a new key is wanted for: its id, and nothing else.
-fn show_kid(json: bool, bundle: &Value) -> Result<()> {
+pub(super) fn show_kid(json: bool, bundle: &Value) -> Result<()> {
     if json {
         return output::json(bundle);
     }

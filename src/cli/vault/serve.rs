@@ -8,10 +8,11 @@ use ::log::LevelFilter;
 use clap::Args;
 use serde_json::json;
 
+use super::checked_name;
 use crate::cli::output;
 use crate::error::Result;
 use crate::observe::log;
-use crate::vault::{self, InitOptions, ServeOptions, VaultDir};
+use crate::vault::{self, Flavor, InitOptions, ServeOptions, VaultDir};
 
 #[derive(Debug, Args)]
 pub(super) struct InitArgs {
@@ -21,6 +22,12 @@ pub(super) struct InitArgs {
     /// The vault's name: it also answers as NAME.vault.localhost
     #[arg(long, default_value = "vault")]
     name: String,
+    /// What to behave as: a key vault, or a Managed HSM
+    #[arg(long, default_value = "vault", value_parser = checked_flavor)]
+    flavor: Flavor,
+    /// Permissions by role assignments (Azure RBAC) instead of access policies
+    #[arg(long)]
+    rbac: bool,
     /// Address to listen on
     #[arg(long, default_value_t = IpAddr::from(Ipv4Addr::LOCALHOST))]
     host: IpAddr,
@@ -59,6 +66,19 @@ pub(super) struct ServeArgs {
     #[arg(long, default_value_t = 3600, value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(1..=86400))]
     token_lifetime: u64,
+    /// Let faults be set, for drills and tests
+    #[arg(long)]
+    drills: bool,
+    /// Requests in ten seconds before callers are told to wait [default: no limit]
+    #[arg(long, value_name = "REQUESTS", value_parser = clap::value_parser!(u32).range(1..))]
+    rate_limit: Option<u32>,
+    /// Serve the IMDS endpoint too, for the host that has this identity
+    #[arg(long, value_name = "IDENTITY", value_parser = checked_name)]
+    imds: Option<String>,
+}
+
+fn checked_flavor(text: &str) -> Result<Flavor, String> {
+    Flavor::from_name(text).ok_or_else(|| "the flavor is vault or mhsm".to_owned())
 }
 
 pub(super) fn init(args: InitArgs) -> Result<()> {
@@ -67,6 +87,8 @@ pub(super) fn init(args: InitArgs) -> Result<()> {
         &dir,
         &InitOptions {
             name: args.name,
+            flavor: args.flavor,
+            roles: args.rbac,
             host: args.host,
             port: args.port,
             region: args.region,
@@ -98,6 +120,9 @@ pub(super) fn serve(args: ServeArgs) -> Result<()> {
             port: args.port,
             identity_port: args.identity_port,
             token_lifetime: Duration::from_secs(args.token_lifetime),
+            drills: args.drills,
+            rate_limit: args.rate_limit,
+            imds: args.imds,
         },
     )
 }

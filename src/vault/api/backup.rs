@@ -31,6 +31,9 @@ struct Backup {
 struct BackupVersion {
     version: String,
     kty: String,
+    /// Absent in backups of RSA keys by earlier versions, whose modulus tells.
+    bits: Option<u32>,
+    /// Empty for a symmetric key, as is `e`.
     n: String,
     e: String,
     private: String,
@@ -111,8 +114,9 @@ fn to_backup(version: VersionRecord, private: &[u8]) -> BackupVersion {
     BackupVersion {
         version: version.version,
         kty: version.kty.name().to_owned(),
-        n: codec::to_base64url(&version.public.modulus),
-        e: codec::to_base64url(&version.public.exponent),
+        bits: Some(version.bits),
+        n: version.public.as_ref().map_or(String::new(), |one| codec::to_base64url(&one.modulus)),
+        e: version.public.as_ref().map_or(String::new(), |one| codec::to_base64url(&one.exponent)),
         private: codec::to_base64url(private),
         key_ops: version.operations.iter().map(|operation| operation.name().to_owned()).collect(),
         tags: version.tags,
@@ -128,14 +132,21 @@ fn from_backup(backup: BackupVersion) -> Option<(VersionRecord, Vec<u8>)> {
     if !is_version(&backup.version) {
         return None;
     }
+    let kty = KeyType::from_name(&backup.kty)?;
+    let public = PublicNumbers {
+        modulus: codec::from_base64url(&backup.n)?,
+        exponent: codec::from_base64url(&backup.e)?,
+    };
+    let bits = match backup.bits {
+        Some(bits) => bits,
+        None => u32::try_from(public.modulus.len() * 8).ok()?,
+    };
     let record = VersionRecord {
         id: 0,
         version: backup.version,
-        kty: KeyType::from_name(&backup.kty)?,
-        public: PublicNumbers {
-            modulus: codec::from_base64url(&backup.n)?,
-            exponent: codec::from_base64url(&backup.e)?,
-        },
+        kty,
+        bits,
+        public: kty.is_rsa().then_some(public),
         operations: key_operations(&backup.key_ops).ok()?,
         tags: backup.tags,
         attributes: Attributes { enabled: backup.enabled, nbf: backup.nbf, exp: backup.exp },

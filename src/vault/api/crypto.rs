@@ -8,7 +8,7 @@ use super::keys::live_version;
 use super::{Call, Reply, Vault};
 use crate::vault::audit::Event;
 use crate::vault::codec;
-use crate::vault::material::{EncryptionAlgorithm, PrivateKey, SignatureAlgorithm};
+use crate::vault::material::{EncryptionAlgorithm, KeyMaterial, SignatureAlgorithm};
 use crate::vault::refusal::Refusal;
 use crate::vault::store::keys::{self, KeyRecord, VersionRecord};
 use crate::vault::wire::{CryptoRequest, KeyOperation};
@@ -25,8 +25,9 @@ impl Vault {
         let request: CryptoRequest = call.body()?;
         let (key, record) = self.store.read(|tx| live_version(tx, name, version))?;
         event.version = Some(record.version.clone());
+        event.algorithm = request.alg.as_ref().map(|name| name.chars().take(32).collect());
         allow(&record, operation, call.now)?;
-        let private = self.private_key(&key, &record)?;
+        let private = self.material(&key, &record)?;
         let result = match operation {
             KeyOperation::WrapKey | KeyOperation::Encrypt => {
                 let plaintext = binary("value", request.value.as_deref())?;
@@ -40,13 +41,16 @@ impl Vault {
             }
             KeyOperation::Sign => {
                 let digest = binary("value", request.value.as_deref())?;
-                let signature = private.sign(signature(request.alg.as_deref())?, &digest)?;
+                let signature = private.rsa()?.sign(signature(request.alg.as_deref())?, &digest)?;
                 json!(codec::to_base64url(&signature))
             }
+            // There is no such route.
+            KeyOperation::Import => return Err(Refusal::no_such_route()),
             KeyOperation::Verify => {
                 let digest = binary("digest", request.digest.as_deref())?;
                 let signed = binary("value", request.value.as_deref())?;
-                let good = private.verify(signature(request.alg.as_deref())?, &digest, &signed)?;
+                let algorithm = signature(request.alg.as_deref())?;
+                let good = private.rsa()?.verify(algorithm, &digest, &signed)?;
                 return Ok(Reply::ok(&json!({ "value": good })));
             }
         };
@@ -54,30 +58,34 @@ impl Vault {
         Ok(Reply::ok(&json!({ "kid": kid, "value": result })))
     }
 
-    fn private_key(
+    pub(super) fn material(
         &self,
         key: &KeyRecord,
         version: &VersionRecord,
-    ) -> Result<Arc<PrivateKey>, Refusal> {
-        if let Some(private) = self.private_keys.lock().get(&version.id) {
+    ) -> Result<Arc<KeyMaterial>, Refusal> {
+        if let Some(private) = self.materials.lock().get(&version.id) {
             return Ok(Arc::clone(private));
         }
         let sealed = self.store.read(|tx| Ok::<_, Refusal>(keys::private(tx, version.id)?))?;
-        let pkcs8 = self.sealer.open_private(&key.name, &version.version, &sealed)?;
-        let private = PrivateKey::from_pkcs8(&pkcs8)?;
+        let bytes = self.sealer.open_private(&key.name, &version.version, &sealed)?;
+        let private = KeyMaterial::from_sealed(version.kty, bytes)?;
         // The two halves are stored apart: they must still belong together.
-        if private.public_numbers() != version.public {
+        if private.public_numbers() != version.public || private.bits() != version.bits {
             log::error!("the two halves of {}/{} differ", key.name, version.version);
             return Err(Refusal::internal());
         }
         let private = Arc::new(private);
-        self.remember_private_key(version.id, Arc::clone(&private));
+        self.remember_material(version.id, Arc::clone(&private));
         Ok(private)
     }
 }
 
 /// May this version be used so, now?
-fn allow(version: &VersionRecord, operation: KeyOperation, now: i64) -> Result<(), Refusal> {
+pub(super) fn allow(
+    version: &VersionRecord,
+    operation: KeyOperation,
+    now: i64,
+) -> Result<(), Refusal> {
     let attributes = version.attributes;
     if !attributes.enabled {
         return Err(Refusal::key_disabled(operation.name()));

@@ -48,7 +48,7 @@ impl Vault {
             keys::purge(tx, &key)?;
             Ok(())
         })?;
-        self.forget_private_keys();
+        self.forget_materials();
         Ok(Reply::no_content())
     }
 }

@@ -4,16 +4,18 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use aws_lc_rs::rsa::{KeyPairComponents, KeySize, PublicKeyComponents};
+use aws_lc_rs::rsa::{KeyPairComponents, PublicKeyComponents};
 use rusqlite::Transaction;
 
+use super::byok;
 use super::paging::Page;
 use super::{Call, Reply, Vault};
 use crate::crypto::secret::SecretBytes;
 use crate::vault::audit::Event;
 use crate::vault::codec;
-use crate::vault::material::{PrivateKey, key_size};
+use crate::vault::material::{KeyMaterial, PrivateKey, key_size};
 use crate::vault::refusal::Refusal;
+use crate::vault::settings::Flavor;
 use crate::vault::store::keys::{self, Attributes, DeletedState, KeyRecord, VersionRecord};
 use crate::vault::wire::{
     AttributesPatch, CreateRequest, ImportRequest, KeyOperation, KeyType, UpdateRequest,
@@ -22,12 +24,14 @@ use crate::vault::wire::{
 
 /// As the real service.
 const DEFAULT_KEY_SIZE: u64 = 2048;
+const DEFAULT_SYMMETRIC_SIZE: u64 = 256;
 const PUBLIC_EXPONENT: u64 = 65537;
 const SECONDS_PER_DAY: i64 = 86400;
 /// Requests at a time that make a key or wait to.
 const MAX_GENERATIONS: usize = 16;
 
 /// A version to be made, all but its material.
+#[derive(Clone)]
 pub(super) struct Blueprint {
     pub(super) kty: KeyType,
     pub(super) operations: Vec<KeyOperation>,
@@ -78,10 +82,10 @@ impl Vault {
         name: &str,
         event: &mut Event,
     ) -> Result<Reply, Refusal> {
-        let (size, blueprint) = blueprint(call.body()?)?;
-        let material = || self.generate(size);
-        let made =
-            self.add_version(name, call.now, blueprint, material, |tx| new_or_live(tx, name))?;
+        let (bits, blueprint) = blueprint(call.body()?, self.settings.flavor)?;
+        let material = || self.generate(blueprint.kty, bits);
+        let made = self
+            .add_version(name, call.now, blueprint.clone(), material, |tx| new_or_live(tx, name))?;
         Ok(self.show_new(call, &made, event))
     }
 
@@ -91,14 +95,23 @@ impl Vault {
         name: &str,
         event: &mut Event,
     ) -> Result<Reply, Refusal> {
-        let (components, blueprint) = imported(call.body()?)?;
+        let (source, blueprint) = imported(call.body()?, self.settings.flavor)?;
+        let unusable = || {
+            Refusal::bad_parameter(
+                "The key is not a valid RSA key of 2048, 3072 or 4096 bits with the exponent \
+                 65537.",
+            )
+        };
         let material = || {
-            PrivateKey::from_components(&components)?.ok_or_else(|| {
-                Refusal::bad_parameter(
-                    "The key is not a valid RSA key of 2048, 3072 or 4096 bits with the exponent \
-                     65537.",
-                )
-            })
+            let found = match &source {
+                Source::Components(components) => PrivateKey::from_components(components)?,
+                Source::Transfer(blob) => {
+                    let pkcs8 = self.open_transfer(call, blob)?;
+                    byok::private_key(&pkcs8)?
+                }
+            };
+            let (key, pkcs8) = found.ok_or_else(unusable)?;
+            Ok((KeyMaterial::Rsa(Box::new(key)), pkcs8))
         };
         let made =
             self.add_version(name, call.now, blueprint, material, |tx| new_or_live(tx, name))?;
@@ -112,18 +125,19 @@ impl Vault {
         name: &str,
         now: i64,
         blueprint: Blueprint,
-        material: impl FnOnce() -> Result<(PrivateKey, SecretBytes), Refusal>,
+        material: impl FnOnce() -> Result<(KeyMaterial, SecretBytes), Refusal>,
         find: impl Fn(&Transaction<'_>) -> Result<Option<KeyRecord>, Refusal>,
     ) -> Result<NewVersion, Refusal> {
         self.store.read(|tx| find(tx))?;
         let version = codec::new_version()?;
-        let (private, pkcs8) = material()?;
-        let sealed = self.sealer.seal_private(name, &version, pkcs8.expose())?;
-        drop(pkcs8);
+        let (private, bytes) = material()?;
+        let sealed = self.sealer.seal_private(name, &version, bytes.expose())?;
+        drop(bytes);
         let mut record = VersionRecord {
             id: 0,
             version,
             kty: blueprint.kty,
+            bits: private.bits(),
             public: private.public_numbers(),
             operations: blueprint.operations,
             tags: blueprint.tags,
@@ -139,7 +153,7 @@ impl Vault {
             keys::insert_version(tx, &key, &mut record, &sealed)?;
             Ok::<_, Refusal>(key)
         })?;
-        self.remember_private_key(record.id, Arc::new(private));
+        self.remember_material(record.id, Arc::new(private));
         Ok(NewVersion { key, version: record })
     }
 
@@ -149,7 +163,11 @@ impl Vault {
     }
 
     /// One key at a time. Only a few requests may wait: they hold threads that others need.
-    pub(super) fn generate(&self, size: KeySize) -> Result<(PrivateKey, SecretBytes), Refusal> {
+    pub(super) fn generate(
+        &self,
+        kty: KeyType,
+        bits: u32,
+    ) -> Result<(KeyMaterial, SecretBytes), Refusal> {
         struct Place<'a>(&'a AtomicUsize);
         impl Drop for Place<'_> {
             fn drop(&mut self) {
@@ -159,10 +177,10 @@ impl Vault {
         let before = self.generations.fetch_add(1, Ordering::Relaxed);
         let _place = Place(&self.generations);
         if before >= MAX_GENERATIONS {
-            return Err(Refusal::new(429, "Throttled", "Too many keys are being made at once."));
+            return Err(Refusal::throttled());
         }
         let _turn = self.generating.lock();
-        Ok(PrivateKey::generate(size)?)
+        Ok(KeyMaterial::generate(kty, bits)?)
     }
 
     pub(super) fn get_key(
@@ -216,7 +234,7 @@ impl Vault {
             keys::set_deleted(tx, &key, Some(deleted))?;
             Ok::<_, Refusal>((key, newest))
         })?;
-        self.forget_private_keys();
+        self.forget_materials();
         Ok(Reply::ok(&self.wire(call).deleted_bundle(&key.name, &newest, deleted)))
     }
 
@@ -260,25 +278,55 @@ impl Vault {
     }
 }
 
-fn blueprint(request: CreateRequest) -> Result<(KeySize, Blueprint), Refusal> {
+fn blueprint(request: CreateRequest, flavor: Flavor) -> Result<(u32, Blueprint), Refusal> {
     refuse_release_policy(request.release_policy.is_some())?;
-    let kty = key_type(request.kty.as_deref())?;
-    let size = key_size(request.key_size.unwrap_or(DEFAULT_KEY_SIZE))
-        .ok_or_else(|| Refusal::bad_parameter("Property 'key_size' must be 2048, 3072 or 4096."))?;
+    let kty = key_type(request.kty.as_deref(), flavor)?;
+    let bits = if kty.is_rsa() {
+        let bits = request.key_size.unwrap_or(DEFAULT_KEY_SIZE);
+        key_size(bits).and(u32::try_from(bits).ok()).ok_or_else(|| {
+            Refusal::bad_parameter("Property 'key_size' must be 2048, 3072 or 4096.")
+        })?
+    } else {
+        match request.key_size.unwrap_or(DEFAULT_SYMMETRIC_SIZE) {
+            bits @ (128 | 192 | 256) => bits as u32,
+            _ => {
+                return Err(Refusal::bad_parameter("Property 'key_size' must be 128, 192 or 256."));
+            }
+        }
+    };
     if request.public_exponent.is_some_and(|exponent| exponent != PUBLIC_EXPONENT) {
         return Err(Refusal::bad_parameter("Property 'public_exponent' must be 65537."));
     }
     let CreateRequest { key_ops, attributes, tags, .. } = request;
-    Ok((size, complete(kty, key_ops.as_deref(), &attributes, tags)?))
+    Ok((bits, complete(kty, key_ops.as_deref(), &attributes, tags)?))
 }
 
-fn imported(request: ImportRequest) -> Result<(KeyPairComponents<Vec<u8>>, Blueprint), Refusal> {
+/// Where imported material comes from.
+enum Source {
+    Components(KeyPairComponents<Vec<u8>>),
+    /// A key transfer blob: JSON, wrapped to a key of this vault.
+    Transfer(Vec<u8>),
+}
+
+fn imported(request: ImportRequest, flavor: Flavor) -> Result<(Source, Blueprint), Refusal> {
     refuse_release_policy(request.release_policy.is_some())?;
     let jwk = request.key;
-    let kty = match (key_type(jwk.kty.as_deref())?, request.hsm) {
-        (KeyType::RsaHsm, _) | (_, Some(true)) => KeyType::RsaHsm,
-        (KeyType::Rsa, _) => KeyType::Rsa,
+    // Into a Managed HSM every key comes as an HSM key.
+    let as_hsm = flavor == Flavor::Mhsm || request.hsm == Some(true);
+    let kty = match key_type(jwk.kty.as_deref(), Flavor::Vault)? {
+        KeyType::Rsa if as_hsm => KeyType::RsaHsm,
+        kty => kty,
     };
+    let blueprint = complete(kty, jwk.key_ops.as_deref(), &request.attributes, request.tags)?;
+    if let Some(blob) = &jwk.key_hsm {
+        if kty != KeyType::RsaHsm {
+            return Err(Refusal::bad_parameter("A key transfer blob holds an RSA-HSM key."));
+        }
+        let blob = codec::from_any_base64(blob).ok_or_else(|| {
+            Refusal::bad_parameter("Property 'key_hsm' of the key is not base64.")
+        })?;
+        return Ok((Source::Transfer(blob), blueprint));
+    }
     let number = |name: &str, text: Option<&str>| {
         text.and_then(codec::from_base64url).filter(|bytes| !bytes.is_empty()).ok_or_else(|| {
             Refusal::bad_parameter(format!("Property '{name}' of the key is missing or invalid."))
@@ -301,14 +349,22 @@ fn imported(request: ImportRequest) -> Result<(KeyPairComponents<Vec<u8>>, Bluep
         dQ: number("dq", jwk.dq.as_deref())?,
         qInv: number("qi", jwk.qi.as_deref())?,
     };
-    let blueprint = complete(kty, jwk.key_ops.as_deref(), &request.attributes, request.tags)?;
-    Ok((components, blueprint))
+    Ok((Source::Components(components), blueprint))
 }
 
-fn key_type(name: Option<&str>) -> Result<KeyType, Refusal> {
-    name.and_then(KeyType::from_name).ok_or_else(|| {
-        Refusal::bad_parameter("Property 'kty' must be RSA or RSA-HSM in this vault.")
-    })
+/// What may be made: a Managed HSM has no software keys.
+fn key_type(name: Option<&str>, flavor: Flavor) -> Result<KeyType, Refusal> {
+    let kty = name.and_then(KeyType::from_name);
+    match (kty, flavor) {
+        (Some(kty @ (KeyType::Rsa | KeyType::RsaHsm)), Flavor::Vault)
+        | (Some(kty @ (KeyType::RsaHsm | KeyType::OctHsm)), Flavor::Mhsm) => Ok(kty),
+        (_, Flavor::Vault) => {
+            Err(Refusal::bad_parameter("Property 'kty' must be RSA or RSA-HSM in this vault."))
+        }
+        (_, Flavor::Mhsm) => Err(Refusal::bad_parameter(
+            "Property 'kty' must be RSA-HSM or oct-HSM in this Managed HSM.",
+        )),
+    }
 }
 
 fn complete(
@@ -319,8 +375,17 @@ fn complete(
 ) -> Result<Blueprint, Refusal> {
     let operations = match key_ops {
         Some(names) => key_operations(names)?,
-        None => KeyOperation::ALL.to_vec(),
+        None if kty.is_rsa() => KeyOperation::USES.to_vec(),
+        None => vec![KeyOperation::WrapKey, KeyOperation::UnwrapKey],
     };
+    // A key exchange key does nothing else, and is never software.
+    if operations.contains(&KeyOperation::Import)
+        && (operations.len() > 1 || kty != KeyType::RsaHsm)
+    {
+        return Err(Refusal::bad_parameter(
+            "The key operation 'import' is that of an RSA-HSM key and goes with no other.",
+        ));
+    }
     let mut attributes = Attributes { enabled: true, nbf: None, exp: None };
     patch.apply(&mut attributes)?;
     let tags = tags.unwrap_or_default();

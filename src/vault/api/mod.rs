@@ -5,31 +5,39 @@
 
 mod admin;
 mod backup;
+mod byok;
 mod crypto;
 mod deleted;
 mod keys;
 mod paging;
+mod random;
 mod rotation;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use url::form_urlencoded;
 
+use super::access::{AccessControl, Denial, Needed};
 use super::audit::{AuditLog, Event, Outcome};
+use super::drill::{Asked, Delivery, Drills, Endpoint, Fault, delivery};
 use super::host::{Hosts, Origin};
-use super::material::PrivateKey;
-use super::permission::Permission;
+use super::limit::RateLimit;
+use super::login::LoginRoute;
+use super::material::KeyMaterial;
+use super::network::NetworkDenial;
 use super::refusal::Refusal;
+use super::role;
 use super::route::Route;
 use super::seal::Sealer;
-use super::settings::Settings;
-use super::store::identities::{self, Identity};
+use super::settings::{Flavor, Settings};
+use super::store::identities::Identity;
 use super::store::{Store, keys as key_store};
 use super::token::TokenAuthority;
 use super::wire::Wire;
@@ -45,6 +53,7 @@ pub(crate) struct Request {
     /// The value of the `Authorization` header.
     pub(crate) authorization: Option<Authorization>,
     pub(crate) client_request_id: Option<String>,
+    pub(crate) user_agent: Option<String>,
     pub(crate) client: Option<IpAddr>,
     pub(crate) body: Vec<u8>,
 }
@@ -64,6 +73,7 @@ pub(crate) struct Reply {
     pub(crate) headers: Vec<(&'static str, String)>,
     /// None: no content.
     pub(crate) body: Option<Vec<u8>>,
+    pub(crate) delivery: Delivery,
 }
 
 /// The state behind the routes.
@@ -72,11 +82,16 @@ pub(crate) struct Vault {
     pub(crate) store: Store,
     pub(crate) sealer: Sealer,
     pub(crate) tokens: TokenAuthority,
+    pub(crate) access: AccessControl,
     pub(crate) hosts: Hosts,
     pub(crate) audit: AuditLog,
     pub(crate) clock: Clock,
-    /// Parsed private keys by row id, so that an unwrap costs one RSA operation and nothing else.
-    private_keys: Mutex<HashMap<i64, Arc<PrivateKey>>>,
+    pub(crate) drills: Drills,
+    pub(crate) limit: RateLimit,
+    /// The identity of the host that the IMDS endpoint is of; None: there is no such endpoint.
+    pub(crate) imds: Option<String>,
+    /// Parsed keys by row id, so that an unwrap costs one RSA operation and nothing else.
+    materials: Mutex<HashMap<i64, Arc<KeyMaterial>>>,
     /// RSA keys are made one at a time, so that making them leaves processors for using them.
     generating: Mutex<()>,
     /// Requests that make one, or wait to.
@@ -86,10 +101,19 @@ pub(crate) struct Vault {
 /// Beyond this the cache starts over.
 const CACHED_KEYS: usize = 256;
 
+/// What `serve` decides.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Mode {
+    pub(crate) drills: bool,
+    /// Requests in ten seconds; None: any number.
+    pub(crate) rate_limit: Option<u32>,
+    pub(crate) imds: Option<String>,
+}
+
 /// What an action needs to know of the call it serves.
-struct Call<'a> {
-    request: &'a Request,
-    origin: &'a Origin,
+pub(crate) struct Call<'a> {
+    pub(crate) request: &'a Request,
+    pub(crate) origin: &'a Origin,
     query: Query,
     now: i64,
 }
@@ -102,62 +126,129 @@ impl Vault {
         tokens: TokenAuthority,
         audit: AuditLog,
         clock: Clock,
-    ) -> Vault {
-        Vault {
-            hosts: Hosts::new(&settings.name, settings.host),
+        mode: Mode,
+    ) -> Result<Vault> {
+        let drills = Drills::new(mode.drills);
+        Ok(Vault {
+            hosts: Hosts::new(&settings.name, settings.flavor, settings.host),
+            access: AccessControl::load(&store)?,
             settings,
             store,
             sealer,
             tokens,
             audit,
-            clock,
-            private_keys: Mutex::default(),
+            clock: drills.shifted(clock),
+            drills,
+            limit: RateLimit::new(mode.rate_limit),
+            imds: mode.imds,
+            materials: Mutex::default(),
             generating: Mutex::new(()),
             generations: AtomicUsize::new(0),
-        }
+        })
     }
 
     /// Answers any request; never fails.
     pub(crate) fn handle(&self, request: &Request) -> Reply {
-        let now = (self.clock)();
+        let (start, now) = (Instant::now(), (self.clock)());
         let request_id = codec::new_uuid().unwrap_or_default();
         let mut event = Event::default();
-        let answer = self.answer(request, now, &mut event);
-        let (mut reply, reason) = match answer {
-            Ok(reply) => (reply, None),
-            Err(refusal) => (self.refuse(request, &refusal), Some(refusal.reason())),
+        let origin = self.hosts.origin(&request.host);
+        let login = origin.as_ref().zip(LoginRoute::parse(&request.path));
+        let (mut reply, reason, description) = match login {
+            Some((origin, route)) => {
+                let (reply, reason) = self.login(request, origin, &route, now, &mut event);
+                (reply, reason, String::new())
+            }
+            None => self.answer_keys(request, origin.as_ref(), now, &mut event),
         };
         let outcome = Outcome {
             status: reply.status,
             reason,
+            description: &description,
             request_id: &request_id,
-            client: request.client.map(|address| address.to_string()),
+            client: request.client,
+            user_agent: request.user_agent.as_deref(),
+            target: origin.as_ref().map(|origin| format!("{}{}", origin.url, request.path)),
+            api_version: event.api_version.clone(),
+            duration: start.elapsed(),
         };
         self.audit.record(&event, &outcome, now);
-        self.add_headers(request, &mut reply, request_id);
+        self.add_headers(request, &mut reply, request_id, start);
         reply
     }
 
-    fn answer(&self, request: &Request, now: i64, event: &mut Event) -> Result<Reply, Refusal> {
-        let origin = self.hosts.origin(&request.host).ok_or_else(|| {
+    /// With the reason and the message of a refusal.
+    fn answer_keys(
+        &self,
+        request: &Request,
+        origin: Option<&Origin>,
+        now: i64,
+        event: &mut Event,
+    ) -> (Reply, Option<&'static str>, String) {
+        let mut faults = Vec::new();
+        let answer = self.answer(request, origin, now, event, &mut faults);
+        let (mut reply, reason, description) = match answer {
+            Ok(reply) => (reply, None, String::new()),
+            Err(refusal) => {
+                let reply = self.refuse(origin, &refusal);
+                (reply, Some(refusal.reason()), refusal.message)
+            }
+        };
+        if !faults.is_empty() {
+            event.drill = Some(faults.iter().map(|fault| fault.kind.name()).collect::<Vec<_>>());
+            self.drill_answer(
+                &faults,
+                event.needed.map(|needed| needed.by_policy),
+                now,
+                &mut reply,
+            );
+            reply.delivery = delivery(&faults);
+        }
+        (reply, reason, description)
+    }
+
+    fn answer(
+        &self,
+        request: &Request,
+        origin: Option<&Origin>,
+        now: i64,
+        event: &mut Event,
+        faults: &mut Vec<Fault>,
+    ) -> Result<Reply, Refusal> {
+        let origin = origin.filter(|origin| !origin.is_login).ok_or_else(|| {
             Refusal::new(421, "BadParameter", "This vault does not answer to that host name.")
         })?;
-        let caller = self.authenticate(request, &origin, now)?;
-        event.caller = Some(caller.clone());
-        let route = Route::parse(&request.method, &request.path)?;
+        let route = Route::parse(&request.method, &request.path);
+        let is_management = matches!(&route, Ok(Route::Admin(_)));
+        if !is_management && !self.limit.take() {
+            return Err(Refusal::throttled());
+        }
+        event.operation = "Authentication";
+        let caller = self.authenticate(request, origin, now)?;
+        event.caller = Some(Arc::clone(&caller));
+        event.operation = "";
+        let route = route?;
         event.operation = route.operation_name();
         let (key, version) = route.key();
         (event.key, event.version) = (key.map(Into::into), version.map(Into::into));
-        let call = Call { request, origin: &origin, query: Query::parse(&request.query), now };
-        match route.permission() {
+        let call = Call { request, origin, query: Query::parse(&request.query), now };
+        match route.needs() {
             None => {
                 if !caller.is_admin {
                     return Err(Refusal::not_an_administrator());
                 }
             }
-            Some(permission) => {
-                call.query.require_api_version()?;
-                self.authorise(&caller, permission)?;
+            Some(needed) => {
+                event.needed = Some(needed);
+                let operation = Some(needed.by_policy.name());
+                *faults = self.drills.hit(Asked { endpoint: Endpoint::Vault, operation, key });
+                event.api_version = Some(call.query.require_api_version()?.to_owned());
+                if let Some(refusal) =
+                    self.drill_refusal(faults, &call, &caller, needed.by_policy, key)
+                {
+                    return Err(refusal);
+                }
+                self.authorise(&call, &caller, needed, key)?;
             }
         }
         self.act(&call, route, event)
@@ -186,6 +277,7 @@ impl Vault {
             Route::GetDeleted { name } => self.get_deleted(call, &name),
             Route::RecoverDeleted { name } => self.recover_deleted(call, &name, event),
             Route::PurgeDeleted { name } => self.purge_deleted(&name),
+            Route::Random => self.random(call),
             Route::Admin(route) => self.administer(call, route, event),
         }
     }
@@ -196,7 +288,7 @@ impl Vault {
         request: &Request,
         origin: &Origin,
         now: i64,
-    ) -> Result<Identity, Refusal> {
+    ) -> Result<Arc<Identity>, Refusal> {
         let Some(Authorization(header)) = &request.authorization else {
             return Err(Refusal::missing_token());
         };
@@ -207,60 +299,123 @@ impl Vault {
         if token.is_empty() {
             return Err(Refusal::missing_token());
         }
-        let claims = self.tokens.verify(token, &origin.resource, now)?;
-        let identity: Option<Identity> = self
-            .store
-            .read(|tx| Ok::<_, Refusal>(identities::find_by_object_id(tx, &claims.oid)?))?;
+        let access = self.access.current();
+        let claims = self.tokens.verify(token, &access.tenant, &origin.resource, now)?;
+        let identity = access.identity(&claims.oid);
         identity.filter(|identity| identity.client_id == claims.appid).ok_or_else(|| {
             Refusal::unauthorized("Error validating token: its identity does not exist.")
         })
     }
 
-    fn authorise(&self, caller: &Identity, permission: Permission) -> Result<(), Refusal> {
-        if caller.is_admin || caller.permissions.contains(permission) {
+    fn authorise(
+        &self,
+        call: &Call<'_>,
+        caller: &Identity,
+        needed: Needed,
+        key: Option<&str>,
+    ) -> Result<(), Refusal> {
+        let client = call.request.client;
+        let Err(denial) = self.access.judge(caller, client, needed, key, call.now) else {
             return Ok(());
-        }
-        let principal = format!(
-            "appid={};oid={};iss={}",
-            caller.client_id,
-            caller.object_id,
-            self.tokens.issuer()
-        );
-        let Settings { name, region, .. } = &self.settings;
-        Err(Refusal::by_policy(&principal, permission.name(), name, region))
+        };
+        let (vault, location) = (self.settings.name.as_str(), self.settings.region.as_str());
+        let principal = self.principal(caller);
+        let hsm = self.settings.flavor == Flavor::Mhsm;
+        Err(match denial {
+            Denial::Policy => {
+                Refusal::by_policy(&principal, needed.by_policy.name(), vault, location)
+            }
+            Denial::Role if hsm => Refusal::by_hsm_role(
+                &role::data_action(needed.by_role, true),
+                &key.map_or_else(|| "/keys".to_owned(), |key| format!("/keys/{key}")),
+                &codec::new_uuid()?,
+            ),
+            Denial::Role => Refusal::by_role(
+                &principal,
+                &role::data_action(needed.by_role, false),
+                &self.resource_id(key),
+                vault,
+                location,
+            ),
+            Denial::Network(NetworkDenial::Firewall) => {
+                let client = client.map(|client| client.to_string()).unwrap_or_default();
+                Refusal::by_firewall(&client, &principal, vault, location)
+            }
+            Denial::Network(NetworkDenial::PublicAccess) => {
+                Refusal::by_connection(&principal, vault, location)
+            }
+        })
     }
 
-    fn refuse(&self, request: &Request, refusal: &Refusal) -> Reply {
-        let mut reply = Reply::json(refusal.status, &refusal.body());
+    /// The caller as refusals name it.
+    pub(crate) fn principal(&self, caller: &Identity) -> String {
+        format!("appid={};oid={};iss={}", caller.client_id, caller.object_id, self.issuer())
+    }
+
+    pub(crate) fn resource_id(&self, key: Option<&str>) -> String {
+        self.settings.resource_id(key)
+    }
+
+    fn refuse(&self, origin: Option<&Origin>, refusal: &Refusal) -> Reply {
+        let hsm = self.settings.flavor == Flavor::Mhsm;
+        let body = if hsm { refusal.flat_body() } else { refusal.body() };
+        let mut reply = Reply::json(refusal.status, &body);
         if refusal.status == 401
-            && let Some(origin) = self.hosts.origin(&request.host)
+            && let Some(origin) = origin
         {
+            if hsm {
+                reply.headers.clear();
+                reply.body = Some(Vec::new());
+            }
             reply.headers.push((
                 "www-authenticate",
                 format!(
                     "Bearer authorization=\"https://login.microsoftonline.com/{}\", \
                      resource=\"{}\"",
-                    self.settings.tenant, origin.resource
+                    self.access.current().tenant,
+                    origin.resource
                 ),
             ));
         }
         if refusal.status == 429 {
-            reply.headers.push(("retry-after", "1".into()));
+            reply.headers.push(("retry-after", self.limit.retry_after().to_string()));
         }
         reply
     }
 
-    fn add_headers(&self, request: &Request, reply: &mut Reply, request_id: String) {
+    fn add_headers(
+        &self,
+        request: &Request,
+        reply: &mut Reply,
+        request_id: String,
+        start: Instant,
+    ) {
+        if !reply.headers.iter().any(|(name, _)| *name == "cache-control") {
+            reply.headers.push(("cache-control", "no-cache".into()));
+        }
         reply.headers.extend([
-            ("cache-control", "no-cache".into()),
-            ("pragma", "no-cache".into()),
-            ("expires", "-1".into()),
             ("x-ms-keyvault-region", self.settings.region.clone()),
-            ("x-ms-keyvault-service-version", env!("CARGO_PKG_VERSION").into()),
             ("x-ms-request-id", request_id),
             ("x-content-type-options", "nosniff".into()),
             ("strict-transport-security", "max-age=31536000;includeSubDomains".into()),
         ]);
+        match self.settings.flavor {
+            Flavor::Vault => reply.headers.extend([
+                ("pragma", "no-cache".into()),
+                ("expires", "-1".into()),
+                ("x-ms-keyvault-service-version", env!("CARGO_PKG_VERSION").into()),
+            ]),
+            Flavor::Mhsm => reply.headers.extend([
+                ("x-ms-server-latency", start.elapsed().as_millis().to_string()),
+                ("x-frame-options", "SAMEORIGIN".into()),
+                ("content-security-policy", "default-src 'self'".into()),
+            ]),
+        }
+        if self.drills.is_shifted()
+            && let Some(date) = http_date((self.clock)())
+        {
+            reply.headers.push(("date", date));
+        }
         if let Some(client) = request.client {
             let family = if client.is_ipv4() { "InterNetwork" } else { "InterNetworkV6" };
             reply.headers.push((
@@ -285,19 +440,19 @@ impl Vault {
         }
         let purged =
             self.store.write(|tx| Ok::<_, crate::Error>(key_store::purge_due(tx, now)?))?;
-        self.forget_private_keys();
+        self.forget_materials();
         for name in purged {
             log::info!("the retention of the deleted key {name} is over: purged");
         }
         Ok(())
     }
 
-    fn forget_private_keys(&self) {
-        self.private_keys.lock().clear();
+    fn forget_materials(&self) {
+        self.materials.lock().clear();
     }
 
-    fn remember_private_key(&self, id: i64, key: Arc<PrivateKey>) {
-        let mut keys = self.private_keys.lock();
+    fn remember_material(&self, id: i64, key: Arc<KeyMaterial>) {
+        let mut keys = self.materials.lock();
         if keys.len() >= CACHED_KEYS {
             keys.clear();
         }
@@ -311,21 +466,30 @@ impl std::fmt::Debug for Vault {
     }
 }
 
+/// As `Date` headers have it.
+fn http_date(now: i64) -> Option<String> {
+    let format = time::macros::format_description!(
+        "[weekday repr:short], [day] [month repr:short] [year] [hour]:[minute]:[second] GMT"
+    );
+    time::OffsetDateTime::from_unix_timestamp(now).ok()?.format(format).ok()
+}
+
 impl Reply {
-    fn json(status: u16, body: &Value) -> Reply {
+    pub(crate) fn json(status: u16, body: &Value) -> Reply {
         Reply {
             status,
             headers: vec![("content-type", "application/json; charset=utf-8".into())],
             body: Some(body.to_string().into_bytes()),
+            delivery: Delivery::default(),
         }
     }
 
-    fn ok(body: &Value) -> Reply {
+    pub(crate) fn ok(body: &Value) -> Reply {
         Reply::json(200, body)
     }
 
     fn no_content() -> Reply {
-        Reply { status: 204, headers: Vec::new(), body: None }
+        Reply { status: 204, headers: Vec::new(), body: None, delivery: Delivery::default() }
     }
 }
 
@@ -375,167 +539,4 @@ impl Query {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicI64, Ordering};
-
-    use serde_json::json;
-
-    use super::*;
-    use crate::crypto::secret::Secret;
-    use crate::vault::store;
-    use crate::vault::wire::Recovery;
-
-    const DAY: i64 = 86400;
-
-    /// A vault in a directory of its own, whose clock a test moves.
-    struct Bench {
-        dir: tempfile::TempDir,
-        vault: Vault,
-        now: Arc<AtomicI64>,
-    }
-
-    impl Bench {
-        fn new() -> Bench {
-            let (dir, store) = store::tests::store();
-            let settings = Settings {
-                vault_id: "id".into(),
-                name: "kv1".into(),
-                tenant: "t".into(),
-                region: "local".into(),
-                recovery: Recovery { days: 7, purge_protection: true },
-                host: IpAddr::from([127, 0, 0, 1]),
-                port: 0,
-                identity_port: 0,
-                ca_pem: String::new(),
-            };
-            let admin = Identity {
-                name: identities::ADMIN.into(),
-                object_id: "oid".into(),
-                client_id: "app".into(),
-                header_sha256: [0; 32],
-                permissions: Default::default(),
-                is_admin: true,
-                created: 0,
-            };
-            store.write(|tx| Ok::<_, crate::Error>(identities::insert(tx, &admin)?)).unwrap();
-            let key = super::super::token::new_signing_key().unwrap();
-            let tokens = TokenAuthority::new(&key, "t", 1000 * DAY).unwrap();
-            let audit = AuditLog::open(&dir.path().join("audit.jsonl")).unwrap();
-            let now = Arc::new(AtomicI64::new(1_800_000_000));
-            let clock = Arc::clone(&now);
-            let vault = Vault::new(
-                settings,
-                store,
-                Sealer::new(Secret::random().unwrap(), "id"),
-                tokens,
-                audit,
-                Arc::new(move || clock.load(Ordering::Relaxed)),
-            );
-            Bench { dir, vault, now }
-        }
-
-        fn pass(&self, seconds: i64) {
-            self.now.fetch_add(seconds, Ordering::Relaxed);
-            self.vault.purge_due().unwrap();
-            self.vault.rotate_due().unwrap();
-        }
-
-        fn call(&self, method: &str, path: &str, body: Value) -> (u16, Value) {
-            let now = self.now.load(Ordering::Relaxed);
-            let (token, _) =
-                self.vault.tokens.issue("oid", "app", "https://127.0.0.1", now).unwrap();
-            let reply = self.vault.handle(&Request {
-                method: method.into(),
-                path: path.into(),
-                query: "api-version=7.4".into(),
-                host: "127.0.0.1".into(),
-                authorization: Some(Authorization(format!("Bearer {token}"))),
-                client_request_id: None,
-                client: None,
-                body: body.to_string().into_bytes(),
-            });
-            let body =
-                reply.body.map_or(Value::Null, |body| serde_json::from_slice(&body).unwrap());
-            (reply.status, body)
-        }
-
-        fn versions(&self) -> usize {
-            let (_, list) = self.call("GET", "/keys/kek/versions", Value::Null);
-            list["value"].as_array().map_or(0, Vec::len)
-        }
-    }
-
-    #[test]
-    fn a_deleted_key_is_purged_when_its_retention_ends() {
-        let bench = Bench::new();
-        bench.call("POST", "/keys/kek/create", json!({ "kty": "RSA" }));
-        assert_eq!(bench.call("DELETE", "/keys/kek", Value::Null).0, 200);
-        bench.pass(7 * DAY - 1);
-        assert_eq!(bench.call("GET", "/deletedkeys/kek", Value::Null).0, 200);
-        bench.pass(1);
-        assert_eq!(bench.call("GET", "/deletedkeys/kek", Value::Null).0, 404);
-        assert_eq!(bench.call("POST", "/keys/kek/create", json!({ "kty": "RSA" })).0, 200);
-    }
-
-    #[test]
-    fn a_policy_rotates_each_version_once_and_no_disabled_key() {
-        let bench = Bench::new();
-        bench.call("POST", "/keys/kek/create", json!({ "kty": "RSA" }));
-        let policy = json!({
-            "lifetimeActions": [
-                { "trigger": { "timeAfterCreate": "P30D" }, "action": { "type": "Rotate" } },
-            ],
-            "attributes": { "expiryTime": "P60D" },
-        });
-        assert_eq!(bench.call("PUT", "/keys/kek/rotationpolicy", policy).0, 200);
-        bench.pass(30 * DAY - 1);
-        assert_eq!(bench.versions(), 1);
-        bench.pass(1);
-        bench.pass(1);
-        assert_eq!(bench.versions(), 2);
-        let (_, newest) = bench.call("GET", "/keys/kek", Value::Null);
-        let attributes = &newest["attributes"];
-        let lifetime =
-            attributes["exp"].as_i64().unwrap() - attributes["created"].as_i64().unwrap();
-        assert_eq!(lifetime, 60 * DAY);
-        let off = json!({ "attributes": { "enabled": false } });
-        bench.call("PATCH", "/keys/kek", off);
-        bench.pass(100 * DAY);
-        assert_eq!(bench.versions(), 2);
-        let audit = std::fs::read_to_string(bench.dir.path().join("audit.jsonl")).unwrap();
-        assert_eq!(audit.matches("KeyRotateByPolicy").count(), 1);
-    }
-
-    #[test]
-    fn dates_are_the_clocks_to_the_second() {
-        let bench = Bench::new();
-        let now = bench.now.load(Ordering::Relaxed);
-        let attributes = json!({ "nbf": now + 10, "exp": now + 20 });
-        let body = json!({ "kty": "RSA", "attributes": attributes });
-        bench.call("POST", "/keys/kek/create", body);
-        let wrap = || {
-            let body = json!({ "alg": "RSA-OAEP-256", "value": "AAAA" });
-            bench.call("POST", "/keys/kek/wrapkey", body).0
-        };
-        let mut seen = Vec::new();
-        for _ in 0..4 {
-            seen.push(wrap());
-            bench.pass(9);
-            seen.push(wrap());
-            bench.pass(1);
-        }
-        assert_eq!(seen[..6], [403, 403, 200, 200, 403, 403]);
-    }
-
-    #[test]
-    fn a_private_key_changed_on_disk_is_not_used() {
-        let bench = Bench::new();
-        bench.call("POST", "/keys/kek/create", json!({ "kty": "RSA" }));
-        let damage = "UPDATE version SET private = zeroblob(length(private))";
-        bench.vault.store.write(|tx| Ok::<_, crate::Error>(tx.execute_batch(damage)?)).unwrap();
-        bench.vault.forget_private_keys();
-        let body = json!({ "alg": "RSA-OAEP-256", "value": "AAAA" });
-        let (status, said) = bench.call("POST", "/keys/kek/wrapkey", body);
-        assert_eq!((status, &said["error"]["code"]), (500, &json!("InternalServerError")));
-    }
-}
+mod tests;

@@ -8,7 +8,6 @@ use super::{Call, Reply, Vault};
 use crate::error::Result;
 use crate::vault::audit::{Event, Outcome};
 use crate::vault::codec;
-use crate::vault::material::key_size;
 use crate::vault::refusal::Refusal;
 use crate::vault::rotation::RotationPolicy;
 use crate::vault::store::keys::{self, Attributes, KeyRecord};
@@ -30,18 +29,15 @@ impl Vault {
             let (key, newest) = live_version(tx, name, None)?;
             Ok::<_, Refusal>((newest, stored_policy(tx, &key)?))
         })?;
-        let size = key_size(newest.public.modulus.len() as u64 * 8).ok_or_else(|| {
-            log::error!("the key {name} has an unknown size");
-            Refusal::internal()
-        })?;
+        let (kty, bits) = (newest.kty, newest.bits);
         let exp = policy.and_then(|policy| policy.expiry(now));
         let blueprint = Blueprint {
-            kty: newest.kty,
+            kty,
             operations: newest.operations,
             attributes: Attributes { enabled: true, nbf: None, exp },
             tags: newest.tags,
         };
-        let material = || self.generate(size);
+        let material = || self.generate(kty, bits);
         self.add_version(name, now, blueprint, material, |tx| live_key(tx, name).map(Some))
     }
 
@@ -120,7 +116,7 @@ impl Vault {
                 ..Event::default()
             };
             let request_id = codec::new_uuid()?;
-            let outcome = Outcome { status, reason, request_id: &request_id, client: None };
+            let outcome = Outcome { status, reason, request_id: &request_id, ..Outcome::default() };
             self.audit.record(&event, &outcome, now);
         }
         Ok(())

@@ -38,7 +38,9 @@ pub(crate) struct VersionRecord {
     pub(crate) id: i64,
     pub(crate) version: String,
     pub(crate) kty: KeyType,
-    pub(crate) public: PublicNumbers,
+    pub(crate) bits: u32,
+    /// None: a symmetric key.
+    pub(crate) public: Option<PublicNumbers>,
     pub(crate) operations: Vec<KeyOperation>,
     pub(crate) tags: BTreeMap<String, String>,
     pub(crate) attributes: Attributes,
@@ -48,7 +50,7 @@ pub(crate) struct VersionRecord {
 
 const VERSION_COLUMNS: &str = "version.id, version.version, version.kty, version.modulus, \
      version.exponent, version.operations, version.tags, version.enabled, version.nbf, \
-     version.exp, version.created, version.updated";
+     version.exp, version.created, version.updated, version.bits";
 
 pub(crate) fn find(tx: &Transaction<'_>, name: &str) -> rusqlite::Result<Option<KeyRecord>> {
     tx.prepare_cached("SELECT id, name, deleted, scheduled_purge FROM key WHERE name = ?1")?
@@ -125,15 +127,15 @@ pub(crate) fn insert_version(
 ) -> rusqlite::Result<()> {
     tx.prepare_cached(
         "INSERT INTO version (key_id, version, kty, modulus, exponent, private, operations, tags,
-                              enabled, nbf, exp, created, updated)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+                              enabled, nbf, exp, created, updated, bits)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
     )?
     .execute((
         key.id,
         &version.version,
         version.kty.name(),
-        &version.public.modulus,
-        &version.public.exponent,
+        version.public.as_ref().map_or(&[][..], |public| &public.modulus),
+        version.public.as_ref().map_or(&[][..], |public| &public.exponent),
         private,
         operations_text(&version.operations),
         tags_text(&version.tags)?,
@@ -142,6 +144,7 @@ pub(crate) fn insert_version(
         version.attributes.exp,
         version.created,
         version.updated,
+        version.bits,
     ))?;
     version.id = tx.last_insert_rowid();
     Ok(())
@@ -249,11 +252,14 @@ fn version_record(row: &Row<'_>, at: usize) -> rusqlite::Result<VersionRecord> {
     let kty: String = row.get(at + 2)?;
     let operations: String = row.get(at + 5)?;
     let tags: String = row.get(at + 6)?;
+    let kty = KeyType::from_name(&kty).ok_or_else(|| damaged("kty"))?;
+    let numbers = PublicNumbers { modulus: row.get(at + 3)?, exponent: row.get(at + 4)? };
     Ok(VersionRecord {
         id: row.get(at)?,
         version: row.get(at + 1)?,
-        kty: KeyType::from_name(&kty).ok_or_else(|| damaged("kty"))?,
-        public: PublicNumbers { modulus: row.get(at + 3)?, exponent: row.get(at + 4)? },
+        kty,
+        bits: row.get(at + 12)?,
+        public: kty.is_rsa().then_some(numbers),
         operations: parse_operations(&operations)?,
         tags: serde_json::from_str(&tags).map_err(|_| damaged("tags"))?,
         attributes: Attributes {
@@ -273,12 +279,7 @@ fn operations_text(operations: &[KeyOperation]) -> String {
 fn parse_operations(text: &str) -> rusqlite::Result<Vec<KeyOperation>> {
     text.split(',')
         .filter(|name| !name.is_empty())
-        .map(|name| {
-            KeyOperation::ALL
-                .into_iter()
-                .find(|operation| operation.name() == name)
-                .ok_or_else(|| damaged("operations"))
-        })
+        .map(|name| KeyOperation::from_name(name).ok_or_else(|| damaged("operations")))
         .collect()
 }
 

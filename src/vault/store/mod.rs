@@ -4,8 +4,11 @@
 //! stable storage, the journal's removal included; a process killed before that leaves it undone.
 //! `secure_delete` overwrites what a purge removes.
 
+pub(crate) mod credentials;
 pub(crate) mod identities;
 pub(crate) mod keys;
+mod migrate;
+pub(crate) mod roles;
 
 use std::path::Path;
 
@@ -15,7 +18,7 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Transaction, Trans
 use crate::error::{Error, Kind, Result};
 
 /// Of `PRAGMA user_version`.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 
 const SCHEMA: &str = "
 CREATE TABLE setting (
@@ -27,13 +30,42 @@ CREATE TABLE sealed (
     value BLOB NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE identity (
-    name          TEXT PRIMARY KEY COLLATE NOCASE,
-    object_id     TEXT NOT NULL UNIQUE,
+    object_id     TEXT PRIMARY KEY,
+    name          TEXT NOT NULL COLLATE NOCASE,
     client_id     TEXT NOT NULL UNIQUE,
-    header_sha256 BLOB NOT NULL UNIQUE,
+    header_sha256 BLOB UNIQUE,
+    tenant        TEXT NOT NULL,
     permissions   TEXT NOT NULL,
     is_admin      INTEGER NOT NULL,
+    enabled       INTEGER NOT NULL,
+    deleted       INTEGER,
     created       INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX identity_name ON identity (name) WHERE deleted IS NULL;
+CREATE TABLE credential (
+    id        TEXT PRIMARY KEY,
+    object_id TEXT NOT NULL REFERENCES identity (object_id) ON DELETE CASCADE,
+    kind      TEXT NOT NULL,
+    sha256    BLOB UNIQUE,
+    issuer    TEXT,
+    subject   TEXT,
+    audience  TEXT,
+    keys      TEXT,
+    expires   INTEGER,
+    created   INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE assigned (
+    host   TEXT NOT NULL REFERENCES identity (object_id) ON DELETE CASCADE,
+    member TEXT NOT NULL REFERENCES identity (object_id) ON DELETE CASCADE,
+    PRIMARY KEY (host, member)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE role_assignment (
+    id        TEXT PRIMARY KEY,
+    object_id TEXT NOT NULL REFERENCES identity (object_id) ON DELETE CASCADE,
+    role      TEXT NOT NULL,
+    key       TEXT NOT NULL COLLATE NOCASE,
+    created   INTEGER NOT NULL,
+    UNIQUE (object_id, role, key)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE key (
     id              INTEGER PRIMARY KEY,
@@ -47,6 +79,7 @@ CREATE TABLE version (
     key_id     INTEGER NOT NULL REFERENCES key (id) ON DELETE CASCADE,
     version    TEXT NOT NULL,
     kty        TEXT NOT NULL,
+    bits       INTEGER NOT NULL,
     modulus    BLOB NOT NULL,
     exponent   BLOB NOT NULL,
     private    BLOB NOT NULL,
@@ -80,9 +113,7 @@ impl Store {
 
     pub(crate) fn open(path: &Path) -> Result<Store> {
         let store = Store::connect(path)?;
-        let version: i64 = store.read(|tx| {
-            Ok::<_, Error>(tx.query_row("PRAGMA user_version", [], |row| row.get(0))?)
-        })?;
+        let version = store.write(|tx| Ok::<_, Error>(migrate::run(tx)?))?;
         if version != SCHEMA_VERSION {
             return Err(Error::new(
                 Kind::Unsupported,
@@ -115,6 +146,26 @@ impl Store {
             .map_err(failed)?;
         connection.set_prepared_statement_cache_capacity(64);
         Ok(Store { connection: Mutex::new(connection) })
+    }
+
+    /// A copy of one consistent state in a new file, whether a server works on this one or not.
+    pub(crate) fn copy_to(&self, path: &Path) -> Result<()> {
+        let path = path
+            .to_str()
+            .ok_or_else(|| Error::usage(format!("{} is not UTF-8", path.display())))?;
+        self.connection.lock().execute("VACUUM INTO ?1", [path])?;
+        Ok(())
+    }
+
+    /// `Corrupt` unless every page and index is sound.
+    pub(crate) fn check(&self) -> Result<()> {
+        let found: String = self.read(|tx| {
+            Ok::<_, Error>(tx.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))?)
+        })?;
+        if found == "ok" {
+            return Ok(());
+        }
+        Err(Error::corrupt(format!("the vault's database is damaged: {found}")))
     }
 
     /// Runs `work` on one consistent state.

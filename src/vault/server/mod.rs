@@ -3,45 +3,43 @@
 //! Each request is read whole (bounded in size and time), answered by [`Vault`] on a blocking
 //! thread, and sent back. A panic in one answer is a 500 for that request and nothing else.
 
+mod http;
+
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
-use axum::extract::{ConnectInfo, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Request as HttpRequest, StatusCode, header};
-use axum::response::Response;
 use axum_server::Handle;
 use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
 use hyper_util::rt::TokioTimer;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 
-use super::api::{Authorization, Reply, Request, Vault};
+use super::api::{Mode, Vault};
 use super::audit::AuditLog;
+use super::certificate::CertificateIssuer;
 use super::dir::{VaultDir, remove_if_there, write_atomic};
 use super::host::Hosts;
-use super::identity::{HeaderSecret, PATH as TOKEN_PATH, TokenRequest};
+use super::identity::{IMDS_PATH, PATH as TOKEN_PATH};
 use super::init::{AUTHORITY_KEY, SIGNING_KEY};
-use super::refusal::Refusal;
 use super::seal::Sealer;
 use super::settings::{self, Settings};
-use super::store::{self, Store};
+use super::store::{self, Store, identities};
+use super::system_clock;
 use super::token::TokenAuthority;
-use super::{certificate, system_clock};
 use crate::crypto::secret::SecretBytes;
 use crate::error::{Context, Error, Kind, Result};
 
-/// No request of the protocol comes near it.
-const MAX_BODY: usize = 4 * 1024 * 1024;
 /// Also how long an idle connection is kept: longer than clients pool theirs.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(90);
-const BODY_TIMEOUT: Duration = Duration::from_secs(20);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long running requests may take once a stop is asked for.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(60);
+/// Between tries to listen again after a drill.
+const REBIND_INTERVAL: Duration = Duration::from_millis(100);
 const BLOCKING_THREADS: usize = 64;
 
 #[derive(Debug, Clone)]
@@ -50,9 +48,15 @@ pub struct ServeOptions {
     pub port: Option<u16>,
     pub identity_port: Option<u16>,
     pub token_lifetime: Duration,
+    /// Whether faults can be set.
+    pub drills: bool,
+    /// Requests in ten seconds; None: any number.
+    pub rate_limit: Option<u32>,
+    /// The identity of the host that gets tokens from the IMDS endpoint; None: there is none.
+    pub imds: Option<String>,
 }
 
-/// Serves until SIGTERM or SIGINT.
+/// Serves until SIGTERM or SIGINT. SIGHUP renews the certificate and reopens the audit log.
 pub fn serve(dir: &VaultDir, options: &ServeOptions) -> Result<()> {
     dir.require_vault()?;
     let _lock = dir.lock()?;
@@ -68,14 +72,20 @@ pub fn serve(dir: &VaultDir, options: &ServeOptions) -> Result<()> {
     let signing_key = unseal(&database, &sealer, SIGNING_KEY)?;
     let lifetime = i64::try_from(options.token_lifetime.as_secs())
         .map_err(|_| Error::usage("the token lifetime is too long"))?;
-    let tokens = TokenAuthority::new(&signing_key, &settings.tenant, lifetime)?;
-    let tls = certificate::server_config(
+    let tokens = TokenAuthority::new(&signing_key, lifetime)?;
+    let certificates = CertificateIssuer::new(
         &settings.name,
         &settings.ca_pem,
-        &authority_key,
-        Hosts::new(&settings.name, settings.host).certificate_names(),
-    )?;
-    let audit = AuditLog::open(&dir.audit_log())?;
+        authority_key,
+        Hosts::new(&settings.name, settings.flavor, settings.host).certificate_names(),
+    );
+    let tls = certificates.server_config()?;
+    let audit = AuditLog::open(&dir.audit_log(), settings.resource_id(None))?;
+    if let Some(name) = &options.imds
+        && database.read(|tx| Ok::<_, Error>(identities::find(tx, name)?))?.is_none()
+    {
+        return Err(Error::usage(format!("there is no identity {name} for the IMDS endpoint")));
+    }
 
     let port = options.port.unwrap_or(settings.port);
     let identity_port = options.identity_port.unwrap_or(settings.identity_port);
@@ -88,7 +98,11 @@ pub fn serve(dir: &VaultDir, options: &ServeOptions) -> Result<()> {
         Ok::<_, Error>(settings::save_ports(tx, settings.port, settings.identity_port)?)
     })?;
 
-    let vault = Arc::new(Vault::new(settings, database, sealer, tokens, audit, system_clock()));
+    let mode =
+        Mode { drills: options.drills, rate_limit: options.rate_limit, imds: options.imds.clone() };
+    let host = settings.host;
+    let vault = Vault::new(settings, database, sealer, tokens, audit, system_clock(), mode)?;
+    let vault = Arc::new(vault);
     vault.purge_due()?;
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -99,8 +113,15 @@ pub fn serve(dir: &VaultDir, options: &ServeOptions) -> Result<()> {
         .context(|| "cannot start the vault's threads".into())?;
     let url = format!("https://{}", reachable(address));
     let identity_url = format!("http://{identity_address}{TOKEN_PATH}");
-    let announce = || announce(dir, &url, &identity_url);
-    let served = runtime.block_on(run(vault, tls, listener, identity_listener, announce));
+    let imds_url = options.imds.is_some().then(|| format!("http://{identity_address}{IMDS_PATH}"));
+    let announce = || announce(dir, &url, &identity_url, imds_url.as_deref());
+    let keys = KeyListener {
+        vault: Arc::clone(&vault),
+        tls: RustlsConfig::from_config(Arc::new(tls)),
+        certificates: Arc::new(certificates),
+        address: SocketAddr::new(host, address.port()),
+    };
+    let served = runtime.block_on(run(vault, keys, listener, identity_listener, announce));
     runtime.shutdown_timeout(STOP_TIMEOUT);
     remove_url_files(dir)?;
     served
@@ -108,52 +129,50 @@ pub fn serve(dir: &VaultDir, options: &ServeOptions) -> Result<()> {
 
 async fn run(
     vault: Arc<Vault>,
-    tls: rustls::ServerConfig,
+    keys: KeyListener,
     listener: TcpListener,
     identity_listener: TcpListener,
     announce: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    let mut terminate =
-        signal(SignalKind::terminate()).context(|| "cannot wait for SIGTERM".into())?;
-    let mut interrupt =
-        signal(SignalKind::interrupt()).context(|| "cannot wait for SIGINT".into())?;
-    let (handle, identity_handle) = (Handle::new(), Handle::new());
+    let wait_for = |kind: SignalKind, name: &str| -> Result<Signal> {
+        signal(kind).context(|| format!("cannot wait for {name}"))
+    };
+    let mut terminate = wait_for(SignalKind::terminate(), "SIGTERM")?;
+    let mut interrupt = wait_for(SignalKind::interrupt(), "SIGINT")?;
+    let hangup = wait_for(SignalKind::hangup(), "SIGHUP")?;
+    let (stop, stopped) = watch::channel(false);
 
-    let acceptor = RustlsAcceptor::new(RustlsConfig::from_config(Arc::new(tls)))
-        .handshake_timeout(HANDSHAKE_TIMEOUT);
-    let mut server = axum_server::from_tcp(listener)
-        .context(|| "cannot serve".into())?
-        .acceptor(acceptor)
-        .handle(handle.clone());
-    limit(server.http_builder());
+    let tokens_handle = Handle::new();
     let mut identity_server = axum_server::from_tcp(identity_listener)
         .context(|| "cannot serve".into())?
-        .handle(identity_handle.clone());
+        .handle(tokens_handle.clone());
     limit(identity_server.http_builder());
-
-    let api = Router::new().fallback(api_call).with_state(Arc::clone(&vault));
-    let tokens = Router::new().fallback(token_call).with_state(Arc::clone(&vault));
-    let mut api =
-        tokio::spawn(server.serve(api.into_make_service_with_connect_info::<SocketAddr>()));
+    let tokens = Router::new().fallback(http::token_call).with_state(Arc::clone(&vault));
     let mut tokens = tokio::spawn(
         identity_server.serve(tokens.into_make_service_with_connect_info::<SocketAddr>()),
     );
-    let upkeep = tokio::spawn(keep_up(vault));
+    let upkeep = tokio::spawn(keep_up(
+        Arc::clone(&vault),
+        keys.tls.clone(),
+        Arc::clone(&keys.certificates),
+        hangup,
+    ));
+    let mut keys = tokio::spawn(keys.serve(listener, stopped));
     // The sockets listen since they were bound: whoever reads this can connect.
     announce()?;
 
     let ended = tokio::select! {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
-        ended = &mut api => Some(ended),
+        ended = &mut keys => Some(ended),
         ended = &mut tokens => Some(ended),
     };
     upkeep.abort();
-    handle.graceful_shutdown(Some(STOP_TIMEOUT));
-    identity_handle.graceful_shutdown(Some(STOP_TIMEOUT));
+    stop.send_replace(true);
+    tokens_handle.graceful_shutdown(Some(STOP_TIMEOUT));
     match ended {
         None => {
-            for server in [api, tokens] {
+            for server in [keys, tokens] {
                 finish(server.await)?;
             }
             Ok(())
@@ -163,6 +182,79 @@ async fn run(
             Err(Error::new(Kind::Io, "a listener of the vault ended by itself"))
         }
     }
+}
+
+/// The TLS listener, which a drill can close or give a foreign certificate.
+struct KeyListener {
+    vault: Arc<Vault>,
+    tls: RustlsConfig,
+    certificates: Arc<CertificateIssuer>,
+    address: SocketAddr,
+}
+
+impl KeyListener {
+    async fn serve(
+        self,
+        listener: TcpListener,
+        mut stop: watch::Receiver<bool>,
+    ) -> std::io::Result<()> {
+        let mut drill = self.vault.drills.listener();
+        let mut listener = Some(listener);
+        loop {
+            let state = *drill.borrow_and_update();
+            if state.refuses {
+                listener = None;
+                tokio::select! {
+                    _ = drill.changed() => continue,
+                    () = stopped(&mut stop) => return Ok(()),
+                }
+            }
+            let socket = match listener.take() {
+                Some(socket) => socket,
+                None => match bind(self.address.ip(), self.address.port()) {
+                    Ok(socket) => socket,
+                    Err(error) => {
+                        log::warn!("after a drill: {error}");
+                        tokio::select! {
+                            () = tokio::time::sleep(REBIND_INTERVAL) => continue,
+                            () = stopped(&mut stop) => return Ok(()),
+                        }
+                    }
+                },
+            };
+            let tls = if state.untrusted {
+                let foreign = self.certificates.foreign_config().map_err(std::io::Error::other)?;
+                RustlsConfig::from_config(Arc::new(foreign))
+            } else {
+                self.tls.clone()
+            };
+            let handle = Handle::new();
+            let acceptor = RustlsAcceptor::new(tls).handshake_timeout(HANDSHAKE_TIMEOUT);
+            let mut server =
+                axum_server::from_tcp(socket)?.acceptor(acceptor).handle(handle.clone());
+            limit(server.http_builder());
+            let api = Router::new().fallback(http::api_call).with_state(Arc::clone(&self.vault));
+            let mut server =
+                tokio::spawn(server.serve(api.into_make_service_with_connect_info::<SocketAddr>()));
+            tokio::select! {
+                ended = &mut server => return ended.unwrap_or_else(|e| Err(std::io::Error::other(e))),
+                _ = drill.changed() => {
+                    // Open connections end too: they would not notice the change.
+                    handle.shutdown();
+                    server.await.unwrap_or_else(|error| Err(std::io::Error::other(error)))?;
+                }
+                () = stopped(&mut stop) => {
+                    handle.graceful_shutdown(Some(STOP_TIMEOUT));
+                    return server.await.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+                }
+            }
+        }
+    }
+}
+
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    // An end of the sender is an end of the server.
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 fn finish(ended: Result<std::io::Result<()>, tokio::task::JoinError>) -> Result<()> {
@@ -175,122 +267,45 @@ fn limit(builder: &mut hyper_util::server::conn::auto::Builder<hyper_util::rt::T
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
 }
 
-/// What is due by the clock: purges and rotations.
-async fn keep_up(vault: Arc<Vault>) {
+/// What is due by the clock: purges, rotations, a new certificate. And what SIGHUP asks for.
+async fn keep_up(
+    vault: Arc<Vault>,
+    tls: RustlsConfig,
+    certificates: Arc<CertificateIssuer>,
+    mut hangup: Signal,
+) {
     let mut interval = tokio::time::interval(UPKEEP_INTERVAL);
     loop {
-        interval.tick().await;
-        let vault = Arc::clone(&vault);
+        let asked = tokio::select! {
+            _ = interval.tick() => false,
+            received = hangup.recv() => {
+                if received.is_none() {
+                    return;
+                }
+                true
+            }
+        };
+        let (vault, certificates) = (Arc::clone(&vault), Arc::clone(&certificates));
         let done = tokio::task::spawn_blocking(move || {
-            vault.purge_due().and_then(|()| vault.rotate_due())
+            vault.purge_due()?;
+            vault.rotate_due()?;
+            if asked {
+                vault.audit.reopen()?;
+            }
+            let due = asked || certificates.is_renewal_due();
+            due.then(|| certificates.server_config()).transpose()
         });
         match done.await {
-            Ok(Ok(())) => {}
+            Ok(Ok(None)) => {}
+            Ok(Ok(Some(config))) => {
+                // Connections that are open keep the old one.
+                tls.reload_from_config(Arc::new(config));
+                log::info!("the server's certificate was renewed");
+            }
             Ok(Err(error)) => log::error!("the vault's upkeep: {error}"),
             Err(error) => log::error!("the vault's upkeep: {error}"),
         }
     }
-}
-
-async fn api_call(
-    State(vault): State<Arc<Vault>>,
-    ConnectInfo(client): ConnectInfo<SocketAddr>,
-    request: HttpRequest<Body>,
-) -> Response {
-    let (parts, body) = request.into_parts();
-    let body = match read_body(body).await {
-        Ok(body) => body,
-        Err(refusal) => {
-            // The rest of the body is not read: nothing can follow it on this connection.
-            let mut response = refused(&refusal);
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-            return response;
-        }
-    };
-    // An absolute request target names the host; else the header does.
-    let host = parts
-        .uri
-        .authority()
-        .map(|authority| authority.as_str().to_owned())
-        .or_else(|| text(&parts.headers, &header::HOST))
-        .unwrap_or_default();
-    let request = Request {
-        method: parts.method.as_str().to_owned(),
-        path: parts.uri.path().to_owned(),
-        query: parts.uri.query().unwrap_or_default().to_owned(),
-        host,
-        authorization: text(&parts.headers, &header::AUTHORIZATION).map(Authorization),
-        client_request_id: text(&parts.headers, &HeaderName::from_static("x-ms-client-request-id"))
-            .filter(|id| id.len() <= 128),
-        client: Some(client.ip()),
-        body,
-    };
-    answer(move || vault.handle(&request)).await
-}
-
-async fn token_call(
-    State(vault): State<Arc<Vault>>,
-    ConnectInfo(client): ConnectInfo<SocketAddr>,
-    request: HttpRequest<Body>,
-) -> Response {
-    let request = TokenRequest {
-        method: request.method().as_str().to_owned(),
-        path: request.uri().path().to_owned(),
-        query: request.uri().query().unwrap_or_default().to_owned(),
-        header: text(request.headers(), &HeaderName::from_static("x-identity-header"))
-            .map(HeaderSecret),
-        client: client.ip(),
-    };
-    answer(move || vault.token(&request)).await
-}
-
-async fn answer(work: impl FnOnce() -> Reply + Send + 'static) -> Response {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(reply) => response(reply),
-        Err(error) => {
-            log::error!("a request failed: {error}");
-            refused(&Refusal::internal())
-        }
-    }
-}
-
-async fn read_body(body: Body) -> Result<Vec<u8>, Refusal> {
-    match tokio::time::timeout(BODY_TIMEOUT, axum::body::to_bytes(body, MAX_BODY)).await {
-        Ok(Ok(bytes)) => Ok(bytes.into()),
-        Ok(Err(_)) => Err(Refusal::new(
-            413,
-            "RequestEntityTooLarge",
-            "The request body was cut off or is too large.",
-        )),
-        Err(_) => Err(Refusal::new(408, "RequestTimeout", "The request body came too slowly.")),
-    }
-}
-
-fn text(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
-    headers.get(name)?.to_str().ok().map(str::to_owned)
-}
-
-fn refused(refusal: &Refusal) -> Response {
-    response(Reply {
-        status: refusal.status,
-        headers: vec![("content-type", "application/json; charset=utf-8".into())],
-        body: Some(refusal.body().to_string().into_bytes()),
-    })
-}
-
-fn response(reply: Reply) -> Response {
-    let mut response = Response::new(reply.body.map_or_else(Body::empty, Body::from));
-    *response.status_mut() =
-        StatusCode::from_u16(reply.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    for (name, value) in reply.headers {
-        match HeaderValue::from_str(&value) {
-            Ok(value) => {
-                response.headers_mut().insert(HeaderName::from_static(name), value);
-            }
-            Err(_) => log::error!("the header {name} has no valid value"),
-        }
-    }
-    response
 }
 
 fn bind(host: IpAddr, port: u16) -> Result<TcpListener> {
@@ -329,13 +344,14 @@ fn reachable(address: SocketAddr) -> SocketAddr {
     }
 }
 
-fn announce(dir: &VaultDir, url: &str, identity_url: &str) -> Result<()> {
+fn announce(dir: &VaultDir, url: &str, identity_url: &str, imds_url: Option<&str>) -> Result<()> {
     write_atomic(&dir.identity_url_file(), format!("{identity_url}\n").as_bytes(), 0o644)?;
     write_atomic(&dir.url_file(), format!("{url}\n").as_bytes(), 0o644)?;
     let mut out = std::io::stdout().lock();
     // Whoever started the server may have stopped listening to it: not a reason to end.
     let printed = writeln!(out, "listening {url}")
         .and_then(|()| writeln!(out, "identity {identity_url}"))
+        .and_then(|()| imds_url.map_or(Ok(()), |url| writeln!(out, "imds {url}")))
         .and_then(|()| out.flush());
     if let Err(error) = printed {
         log::warn!("cannot write to standard output: {error}");
