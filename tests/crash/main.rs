@@ -198,6 +198,7 @@ fn kill(options: &Options, cell: &Cell) -> String {
     let mut load = load(options, cell, &sandbox, true, random.next_u64());
     load.prepare(&mnt);
     let kills = options.kills();
+    let mut again = 0;
     for number in 1..=kills {
         let (commits, pause) = (random.below(400), random.below(30_000));
         let told = Told::new(&format!("kill {number}: after {commits} and {pause} us"));
@@ -208,12 +209,17 @@ fn kill(options: &Options, cell: &Cell) -> String {
         sandbox.kill_daemon();
         load.end();
         until("the guard to unmount", || !sandbox.is_mounted());
+        // Now and then once more while it mounts and recovers.
+        while random.chance(3) {
+            sandbox.mount_and_kill(Duration::from_micros(random.below(300_000)));
+            again += 1;
+        }
         sandbox.mount();
         load.verify(&mnt, Crash::Kill);
         no_integrity_failure(&sandbox);
         drop(told);
     }
-    format!("{kills} kills; {} acknowledged, ", load.acknowledged())
+    format!("{kills} kills and {again} while mounting; {} acknowledged, ", load.acknowledged())
 }
 
 /// Says, when the test fails, at which crash.

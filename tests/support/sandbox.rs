@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -163,6 +164,38 @@ impl Sandbox {
         let daemon = self.daemon();
         signal(daemon, Signal::KILL);
         until("the daemon to end", || !alive(daemon));
+    }
+
+    /// Starts to mount and kills all that belongs to it after that time, wherever it is by then.
+    /// The test must be alone in its process namespace.
+    pub fn mount_and_kill(&self, after: Duration) {
+        let mut verb = self
+            .command()
+            .args(["mount", path(&self.back()), path(&self.mnt())])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(after);
+        let vault = self.vault.as_ref().map(|vault| vault.id() as i32);
+        let theirs = || -> Vec<i32> {
+            let entries = fs::read_dir("/proc").unwrap().flatten();
+            let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+            let byokfs = |pid: &i32| name(*pid).is_some_and(|name| name.starts_with("byokfs"));
+            pids.filter(|pid| Some(*pid) != vault && alive(*pid)).filter(byokfs).collect()
+        };
+        // Also what one of them has started since.
+        until("all that mounts to be killed", || {
+            let found = theirs();
+            found.iter().for_each(|pid| signal(*pid, Signal::STOP));
+            found.iter().for_each(|pid| signal(*pid, Signal::KILL));
+            found.is_empty()
+        });
+        verb.wait().unwrap();
+        if self.is_mounted() {
+            Answer::of(Command::new("umount").arg("--lazy").arg(self.mnt())).ok();
+        }
     }
 
     /// Kills guard and daemon, as the loss of the machine does: neither gets to do anything more.
