@@ -18,6 +18,8 @@ use std::os::unix::process::CommandExt;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use byokfs::backing::memory::Random;
@@ -151,6 +153,11 @@ fn power(options: &Options, cell: &Cell) -> String {
         let disk = machine.drive.disk();
         let off = || disk.medium().cut().is_some();
         disk.medium().plan(plan);
+        if options.plain {
+            let gone = Arc::new(AtomicBool::new(false));
+            load.ignore_after(Arc::clone(&gone));
+            disk.medium().tell(gone);
+        }
         load.start(&mnt, &off);
         until("the power to go", off);
         load.end();
@@ -247,7 +254,14 @@ fn load(
     seed: u64,
 ) -> Box<dyn Load> {
     let database = |flavor: Flavor| {
-        Database::new(flavor, cell.doublewrite, &sandbox.path("server"), fenced, seed)
+        Database::new(
+            flavor,
+            cell.doublewrite,
+            options.plain,
+            &sandbox.path("server"),
+            fenced,
+            seed,
+        )
     };
     match cell.workload {
         Workload::Records if options.plain => Box::new(Records::new(seed).only_durability()),

@@ -9,6 +9,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use byokfs::backing::memory::Random;
 
@@ -92,6 +94,7 @@ pub struct Medium {
     /// Requests since the plan's time came.
     waited: u64,
     cut: Option<Cut>,
+    told: Option<Arc<AtomicBool>>,
     /// A disk that says it has flushed, and has not: what the tests must find out.
     lies: bool,
 }
@@ -108,6 +111,7 @@ impl Medium {
             plan: None,
             waited: 0,
             cut: None,
+            told: None,
             lies: false,
         })
     }
@@ -125,8 +129,16 @@ impl Medium {
         self.waited = 0;
     }
 
+    /// Is set when the power goes, before any request fails by it.
+    pub fn tell(&mut self, flag: Arc<AtomicBool>) {
+        self.told = Some(flag);
+    }
+
     /// Between two requests.
     pub fn cut_now(&mut self, plan: Plan) {
+        if let Some(told) = &self.told {
+            told.store(true, Ordering::SeqCst);
+        }
         self.cut = Some(self.lose(plan).expect("the image below the test's disk fails"));
     }
 

@@ -6,6 +6,8 @@ pub mod server;
 pub mod sqlite;
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Crash {
@@ -19,6 +21,11 @@ pub enum Crash {
 pub trait Load {
     /// Once, on a new volume.
     fn prepare(&mut self, mnt: &Path);
+
+    /// What is acknowledged once `gone` is set does not count. A server on a plain file system goes on
+    /// for a moment after its disk has failed, and acknowledges what a machine without power could
+    /// not have; on a volume that must not happen, so there it counts.
+    fn ignore_after(&mut self, _gone: Arc<AtomicBool>) {}
 
     /// Starts to write. `crashed` tells that errors are to be expected by now.
     fn start(&mut self, mnt: &Path, crashed: &dyn Fn() -> bool);
