@@ -21,8 +21,9 @@ const EC: [Algorithm; 1] = [Algorithm::ES256];
 struct Claims {
     iss: String,
     sub: String,
-    exp: i64,
-    nbf: Option<i64>,
+    /// Seconds that some clients write with a fraction.
+    exp: f64,
+    nbf: Option<f64>,
 }
 
 /// Why an assertion is not taken.
@@ -133,8 +134,8 @@ fn decode(
 }
 
 fn in_time(claims: &Claims, now: i64) -> Result<(), Unproven> {
-    let begun = claims.nbf.is_none_or(|nbf| nbf <= now + LEEWAY);
-    if begun && claims.exp > now - LEEWAY { Ok(()) } else { Err(Unproven::Expired) }
+    let begun = claims.nbf.is_none_or(|nbf| nbf <= (now + LEEWAY) as f64);
+    if begun && claims.exp > (now - LEEWAY) as f64 { Ok(()) } else { Err(Unproven::Expired) }
 }
 
 /// A header that names a certificate must name this one.
@@ -238,7 +239,7 @@ mod tests {
         assert!(is_usable(&proofs[0]));
         let key = EncodingKey::from_ec_der(&pair.serialize_der());
         let audience = "https://login/t/oauth2/v2.0/token".to_owned();
-        let good = json!({ "iss": "c1", "sub": "c1", "aud": audience, "exp": NOW + 600 });
+        let good = json!({ "iss": "c1", "sub": "c1", "aud": audience, "exp": NOW as f64 + 600.5 });
         let sign = |thumbprint: &[u8], claims: &Value| {
             let mut header = Header::new(Algorithm::ES256);
             header.x5t_s256 = Some(codec::to_base64url(thumbprint));
