@@ -7,7 +7,7 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -67,8 +67,26 @@ impl Access {
         })
     }
 
+    /// Nobody, for when it is not known who may what.
+    fn nobody(before: &Access) -> Access {
+        Access {
+            tenant: before.tenant.clone(),
+            model: before.model,
+            network: NetworkRules { public_access: false, ..NetworkRules::default() },
+            principals: HashMap::new(),
+            tenants: BTreeSet::new(),
+        }
+    }
+
     pub(crate) fn identity(&self, object_id: &str) -> Option<Arc<Identity>> {
         self.principals.get(object_id).map(|principal| Arc::clone(&principal.identity))
+    }
+
+    /// Is somebody deleted, with tokens kept, since before then?
+    pub(crate) fn has_deleted_before(&self, then: i64) -> bool {
+        self.principals
+            .values()
+            .any(|principal| principal.identity.deleted.is_some_and(|deleted| deleted < then))
     }
 
     pub(crate) fn has_tenant(&self, tenant: &str) -> bool {
@@ -125,6 +143,8 @@ pub(crate) struct AccessControl {
     replaced: Mutex<VecDeque<(i64, Arc<Access>)>>,
     /// Seconds until a change holds.
     delay: AtomicI64,
+    /// The last change could not be read: nobody gets in until one can.
+    failed: AtomicBool,
 }
 
 impl AccessControl {
@@ -133,6 +153,7 @@ impl AccessControl {
             current: RwLock::new(Arc::new(Access::load(store)?)),
             replaced: Mutex::default(),
             delay: AtomicI64::new(0),
+            failed: AtomicBool::new(false),
         })
     }
 
@@ -140,17 +161,35 @@ impl AccessControl {
         Arc::clone(&self.current.read())
     }
 
-    /// After every change of what a snapshot holds, before the change is answered.
+    /// After every change of what a snapshot holds, before the change is answered. If that fails,
+    /// nobody gets in: what was taken away must not go on.
     pub(crate) fn reload(&self, store: &Store, now: i64) -> Result<()> {
         // One at a time, so that an older state never replaces a newer one.
         let mut replaced = self.replaced.lock();
-        let next = Arc::new(Access::load(store)?);
-        let before = std::mem::replace(&mut *self.current.write(), next);
+        let next = match Access::load(store) {
+            Ok(next) => next,
+            Err(error) => {
+                self.failed.store(true, Ordering::Relaxed);
+                replaced.clear();
+                let mut current = self.current.write();
+                *current = Arc::new(Access::nobody(&current));
+                return Err(error);
+            }
+        };
+        let before = std::mem::replace(&mut *self.current.write(), Arc::new(next));
+        if self.failed.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
         if replaced.len() >= MAX_HISTORY {
             replaced.pop_front();
         }
         replaced.push_back((now, before));
         Ok(())
+    }
+
+    /// Tries again what failed.
+    pub(crate) fn recover(&self, store: &Store, now: i64) -> Result<()> {
+        if self.failed.load(Ordering::Relaxed) { self.reload(store, now) } else { Ok(()) }
     }
 
     /// For a drill, of changes made from now on; 0: all changes hold at once.
@@ -270,5 +309,24 @@ mod tests {
         // What the policy allows counts for nothing now.
         let get = control.judge(&caller, CLIENT, Permission::Get.into(), Some("other"), 0);
         assert_eq!(get, Err(Denial::Role));
+    }
+
+    #[test]
+    fn nobody_gets_in_while_it_is_not_known_who_may() {
+        let (_dir, store, control) = control();
+        let rename = |from: &str, to: &str| {
+            let change = format!("ALTER TABLE {from} RENAME TO {to}");
+            store.write(|tx| Ok::<_, Error>(tx.execute_batch(&change)?)).unwrap();
+        };
+        assert!(control.current().identity("o-db").is_some());
+        rename("role_assignment", "elsewhere");
+        assert!(control.reload(&store, 0).is_err());
+        assert!(control.current().identity("o-db").is_none());
+        let caller = identity("db", 1);
+        assert!(control.judge(&caller, CLIENT, Permission::Get.into(), None, 0).is_err());
+        assert!(control.recover(&store, 0).is_err());
+        rename("elsewhere", "role_assignment");
+        control.recover(&store, 0).unwrap();
+        assert!(control.judge(&caller, CLIENT, Permission::Get.into(), None, 0).is_ok());
     }
 }

@@ -37,7 +37,7 @@ use super::role;
 use super::route::Route;
 use super::seal::Sealer;
 use super::settings::{Flavor, Settings};
-use super::store::identities::Identity;
+use super::store::identities::{self, Identity};
 use super::store::{Store, keys as key_store};
 use super::token::TokenAuthority;
 use super::wire::Wire;
@@ -98,6 +98,8 @@ pub(crate) struct Vault {
     generations: AtomicUsize,
 }
 
+/// The longest lifetime that `serve` takes, and a margin for clocks.
+const LONGEST_TOKEN: i64 = 86400 + 3600;
 /// Beyond this the cache starts over.
 const CACHED_KEYS: usize = 256;
 
@@ -443,6 +445,18 @@ impl Vault {
         self.forget_materials();
         for name in purged {
             log::info!("the retention of the deleted key {name} is over: purged");
+        }
+        Ok(())
+    }
+
+    /// Removes deleted identities whose tokens have all expired, and tries again to learn who may what.
+    pub(crate) fn forget_due(&self) -> Result<()> {
+        let now = (self.clock)();
+        self.access.recover(&self.store, now)?;
+        let then = now - LONGEST_TOKEN;
+        if self.access.current().has_deleted_before(then) {
+            self.store.write(|tx| Ok::<_, crate::Error>(identities::forget_deleted(tx, then)?))?;
+            self.access.reload(&self.store, now)?;
         }
         Ok(())
     }

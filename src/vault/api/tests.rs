@@ -71,6 +71,7 @@ impl Bench {
 
     fn pass(&self, seconds: i64) {
         self.now.fetch_add(seconds, Ordering::Relaxed);
+        self.vault.forget_due().unwrap();
         self.vault.purge_due().unwrap();
         self.vault.rotate_due().unwrap();
     }
@@ -171,4 +172,19 @@ fn a_private_key_changed_on_disk_is_not_used() {
     let body = json!({ "alg": "RSA-OAEP-256", "value": "AAAA" });
     let (status, said) = bench.call("POST", "/keys/kek/wrapkey", body);
     assert_eq!((status, &said["error"]["code"]), (500, &json!("InternalServerError")));
+}
+
+#[test]
+fn an_identity_whose_tokens_were_kept_is_forgotten_when_they_have_ended() {
+    let bench = Bench::new();
+    let body = json!({ "name": "db" });
+    assert_eq!(bench.call("POST", "/byokfs/identities", body).0, 200);
+    let keep = json!({ "keepTokens": true });
+    let (status, gone) = bench.call("DELETE", "/byokfs/identities/db", keep);
+    assert_eq!(status, 200);
+    let object_id = gone["principalId"].as_str().unwrap();
+    bench.pass(DAY);
+    assert!(bench.vault.access.current().identity(object_id).is_some());
+    bench.pass(DAY);
+    assert!(bench.vault.access.current().identity(object_id).is_none());
 }

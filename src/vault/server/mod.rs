@@ -267,7 +267,7 @@ fn limit(builder: &mut hyper_util::server::conn::auto::Builder<hyper_util::rt::T
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
 }
 
-/// What is due by the clock: purges, rotations, a new certificate. And what SIGHUP asks for.
+/// What is due by the clock: purges, rotations, identities to forget, a new certificate. And what SIGHUP asks for.
 async fn keep_up(
     vault: Arc<Vault>,
     tls: RustlsConfig,
@@ -287,6 +287,7 @@ async fn keep_up(
         };
         let (vault, certificates) = (Arc::clone(&vault), Arc::clone(&certificates));
         let done = tokio::task::spawn_blocking(move || {
+            vault.forget_due()?;
             vault.purge_due()?;
             vault.rotate_due()?;
             if asked {

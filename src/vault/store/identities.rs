@@ -122,6 +122,12 @@ pub(crate) fn delete_keeping_tokens(
     Ok(())
 }
 
+/// Removes those that were deleted before `then`, when no token of theirs can be good any more;
+/// how many.
+pub(crate) fn forget_deleted(tx: &Transaction<'_>, then: i64) -> rusqlite::Result<usize> {
+    tx.prepare_cached("DELETE FROM identity WHERE deleted < ?1")?.execute([then])
+}
+
 pub(crate) fn set_permissions(
     tx: &Transaction<'_>,
     object_id: &str,
@@ -262,6 +268,9 @@ pub(crate) mod tests {
                 insert(tx, &second)?;
                 assert_eq!(find(tx, "a")?.map(|found| found.object_id), Some("o-second".into()));
                 assert_eq!(list_all(tx)?.len(), 3);
+                assert_eq!(forget_deleted(tx, 5)?, 0);
+                assert_eq!(forget_deleted(tx, 6)?, 1);
+                assert_eq!(list_all(tx)?.len(), 2);
                 Ok::<_, Error>(())
             })
             .unwrap();

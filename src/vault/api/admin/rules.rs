@@ -36,7 +36,7 @@ struct NetworkAcls {
     ip_rules: Option<Vec<IpRule>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Copy, Deserialize)]
 enum Action {
     Allow,
     Deny,
@@ -98,21 +98,26 @@ impl Vault {
                 "A tenant is 1 to 64 letters, digits, dots and dashes.",
             ));
         }
-        let mut network = self.access.current().network.clone();
-        if let Some(switch) = &request.public_network_access {
-            network.public_access = matches!(switch, Switch::Enabled);
-        }
-        if let Some(acls) = &request.network_acls {
-            if let Some(action) = &acls.default_action {
+        let allowed = match request.network_acls.as_ref().and_then(|acls| acls.ip_rules.as_ref()) {
+            None => None,
+            Some(rules) => {
+                let rules: Vec<&str> = rules.iter().map(|rule| rule.value.as_str()).collect();
+                let rules = NetworkRules::parse_allowed(&rules.join(","));
+                Some(rules.map_err(Refusal::bad_parameter)?)
+            }
+        };
+        self.store.write(|tx| {
+            let (_, _, mut network) = settings::load_access(tx)?;
+            if let Some(switch) = &request.public_network_access {
+                network.public_access = matches!(switch, Switch::Enabled);
+            }
+            if let Some(action) = request.network_acls.as_ref().and_then(|acls| acls.default_action)
+            {
                 network.default_allow = matches!(action, Action::Allow);
             }
-            if let Some(rules) = &acls.ip_rules {
-                let rules: Vec<&str> = rules.iter().map(|rule| rule.value.as_str()).collect();
-                network.allowed = NetworkRules::parse_allowed(&rules.join(","))
-                    .map_err(Refusal::bad_parameter)?;
+            if let Some(allowed) = allowed {
+                network.allowed = allowed;
             }
-        }
-        self.store.write(|tx| {
             settings::save_network(tx, &network)?;
             if let Some(roles) = request.enable_rbac_authorization {
                 let model = if roles { AccessModel::Roles } else { AccessModel::Policies };
