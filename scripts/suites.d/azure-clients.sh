@@ -86,7 +86,7 @@ with_names() {
 
 # True if the failure in LOG is that of a network without the registry.
 unreachable_in() {
-    grep -qiE 'NewConnectionError|Temporary failure in name resolution|Could not resolve host|ConnectTimeout|ConnectionError|Network is unreachable|failed to (connect|fetch|download)|SSL_CERT' "$1"
+    grep -qiE 'NewConnectionError|Temporary failure in name resolution|Could not resolve host|ConnectTimeout|ConnectionError|Network is unreachable|Connection refused|Failed to connect to|Timeout was reached' "$1"
 }
 
 clients_python() { # DIR

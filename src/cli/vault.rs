@@ -11,6 +11,7 @@ mod identity;
 mod import;
 mod key;
 mod role;
+mod rotation_policy;
 mod rules;
 mod serve;
 

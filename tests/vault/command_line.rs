@@ -58,6 +58,27 @@ fn keys_from_the_command_line() {
 }
 
 #[test]
+fn a_rotation_policy_is_set_and_shown() {
+    let vault = Vault::new(&[]);
+    let _server = vault.serve();
+    vault.cli_json(&["key", "create", "--name", "kek", "--size", "2048"]);
+    let policy = |args: &[&str]| vault.cli_json(&[&["key", "rotation-policy"], args].concat());
+    let before = policy(&["show", "--name", "kek"]);
+    assert_eq!(before["lifetimeActions"][0]["action"]["type"], "Notify");
+    let set = policy(&["update", "--name", "kek", "--rotate-after", "P90D", "--expires-in", "P1Y"]);
+    assert_eq!(set["lifetimeActions"][0]["trigger"]["timeAfterCreate"], "P90D");
+    assert_eq!(policy(&["show", "--name", "kek"])["attributes"]["expiryTime"], "P1Y");
+    let output = vault.cli(&["key", "rotation-policy", "show", "--name", "kek"]);
+    assert!(text(&output.stdout).contains("P90D after creation"), "{}", text(&output.stdout));
+    let off = policy(&["update", "--name", "kek"]);
+    assert_eq!(off["lifetimeActions"].as_array().unwrap().len(), 0);
+    for bad in [&["--rotate-after", "soon"][..], &["--rotate-before-expiry", "P30D"]] {
+        let args = [&["key", "rotation-policy", "update", "--name", "kek"], bad].concat();
+        assert_eq!(failed(&vault, &args).0, 2, "{bad:?}");
+    }
+}
+
+#[test]
 fn a_purged_key_comes_back_from_its_backup() {
     let vault = Vault::new(&["--no-purge-protection"]);
     let _server = vault.serve();

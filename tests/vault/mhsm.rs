@@ -80,6 +80,9 @@ fn symmetric_keys_wrap_rotate_and_come_back_from_a_backup() {
         assert_eq!(create(bad.clone()).status, 400, "{bad}");
     }
     create(json!({ "kty": "RSA-HSM", "key_size": 2048 })).ok();
+    let jwk: Value = serde_json::from_str(include_str!("imported.jwk.json")).unwrap();
+    let imported = server.call(&admin, "PUT", "/keys/imported", json!({ "key": jwk })).ok();
+    assert_eq!(imported["key"]["kty"], "RSA-HSM");
     let made = vault.cli_json(&["key", "create", "--name", "aes", "--kty", "oct-HSM"]);
     assert_eq!(made["key"]["kty"], "oct-HSM");
     let sign = json!({ "alg": "RS256", "value": b64(&[1; 32]) });

@@ -190,3 +190,30 @@ fn a_whole_vault_comes_back_from_its_backup_and_root_key() {
     assert_eq!(opened["value"], b64(&[7; 32]).as_str());
     server.create_key(&server.admin(), "new");
 }
+
+#[test]
+fn backups_and_changes_do_not_get_into_each_others_way() {
+    let vault = Vault::new(&[]);
+    let server = vault.serve();
+    let admin = server.admin();
+    server.create_key(&admin, "kek");
+    let elsewhere = tempfile::tempdir().unwrap();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let changes = scope.spawn(|| {
+            let mut changes = 0;
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                let body = json!({ "tags": { "change": changes.to_string() } });
+                server.call(&admin, "PATCH", "/keys/kek", body).ok();
+                changes += 1;
+            }
+            changes
+        });
+        for number in 0..5 {
+            let file = elsewhere.path().join(number.to_string());
+            vault.cli_json(&["backup", "--file", file.to_str().unwrap()]);
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(changes.join().unwrap() > 0);
+    });
+}

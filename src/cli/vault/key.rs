@@ -12,6 +12,7 @@ use time::format_description::well_known::Rfc3339;
 
 use super::client::Client;
 use super::import;
+use super::rotation_policy;
 use super::{Target, checked_name, date, unexpected};
 use crate::cli::output;
 use crate::error::{Context, Error, Result};
@@ -47,6 +48,8 @@ enum KeyVerb {
     Purge(NameArgs),
     /// Create a new version like the newest one
     Rotate(NameArgs),
+    /// When new versions are made by themselves, and how long a version lives
+    RotationPolicy(rotation_policy::PolicyArgs),
     /// Write a key with all of its versions to a file that only this vault can read
     Backup(BackupArgs),
     /// Bring a purged key back from its backup
@@ -271,6 +274,7 @@ pub(super) fn run(args: KeyArgs) -> Result<()> {
             let path = format!("/keys/{}/rotate", args.name);
             show_kid(args.target.json, &client.post(&path, &json!({}))?)
         }
+        KeyVerb::RotationPolicy(args) => rotation_policy::run(args),
         KeyVerb::Backup(args) => backup(args),
         KeyVerb::Restore(args) => restore(args),
         KeyVerb::Import(args) => import::run(args),

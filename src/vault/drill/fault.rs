@@ -260,6 +260,14 @@ mod tests {
     }
 
     #[test]
+    fn every_fault_is_in_the_manual() {
+        let manual = include_str!("../../../docs/VAULT.md");
+        for kind in FaultKind::ALL {
+            assert!(manual.contains(&format!("`{}`", kind.name())), "{}", kind.name());
+        }
+    }
+
+    #[test]
     fn names_are_distinct_and_nonsense_is_refused() {
         use serde_json::json;
         for kind in FaultKind::ALL {
