@@ -45,6 +45,10 @@ impl LoginRoute {
         let lower = path.to_ascii_lowercase();
         let segments: Vec<&str> = lower.trim_matches('/').split('/').collect();
         let (&tenant, rest) = segments.split_first()?;
+        // The other routes' own beginnings are nobody's tenant.
+        if matches!(tenant, "keys" | "deletedkeys" | "rng" | "byokfs") {
+            return None;
+        }
         let kind = match rest {
             ["oauth2", "token"] => LoginKind::TokenV1,
             ["oauth2", "v2.0", "token"] => LoginKind::TokenV2,
@@ -440,7 +444,14 @@ mod tests {
         let configuration = Some(LoginKind::Configuration);
         assert_eq!(kind("/t1/v2.0/.well-known/openid-configuration"), configuration);
         assert_eq!(kind("/t1/discovery/v2.0/keys"), Some(LoginKind::Keys));
-        for path in ["/", "/keys", "/keys/kek", "/keys/kek/wrapkey", "/oauth2/v2.0/token"] {
+        for path in [
+            "/",
+            "/keys",
+            "/keys/kek/wrapkey",
+            "/keys/oauth2/token",
+            "/Keys/discovery/keys",
+            "/oauth2/v2.0/token",
+        ] {
             assert_eq!(kind(path), None, "{path}");
         }
         assert_eq!(LoginRoute::parse("/T1/oauth2/token").unwrap().tenant, "t1");

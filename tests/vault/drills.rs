@@ -334,3 +334,14 @@ fn identity_and_token_endpoints_have_their_faults() {
         );
     }
 }
+
+#[test]
+fn a_vault_that_has_disappeared_still_stops() {
+    let Stage { vault, server, .. } = Stage::new();
+    fault(&vault, &["refuse-connections"]);
+    assert_eq!(server.stop(), Some(0));
+    // And starts again without its faults.
+    let server = vault.serve_with(&["--drills"]);
+    server.call(&server.admin(), "GET", "/keys", Value::Null).ok();
+    assert!(vault.cli_json(&["fault", "list"]).as_array().unwrap().is_empty());
+}

@@ -23,6 +23,7 @@ from azure.core.exceptions import (
 from azure.identity import (
     CertificateCredential,
     ClientSecretCredential,
+    EnvironmentCredential,
     ManagedIdentityCredential,
     WorkloadIdentityCredential,
 )
@@ -263,6 +264,30 @@ class Credentials(unittest.TestCase):
             self.assertIn(number, refused.exception.message)
         with self.assertRaises(ClientAuthenticationError):
             self.works(self.secret_credential(secret, tenant="nowhere"))
+
+    def test_the_environment(self):
+        byokfs("identity", "add-secret", "app", "--secret-file", self.path("environment"))
+        with open(self.path("environment"), encoding="ascii") as file:
+            secret = file.read()
+        names = {
+            "AZURE_TENANT_ID": self.tenant, "AZURE_CLIENT_ID": self.client_id, "AZURE_CLIENT_SECRET": secret,
+        }
+        os.environ.update(names)
+        try:
+            self.works(EnvironmentCredential(authority=AUTHORITY, disable_instance_discovery=True))
+        finally:
+            for name in names:
+                del os.environ[name]
+
+    def test_the_challenge_is_verified(self):
+        by_address = f"https://127.0.0.1:{VAULT.rsplit(':', 1)[1]}"
+        credential = managed_identity("officer")
+        with self.assertRaises(ValueError) as refused:
+            KeyClient(by_address, credential).get_key("any")
+        self.assertIn("does not match the requested domain", str(refused.exception))
+        trusting = KeyClient(by_address, credential, verify_challenge_resource=False)
+        trusting.create_rsa_key("address", size=2048)
+        self.assertTrue(trusting.get_key("address").id.startswith(by_address))
 
     def test_workload_identity(self):
         private = rsa.generate_private_key(65537, 2048)
