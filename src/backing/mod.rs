@@ -36,10 +36,17 @@ pub enum FileKind {
 }
 
 /// Seconds and nanoseconds since the epoch; negative seconds are before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Timestamp {
     pub sec: i64,
     pub nsec: u32,
+}
+
+/// The time of day.
+pub fn now() -> Timestamp {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let since = now.unwrap_or_default();
+    Timestamp { sec: i64::try_from(since.as_secs()).unwrap_or(0), nsec: since.subsec_nanos() }
 }
 
 /// `stat(2)` of a backing inode: `size` and `blocks` are the disk's, not the plaintext's.

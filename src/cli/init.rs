@@ -58,7 +58,7 @@ pub(super) fn run(args: InitArgs) -> Result<()> {
             kek_next: None,
         }]),
     };
-    let options = FormatOptions { plaintext_names: args.plaintext_names };
+    let options = FormatOptions { plaintext_names: args.plaintext_names, log_size: args.log_size };
     let (uuid, pin_path) = place.fill(&config, &enrolment, &pin, options)?;
     tell_audit(&config, &uuid, &place.path, &enrolment.info.kid);
     output::line(&format!("volume {uuid} in {}", place.path.display()))?;

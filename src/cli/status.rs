@@ -47,9 +47,28 @@ pub(super) fn render(status: &Value) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(text, "{:<18} {value}", format!("{label}:"));
     }
+    if let Some(log) = status["log"].as_object() {
+        let _ = writeln!(text, "{:<18} {}", "log:", describe_log(log));
+    }
     if let Some(counters) = status["counters"].as_object() {
         for (name, value) in counters {
             let _ = writeln!(text, "{:<18} {value}", format!("{}:", name.replace('_', " ")));
+        }
+    }
+    text
+}
+
+/// How full it is, and what is wrong with it.
+fn describe_log(log: &Map<String, Value>) -> String {
+    let number = |field: &str| log.get(field).and_then(Value::as_u64).unwrap_or(0);
+    let percent = (number("used") * 100).checked_div(number("capacity")).unwrap_or(0);
+    let mut text = format!("{percent}% full, {} files to bring home", number("dirty_files"));
+    for (field, what) in [
+        ("failure", "FAILED, the volume is read-only until it is mounted again"),
+        ("checkpoint_failure", "the last checkpoint failed"),
+    ] {
+        if let Some(reason) = log.get(field).and_then(Value::as_str) {
+            let _ = write!(text, "; {what}: {reason}");
         }
     }
     text
@@ -72,7 +91,9 @@ mod tests {
         let status = json!({
             "state": "Inaccessible", "reason": "KeyDisabled", "since": "2026-01-02T03:04:05Z",
             "last_success": null, "pid": 7,
-            "last_probe": {"at": "2026-01-02T03:04:05Z", "result": "Revoked", "reason": null}, "counters": {"integrity_failures": 2},
+            "last_probe": {"at": "2026-01-02T03:04:05Z", "result": "Revoked", "reason": null},
+            "log": {"used": 5, "capacity": 20, "dirty_files": 3, "failure": "log.hot: no", "checkpoint_failure": null},
+            "counters": {"integrity_failures": 2},
         });
         assert_eq!(
             render(&status),
@@ -81,6 +102,7 @@ mod tests {
              since:             2026-01-02T03:04:05Z\n\
              last probe:        2026-01-02T03:04:05Z, Revoked\n\
              daemon:            7\n\
+             log:               25% full, 3 files to bring home; FAILED, the volume is read-only until it is mounted again: log.hot: no\n\
              integrity failures: 2\n"
         );
     }

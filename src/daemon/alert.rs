@@ -45,8 +45,13 @@ fn is_alert(name: Name) -> bool {
         | Name::KekRotated
         | Name::KeyForgotten
         | Name::IntegrityFailure
+        | Name::LogFailed
         | Name::UnmountRefused => true,
-        Name::VolumeCreated | Name::Fence | Name::FenceStep | Name::DekRotated => false,
+        Name::VolumeCreated
+        | Name::Recovered
+        | Name::Fence
+        | Name::FenceStep
+        | Name::DekRotated => false,
     }
 }
 

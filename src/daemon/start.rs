@@ -48,7 +48,7 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 /// For the alert of the unmount to be sent.
 const ALERTS_LIMIT: Duration = Duration::from_secs(5);
 /// How long a mount waits for the daemon of the one before it.
-const PREDECESSOR_LIMIT: Duration = Duration::from_secs(10);
+const PREDECESSOR_LIMIT: Duration = Duration::from_secs(60);
 
 /// Runs the daemon of the plan on standard input; returns when its mount is gone.
 pub fn run() -> Result<()> {
@@ -169,11 +169,13 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
         watcher: OnceLock::new(),
         mount: OnceLock::new(),
         guard: AtomicI32::new(parent()),
+        recovery: OnceLock::new(),
     });
     match revalidated {
         Some(revalidated) => {
             watcher.admit(revalidated)?;
             volume.confirm(&kid);
+            recover(&volume)?;
         }
         None => volume.cut_off.start_shut(Reason::NotConfirmed),
     }
@@ -181,6 +183,33 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
         log::error!("started twice");
     }
     Ok(volume)
+}
+
+/// When the gate is open for the first time. Says what there was to recover.
+pub(super) fn recover(volume: &Volume) -> Result<()> {
+    let recovery = volume.store.recover()?;
+    if volume.recovery.set(recovery.clone()).is_err() {
+        return Ok(());
+    }
+    if recovery.records > 0 || recovery.incomplete > 0 || recovery.of_removed_files > 0 {
+        log::info!(
+            "recovered: {} changes of {} files, in {:.1} s",
+            recovery.records,
+            recovery.files,
+            recovery.duration.as_secs_f64()
+        );
+        let event = Event::new(Name::Recovered)
+            .with("records", recovery.records)
+            .with("files", recovery.files)
+            .with("records_of_removed_files", recovery.of_removed_files)
+            .with("records_incomplete", recovery.incomplete)
+            .with("milliseconds", u64::try_from(recovery.duration.as_millis()).unwrap_or(u64::MAX));
+        emit(event.status(Status::Succeeded));
+    }
+    volume.store.start_background(|reason| {
+        notify::status(&format!("read-only: {reason}"));
+        emit(Event::new(Name::LogFailed).with("error", reason));
+    })
 }
 
 /// umount(8) returns when the mount is gone, a moment before its daemon has ended: the one who

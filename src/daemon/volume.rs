@@ -14,7 +14,7 @@ use super::pins::{self, Standing};
 use super::plan::Plan;
 use super::{hex, notify, rotation, settings, users};
 use crate::backing::{Backing, NodeRef};
-use crate::error::{Error, FsError, Kind, Result};
+use crate::error::{Error, FsError, FsResult, Kind, Result};
 use crate::fuse;
 use crate::key::custody::{self, Refusal};
 use crate::key::envelope::Envelope;
@@ -24,7 +24,7 @@ use crate::key::reason::Reason;
 use crate::key::requirement::Report;
 use crate::key::watcher::{self, CutOffOrder, Handler, Notice, Watcher};
 use crate::observe::audit::{self, Event, Name, Status, emit, timestamp};
-use crate::store::{Store, VolumeInfo};
+use crate::store::{LogStatus, Recovery, Store, VolumeInfo};
 use crate::vfs::{AuditSink, IntegrityEvent};
 
 /// For the full check of a key, which is several calls.
@@ -80,6 +80,8 @@ pub struct Volume {
     pub mount: OnceLock<Mount>,
     /// Process id of the guard.
     pub guard: AtomicI32,
+    /// What the mount found in the log.
+    pub recovery: OnceLock<Recovery>,
 }
 
 impl Volume {
@@ -103,9 +105,17 @@ impl Volume {
                 self.rotate(&rotation::Order { to, algorithm, rekey, followed: false })
             }
             Verb::ForgetKey { kid, no_copies } => self.forget_key(&kid, no_copies),
-            Verb::Sync => self.store.sync_all().map_err(sync_error).map(|()| Value::Null),
+            Verb::Sync => self.sync().map_err(sync_error).map(|()| Value::Null),
             Verb::Umount => self.unmount().map(|()| Value::Null),
         }
+    }
+
+    /// Everything is durable afterwards and, unless the keys are gone, home.
+    fn sync(&self) -> FsResult<()> {
+        if self.gate.check().is_ok() {
+            self.store.checkpoint()?;
+        }
+        self.store.sync_all()
     }
 
     fn watcher(&self) -> Result<&Arc<Watcher>> {
@@ -129,6 +139,12 @@ impl Volume {
         };
         if let Some(error) = in_use() {
             return Err(error);
+        }
+        // Most of what has to go home goes now: nobody waits for it after the unmount.
+        if self.gate.check().is_ok()
+            && let Err(error) = self.store.checkpoint()
+        {
+            log::warn!("not everything went home before the unmount: {error}");
         }
         match mount.session.unmount(false) {
             // Somebody came between the look and the unmount.
@@ -291,6 +307,7 @@ impl Volume {
             let watcher = self.watcher()?;
             watcher.replace_envelope(envelope, provider);
             watcher.admit(revalidated)?;
+            super::start::recover(self)?;
         }
         self.confirm(&kid);
         Ok(report)
@@ -334,6 +351,8 @@ impl Volume {
             "fence": self.plan.config.fence.enabled,
             "pid": std::process::id(),
             "guard_pid": self.guard.load(Ordering::Relaxed),
+            "log": self.store.log_status().as_ref().map(log_json),
+            "recovery": self.recovery.get().map(recovery_json),
             "counters": {
                 "epochs": gate.epoch,
                 "failed_probes": status.failures,
@@ -344,6 +363,13 @@ impl Volume {
 
     /// Ends the keys' life in this process, after the mount is gone or never was.
     pub fn close(&self) -> Result<()> {
+        // So that the next mount, and whoever copies the volume, finds the log empty. What cannot go
+        // home now is in it.
+        if self.gate.check().is_ok()
+            && let Err(error) = self.store.checkpoint()
+        {
+            log::warn!("the log keeps what the next mount will bring home: {error}");
+        }
         if let Some(watcher) = self.watcher.get() {
             watcher.stop();
         }
@@ -404,6 +430,27 @@ fn probe_json(probe: &watcher::ProbeReport) -> Value {
         "result": probe.result,
         "reason": probe.reason.map(Reason::name),
         "detail": probe.detail,
+    })
+}
+
+fn log_json(log: &LogStatus) -> Value {
+    json!({
+        "used": log.used,
+        "capacity": log.capacity,
+        "dirty_files": log.dirty_files,
+        "checkpoints": log.checkpoints,
+        "failure": log.poisoned,
+        "checkpoint_failure": log.checkpoint_failure,
+    })
+}
+
+fn recovery_json(recovery: &Recovery) -> Value {
+    json!({
+        "records": recovery.records,
+        "files": recovery.files,
+        "records_of_removed_files": recovery.of_removed_files,
+        "records_incomplete": recovery.incomplete,
+        "milliseconds": u64::try_from(recovery.duration.as_millis()).unwrap_or(u64::MAX),
     })
 }
 

@@ -32,6 +32,10 @@ pub enum Name {
     VolumeCreated,
     VolumeMounted,
     VolumeUnmounted,
+    /// A mount found changes in the log that no checkpoint had brought home.
+    Recovered,
+    /// A write or flush of the log failed: the volume is read-only until it is mounted again.
+    LogFailed,
     /// The volume is being cut off, or was.
     MakeInaccessible,
     /// The volume is being brought back, or was.
@@ -69,6 +73,8 @@ impl Name {
             Name::VolumeCreated => "VolumeCreated",
             Name::VolumeMounted => "VolumeMounted",
             Name::VolumeUnmounted => "VolumeUnmounted",
+            Name::Recovered => "Recovered",
+            Name::LogFailed => "LogFailed",
             Name::MakeInaccessible => "MakeInaccessible",
             Name::MakeAccessible => "MakeAccessible",
             Name::Fence => "Fence",

@@ -19,7 +19,7 @@ const AAD_LEN: usize = 32;
 
 fn aad(file: &[u8; 16], dek_slot: u16, block: u64) -> [u8; AAD_LEN] {
     let mut aad = [0; AAD_LEN];
-    aad[..4].copy_from_slice(b"BKB0");
+    aad[..4].copy_from_slice(b"BKB1");
     aad[4..6].copy_from_slice(&dek_slot.to_le_bytes());
     aad[8..24].copy_from_slice(file);
     aad[24..].copy_from_slice(&block.to_le_bytes());

@@ -1,13 +1,17 @@
-//! One plaintext file over its backing file.
+//! One plaintext file over its backing file, its home, and the log.
 //!
-//! Order of writes: data, tag sectors, generation sectors, header; each handed to the kernel
-//! before the call returns. What a later write in that order has not reached does not count: a
-//! group without a generation is holes, and nothing at or past the size in the header exists,
-//! whatever tag entries say. So whoever makes bytes past the old size readable without writing
-//! them clears them first.
+//! A change is logged before it counts ([`change`]), lies in an [`overlay`] over what the disk has,
+//! and goes home with the next [`checkpoint`]. At home the order is: data and tag pages, flushed;
+//! generation pages of new regions, flushed; the other generation pages and the header, flushed; and
+//! only then is the log's space used again. So a home file at any instant is an older state of the
+//! file, or a mix of one with the states that the log holds: what the log holds is put over it.
 //!
-//! Locks, in this order: a range of groups, then `meta` (header and generation pages).
+//! Locks, in this order: a range of groups, then `state`. Nobody who holds a range waits for room
+//! in the log.
 
+mod change;
+mod checkpoint;
+mod overlay;
 mod pages;
 mod read;
 mod resize;
@@ -15,18 +19,23 @@ mod seek;
 mod space;
 mod write;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
+use self::change::Change;
+pub(super) use self::checkpoint::Snapshot;
+use self::overlay::State;
+pub use self::overlay::Times;
 use super::Shared;
 use super::header::Header;
+use super::intent_log::{Kind, Log, Record, STREAMS, Stream};
 use super::keys::{FileKeys, hex};
 use super::layout::{BLOCK, HEADERS_LEN, blocks_for, group_of, region_of_group};
 use super::range_lock::RangeLock;
-use crate::backing::{FileRef, NodeId};
+use crate::backing::{FileRef, NodeId, Timestamp};
 use crate::error::{FsError, FsResult};
 
 /// When a write is acknowledged.
@@ -52,19 +61,26 @@ pub struct WriteMode {
 #[derive(Debug)]
 pub struct File {
     shared: Arc<Shared>,
+    me: Weak<File>,
     backing: FileRef,
     node: NodeId,
     keys: FileKeys,
     /// Names this file's pages in the cache. A new number forgets them all.
     cache_id: AtomicU64,
     locks: RangeLock,
-    meta: Mutex<Header>,
-    /// That of `meta`; changed only with the groups from the smaller size on locked.
+    state: Mutex<State>,
+    /// Nothing is dirty and no checkpoint runs: the disk is all there is.
+    clean: AtomicBool,
+    /// That of the header in `state`.
     size: AtomicU64,
     /// Nothing of this file is known to be on stable storage yet, not even its inode.
     unsynced: AtomicBool,
-    /// A write-back failed: what is on the disk is no longer known.
+    /// A write-back of the inode failed: what is on the disk is no longer known.
     failed: AtomicBool,
+    /// An unfinished checkpoint may have left tag pages that are newer than the rest.
+    recovering: AtomicBool,
+    /// Writes since somebody last waited for the disk.
+    since_sync: AtomicU64,
 }
 
 impl File {
@@ -77,16 +93,43 @@ impl File {
     ) -> File {
         File {
             keys: FileKeys::of(&header),
+            me: Weak::new(),
             cache_id: AtomicU64::new(shared.next_cache_id()),
             locks: RangeLock::default(),
             size: AtomicU64::new(header.size),
-            meta: Mutex::new(header),
+            state: Mutex::new(State::new(header)),
+            clean: AtomicBool::new(true),
             unsynced: AtomicBool::new(unsynced),
             failed: AtomicBool::new(false),
+            recovering: AtomicBool::new(false),
+            since_sync: AtomicU64::new(u64::MAX / 2),
             shared,
             backing,
             node,
         }
+    }
+
+    /// To be called before anyone else has it.
+    pub(super) fn set_me(&mut self, me: Weak<File>) {
+        self.me = me;
+    }
+
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    pub(super) fn keys(&self) -> &FileKeys {
+        &self.keys
+    }
+
+    /// The lowest seqs that anything of this file may need; None where the log has nothing of it.
+    pub(super) fn first(&self) -> Option<[u64; STREAMS]> {
+        self.state.lock().first()
+    }
+
+    /// A checkpoint is at work on it.
+    pub(super) fn is_in_flight(&self) -> bool {
+        self.state.lock().inflight.is_some()
     }
 
     pub fn size(&self) -> u64 {
@@ -103,23 +146,107 @@ impl File {
 
     /// Allocated space in units of 512 bytes, without what the format adds.
     pub fn blocks512(&self) -> FsResult<u64> {
-        Ok(plain_blocks(self.backing.metadata()?.blocks, self.size()))
+        let blocks = self.backing.metadata()?.blocks.saturating_sub(self.freed512());
+        Ok(plain_blocks(blocks, self.size()))
     }
 
-    /// `data_only` is fdatasync: the size counts as data. A failure is final, as it is for the
-    /// kernel: what did not reach the disk may be gone from its cache too.
-    pub fn sync(&self, data_only: bool) -> FsResult<()> {
-        self.check_usable()?;
-        let first = self.unsynced.load(Ordering::Acquire);
-        let done =
-            if data_only && !first { self.backing.sync_data() } else { self.backing.sync_all() };
-        if let Err(error) = done {
-            return Err(self.fail(error));
+    /// What of the backing file's space, in units of 512 bytes, the next checkpoint gives back.
+    pub(super) fn freed512(&self) -> u64 {
+        self.state.lock().freed / 512
+    }
+
+    /// The times to be shown while they are not those of the backing file.
+    pub fn times(&self) -> Option<Times> {
+        self.state.lock().times
+    }
+
+    /// Something else than the content was changed.
+    pub(super) fn touch(&self, mtime: Option<Timestamp>) -> FsResult<()> {
+        let dirty = {
+            let mut state = self.state.lock();
+            if let Some(times) = &mut state.times {
+                times.ctime = crate::backing::now();
+            }
+            state.times.is_some()
+        };
+        match mtime {
+            // Otherwise recovery would bring the older one back.
+            Some(mtime) if dirty => {
+                let room = self.shared.reserve(Stream::Hot, change::room_for(0))?;
+                let _guard = self.locks.shared(0..=0);
+                let mut change = Change::new(self, Kind::Times);
+                change.set_mtime(mtime);
+                change.commit(room).map(drop)
+            }
+            _ => Ok(()),
         }
-        if first {
-            self.unsynced.store(false, Ordering::Release);
+    }
+
+    /// Nothing of the file, perhaps not even its name, has been made durable.
+    pub fn is_unsynced(&self) -> bool {
+        self.unsynced.load(Ordering::Acquire)
+    }
+
+    /// What was written is on stable storage afterwards; with `attributes`, those of the backing
+    /// file are too. A failure is final.
+    pub fn sync(&self, attributes: bool) -> FsResult<()> {
+        self.check_usable()?;
+        self.since_sync.store(0, Ordering::Relaxed);
+        let first = self.is_unsynced();
+        if first || attributes {
+            if let Err(error) = self.backing.sync_all() {
+                return Err(self.fail(error));
+            }
+            if first {
+                self.unsynced.store(false, Ordering::Release);
+            }
+        }
+        if self.shared.read_only {
+            return Ok(());
+        }
+        let last = self.state.lock().last;
+        let log = self.shared.log()?;
+        for stream in [Stream::Bulk, Stream::Hot] {
+            if last[stream as usize] > 0 {
+                log.flush_through(stream, last[stream as usize])?;
+            }
         }
         Ok(())
+    }
+
+    /// Puts a record of the log into force, at recovery.
+    pub(super) fn replay(&self, record: &Record) -> FsResult<()> {
+        self.recovering.store(true, Ordering::Release);
+        Change::of_record(self, record)?.replay(record, self.shared.read_only)
+    }
+
+    /// Notes, before a record is appended, that from here on the log holds something of this file.
+    fn about_to_log(&self, log: &Log) {
+        let mut state = self.state.lock();
+        if state.dirty.first.is_none() {
+            state.dirty.first = Some(log.next_seqs());
+            drop(state);
+            if let Some(me) = self.me.upgrade() {
+                self.shared.dirty.add(me);
+            }
+        }
+    }
+
+    /// The last record of this file in the other stream.
+    fn last_of_other(&self, stream: Stream) -> u64 {
+        self.state.lock().last[(stream as usize + 1) % STREAMS]
+    }
+
+    fn set_shown_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
+    }
+
+    fn set_clean(&self, clean: bool) {
+        self.clean.store(clean, Ordering::Release);
+    }
+
+    fn is_clean(&self) -> bool {
+        self.clean.load(Ordering::Acquire)
     }
 
     fn check_usable(&self) -> FsResult<()> {
@@ -147,32 +274,6 @@ impl File {
     /// Forgets every cached page. No request may be in the groups concerned.
     fn forget_pages(&self) {
         self.cache_id.store(self.shared.next_cache_id(), Ordering::Release);
-    }
-
-    /// Writes the header with `change` made to it; on an error the old one stays in force.
-    fn update_header(&self, meta: &mut Header, change: impl FnOnce(&mut Header)) -> FsResult<()> {
-        let mut next = meta.clone();
-        change(&mut next);
-        next.generation += 1;
-        write_header(&self.shared, &self.backing, &next)?;
-        *meta = next;
-        Ok(())
-    }
-
-    /// Makes `size` the size. The groups from the smaller size on are locked.
-    fn set_size(&self, size: u64) -> FsResult<()> {
-        let mut meta = self.meta.lock();
-        if meta.size != size {
-            self.update_header(&mut meta, |header| {
-                if size < header.size {
-                    let kept = if size == 0 { 0 } else { region_of_group(group_of(size - 1)) + 1 };
-                    header.drop_regions_from(kept);
-                }
-                header.size = size;
-            })?;
-        }
-        self.size.store(size, Ordering::Release);
-        Ok(())
     }
 }
 

@@ -12,7 +12,7 @@ use crate::crypto::wrap::WRAPPED_LEN;
 
 pub(super) const RECORD_LEN: usize = 512;
 const MAGIC: &[u8; 8] = b"BYOKFILE";
-const DOMAIN: &[u8; 16] = b"byokfs header 0\0";
+const DOMAIN: &[u8; 16] = b"byokfs header 1\0";
 pub(super) const DEK_SLOTS: usize = 4;
 const MAX_RUNS: usize = 8;
 

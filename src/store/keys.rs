@@ -1,7 +1,8 @@
 //! Keys of files, derived while a lease is held and kept, bounded, until the gate is wiped.
 //!
 //! ```text
-//! volume key -> header, volume, session and pending MAC keys       one each
+//! volume key -> header, volume, session table and log anchor MAC keys   one each
+//!            -> log key of one session                             KDF(volume key, label, salt)
 //!            -> wraps of a file's DEKs and of its MAC key          KDF(volume key, label, file id)
 //! DEK        -> block key of one session                           KDF(DEK, salt, file id)
 //! ```
@@ -16,7 +17,9 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
+use super::Session;
 use super::header::Header;
+use super::intent_log::SessionKey;
 use super::session::Salt;
 use crate::crypto::aead::BlockCipher;
 use crate::crypto::mac::MacKey;
@@ -25,13 +28,14 @@ use crate::crypto::{kdf, wrap};
 use crate::error::{Error, FsError, FsResult, Result};
 use crate::key::gate::{Keyring, Lease};
 
-const LABEL_VOLUME: &str = "byokfs volume mac v0";
-const LABEL_SESSIONS: &str = "byokfs session table mac v0";
-const LABEL_HEADER: &str = "byokfs file header mac v0";
-const LABEL_PENDING: &str = "byokfs pending write mac v0";
-const LABEL_DEK_WRAP: &str = "byokfs dek wrap v0";
-const LABEL_MAC_WRAP: &str = "byokfs file mac wrap v0";
-const LABEL_BLOCK: &str = "byokfs block key v0";
+const LABEL_VOLUME: &str = "byokfs volume mac v1";
+const LABEL_SESSIONS: &str = "byokfs session table mac v1";
+const LABEL_HEADER: &str = "byokfs file header mac v1";
+const LABEL_ANCHOR: &str = "byokfs log anchor mac v1";
+const LABEL_LOG: &str = "byokfs log record mac v1";
+const LABEL_DEK_WRAP: &str = "byokfs dek wrap v1";
+const LABEL_MAC_WRAP: &str = "byokfs file mac wrap v1";
+const LABEL_BLOCK: &str = "byokfs block key v1";
 
 /// Block keys kept; each takes 1 KiB of locked memory.
 const MAX_CIPHERS: usize = 4096;
@@ -48,8 +52,13 @@ pub(super) fn sessions_mac(keyring: &Keyring) -> Result<MacKey> {
     MacKey::new(&keyring.derive(LABEL_SESSIONS, &[])?)
 }
 
-pub(super) fn pending_mac(keyring: &Keyring) -> Result<MacKey> {
-    MacKey::new(&keyring.derive(LABEL_PENDING, &[])?)
+pub(super) fn anchor_mac(keyring: &Keyring) -> Result<MacKey> {
+    MacKey::new(&keyring.derive(LABEL_ANCHOR, &[])?)
+}
+
+/// Of the records of the session with this salt.
+pub(super) fn log_mac(keyring: &Keyring, salt: &Salt) -> Result<MacKey> {
+    MacKey::new(&keyring.derive(LABEL_LOG, salt)?)
 }
 
 /// A new key of a file, wrapped, for its header.
@@ -107,7 +116,8 @@ impl<K: Eq + Hash + Copy, V> Bounded<K, V> {
 struct Derived {
     epoch: u64,
     header: Option<Arc<MacKey>>,
-    pending: Option<Arc<MacKey>>,
+    anchor: Option<Arc<MacKey>>,
+    log: Option<SessionKey>,
     macs: Bounded<FileId, MacKey>,
     ciphers: Bounded<(FileId, u16, u32), BlockCipher>,
 }
@@ -117,7 +127,8 @@ impl Derived {
         Derived {
             epoch,
             header: None,
-            pending: None,
+            anchor: None,
+            log: None,
             macs: Bounded::new(MAX_MACS),
             ciphers: Bounded::new(MAX_CIPHERS),
         }
@@ -173,12 +184,29 @@ impl Keys {
         Ok(self.keep(lease, key, |derived, key| derived.header = Some(key)))
     }
 
-    pub(super) fn pending_mac(&self, lease: &Lease<'_>) -> FsResult<Arc<MacKey>> {
-        if let Some(key) = self.cached(lease, |derived| derived.pending.clone()) {
+    pub(super) fn anchor_mac(&self, lease: &Lease<'_>) -> FsResult<Arc<MacKey>> {
+        if let Some(key) = self.cached(lease, |derived| derived.anchor.clone()) {
             return Ok(key);
         }
-        let key = pending_mac(lease.keyring()).map_err(no_memory)?;
-        Ok(self.keep(lease, key, |derived, key| derived.pending = Some(key)))
+        let key = anchor_mac(lease.keyring()).map_err(no_memory)?;
+        Ok(self.keep(lease, key, |derived, key| derived.anchor = Some(key)))
+    }
+
+    /// The key of the records that this session appends.
+    pub(super) fn log_key(&self, lease: &Lease<'_>, session: &Session) -> FsResult<SessionKey> {
+        let number = session.counter.session();
+        let same = |key: &SessionKey| key.session == number;
+        let known = self.cached(lease, |derived| {
+            derived.log.as_ref().filter(|key| same(key)).map(|key| key.key.clone())
+        });
+        if let Some(key) = known {
+            return Ok(SessionKey { session: number, key });
+        }
+        let key = log_mac(lease.keyring(), &session.salt).map_err(no_memory)?;
+        let key = self.keep(lease, key, |derived, key| {
+            derived.log = Some(SessionKey { session: number, key });
+        });
+        Ok(SessionKey { session: number, key })
     }
 
     /// The key of a file's tag and generation sectors.

@@ -5,50 +5,55 @@
 //! It sees keys only through the leases of the gate, and holds one only while a cipher works,
 //! never across I/O.
 //!
-//! Preview: there is no intent log yet. Killing the daemon loses nothing acknowledged; a power cut
-//! may leave blocks that do not match their tags.
+//! Every change goes through the [`intent_log`]: what is acknowledged survives the daemon, and, from
+//! the flush on that was asked for, a power cut. [`recovery`] puts what the log holds back into
+//! force; the [`checkpointer`] brings it to the files.
 
 mod block;
 mod cache;
+mod checkpointer;
 mod file;
 mod header;
 pub mod intent_log;
 mod keys;
 mod layout;
 mod page;
-mod pending;
 mod range_lock;
+mod recovery;
 mod registry;
 mod session;
+mod times;
 mod volume;
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
 
-pub use file::{Durability, File, WriteMode};
+pub use file::{Durability, File, Times, WriteMode};
 pub use layout::{BLOCK_LEN, MAX_SIZE};
+pub use recovery::Recovery;
 
 use self::cache::{BufferPool, PageCache};
+use self::checkpointer::{Background, Checkpointer, DirtyFiles};
 use self::header::{DekSlot, Header, HeaderError};
+use self::intent_log::{Log, Size as LogSize};
 use self::keys::{Keys, hex};
 use self::layout::HEADERS_LEN;
-use self::pending::Pending;
 use self::registry::Registry;
 use self::session::{Salt, SessionTable};
+use self::times::SettledTimes;
 use self::volume::VolumeHeader;
-use crate::backing::{Access, Backing, FileKind, FileRef, NodeId, NodeRef};
+use crate::backing::{Access, Backing, FileKind, FileRef, Metadata, NodeId, NodeRef, Timestamp};
 use crate::crypto::nonce::Counter;
 use crate::crypto::random;
 use crate::error::{Context, Error, FsError, FsResult, Kind, Result};
 use crate::key::gate::{Gate, Keyring, Wipe};
 
-/// 0 is the preview: the format is not frozen yet.
-pub const FORMAT_VERSION: u32 = 0;
+pub const FORMAT_VERSION: u32 = 1;
 /// Names are stored as they are, not encrypted. Reserved: this version makes and opens no such
 /// volume.
 pub const FEATURE_PLAINTEXT_NAMES: u64 = 1 << 0;
@@ -75,6 +80,28 @@ pub struct VolumeInfo {
 pub struct FormatOptions {
     /// File names go to the disk as they are.
     pub plaintext_names: bool,
+    /// Bytes of the intent log in all; None for [`default_log_size`].
+    pub log_size: Option<u64>,
+}
+
+/// 256 MiB, or an eighth of the space there is, if that is less.
+fn default_log_size(backing: &dyn Backing) -> std::io::Result<u64> {
+    let space = backing.statfs()?;
+    Ok((space.blocks_available * space.block_size / 8).clamp(2 * LogSize::MIN, 256 << 20))
+}
+
+/// How full the intent log is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogStatus {
+    /// Bytes in use and in all, of the stream that is fuller.
+    pub used: u64,
+    pub capacity: u64,
+    pub dirty_files: usize,
+    pub checkpoints: u64,
+    /// Why the volume takes no more writes until it is mounted again.
+    pub poisoned: Option<String>,
+    /// Why the last checkpoint failed.
+    pub checkpoint_failure: Option<String>,
 }
 
 /// From one start to the next one, or to the end of the daemon.
@@ -87,6 +114,7 @@ struct Session {
 /// What the files of a volume have in common.
 struct Shared {
     gate: Arc<Gate>,
+    backing: Arc<dyn Backing>,
     volume: [u8; 16],
     read_only: bool,
     keys: Keys,
@@ -94,11 +122,12 @@ struct Shared {
     buffers: BufferPool,
     sessions: RwLock<SessionTable>,
     session: RwLock<Option<Arc<Session>>>,
-    pending: Pending,
+    log: OnceLock<Arc<Log>>,
+    dirty: DirtyFiles,
+    checkpointer: Checkpointer,
+    settled_times: SettledTimes,
     registry: Registry,
     cache_ids: AtomicU64,
-    /// What an earlier daemon left in `pending` has been read.
-    pending_loaded: AtomicBool,
 }
 
 impl Shared {
@@ -116,6 +145,10 @@ impl Shared {
 
     fn forget(&self, node: NodeId) {
         self.registry.forget(node);
+    }
+
+    fn log(&self) -> FsResult<&Arc<Log>> {
+        self.log.get().ok_or_else(|| Errno::IO.into())
     }
 
     fn read_header(&self, file: &FileRef) -> FsResult<Header> {
@@ -166,6 +199,10 @@ pub struct Store {
     header: VolumeHeader,
     info: VolumeInfo,
     shared: Arc<Shared>,
+    /// Found at the start of the first session, for [`Store::recover`].
+    found: Mutex<Option<intent_log::Found>>,
+    recovery: OnceLock<Recovery>,
+    background: Mutex<Option<Background>>,
     /// Keeps a second writer out. None where nobody can write.
     _lock: Option<Box<dyn fmt::Debug + Send + Sync>>,
 }
@@ -193,7 +230,7 @@ impl Store {
             .duration_since(SystemTime::UNIX_EPOCH)
             .map_or(0, |since| since.as_secs());
         let features = if options.plaintext_names { FEATURE_PLAINTEXT_NAMES } else { 0 };
-        let mut header = VolumeHeader::new(random::bytes()?, features, created);
+        let mut header = VolumeHeader::new(random::bytes()?, random::bytes()?, features, created);
         let pages = header.encode(&keys::volume_mac(keyring)?);
         SessionTable::default().store(
             &root,
@@ -202,9 +239,14 @@ impl Store {
             [true, true],
             &shown,
         )?;
+        let total = match options.log_size {
+            Some(total) => total,
+            None => default_log_size(backing).context(|| format!("cannot examine {shown}"))?,
+        };
+        let key = keys::anchor_mac(keyring)?;
+        Log::format(&root, LogSize::of_total(total), header.log_id, &key, &shown)?;
         // The header last: a directory without it is not a volume.
         let write = || -> std::io::Result<()> {
-            Pending::format(&root)?;
             // Its mode is that of the mount's root directory: open to its users, as any new file system.
             root.mkdir(TREE, 0o755)?.sync()?;
             let file = root.create_unnamed()?;
@@ -240,6 +282,7 @@ impl Store {
         let tree = root.lookup(TREE).context(|| format!("cannot open {shown}/tree"))?;
         let shared = Arc::new(Shared {
             gate,
+            backing: backing.clone(),
             volume: header.uuid,
             read_only,
             keys: Keys::new(),
@@ -247,15 +290,28 @@ impl Store {
             buffers: BufferPool::default(),
             sessions: RwLock::default(),
             session: RwLock::default(),
-            pending: Pending::open(&root, read_only, &shown)?,
+            log: OnceLock::new(),
+            dirty: DirtyFiles::default(),
+            checkpointer: Checkpointer::default(),
+            settled_times: SettledTimes::default(),
             registry: Registry::default(),
             cache_ids: AtomicU64::new(0),
-            pending_loaded: AtomicBool::new(false),
         });
         let wipe: Arc<dyn Wipe> = shared.clone();
         shared.gate.register(Arc::downgrade(&wipe));
         let info = header.info(damaged);
-        Ok(Arc::new(Store { backing, root, tree, header, info, shared, _lock: lock }))
+        Ok(Arc::new(Store {
+            backing,
+            root,
+            tree,
+            header,
+            info,
+            shared,
+            found: Mutex::default(),
+            recovery: OnceLock::new(),
+            background: Mutex::default(),
+            _lock: lock,
+        }))
     }
 
     /// At mount and at each revalidation, before the gate opens: checks the volume against the
@@ -274,11 +330,8 @@ impl Store {
         if damaged.contains(&true) {
             log::warn!("one copy of the session table in {shown} is damaged; the other serves");
         }
-        if !self.shared.pending_loaded.load(Ordering::Acquire) {
-            let key = keys::pending_mac(keyring)?;
-            let loaded = self.shared.pending.load(uuid, &key);
-            loaded.context(|| format!("cannot read {shown}/pending"))?;
-            self.shared.pending_loaded.store(true, Ordering::Release);
+        if self.recovery.get().is_none() && self.shared.log.get().is_none() {
+            *self.found.lock() = Some(self.find_log(keyring, &table)?);
         }
         let mut session = None;
         if !self.shared.read_only {
@@ -295,6 +348,165 @@ impl Store {
     /// Keeps every other user of the volume out, for as long as what is returned lives.
     pub fn lock(backing: &dyn Backing) -> Result<Box<dyn fmt::Debug + Send + Sync>> {
         lock(backing)
+    }
+
+    fn find_log(&self, keyring: &Keyring, table: &SessionTable) -> Result<intent_log::Found> {
+        let shown = self.backing.display_path();
+        let made = Mutex::new(std::collections::HashMap::new());
+        let session_key = |session: u32| {
+            let mut made = made.lock();
+            if let Some(key) = made.get(&session) {
+                return Some(Arc::clone(key));
+            }
+            let key = keys::log_mac(keyring, table.salt(session)?);
+            let key = key.map(Arc::new).map_err(|error| log::error!("{error}")).ok()?;
+            made.insert(session, Arc::clone(&key));
+            Some(key)
+        };
+        let access = if self.shared.read_only { Access::Read } else { Access::ReadWrite };
+        let anchor_key = keys::anchor_mac(keyring)?;
+        let id = &self.header.log_id;
+        let found = Log::find(&self.root, id, &anchor_key, &session_key, access, &shown)?;
+        if found.damaged_copy {
+            log::warn!("one copy of a log's anchor in {shown} is damaged; the other serves");
+        }
+        Ok(found)
+    }
+
+    /// When the gate is open for the first time: puts back into force what the log holds, and,
+    /// unless read-only, brings it home. No file is opened before that, so whoever asks for one
+    /// first does it, if nobody has. Can be tried again after a failure.
+    pub fn recover(&self) -> Result<Recovery> {
+        let mut slot = self.found.lock();
+        if let Some(done) = self.recovery.get() {
+            return Ok(done.clone());
+        }
+        let Some(found) = slot.take() else {
+            return Err(Error::new(Kind::Io, "the log of this volume could not be recovered"));
+        };
+        let shown = self.backing.display_path();
+        if !self.shared.read_only {
+            // Whatever an earlier daemon left in the kernel's hands: names above all.
+            self.backing.sync_fs().context(|| format!("cannot flush {shown}"))?;
+        }
+        let report = match self.replay(&found) {
+            Ok(report) => report,
+            Err(error) => {
+                self.shared.dirty.clear();
+                *slot = Some(found);
+                return Err(error);
+            }
+        };
+        let start = std::time::Instant::now();
+        if self.shared.log.set(found.resume()).is_err() {
+            return Err(Error::new(Kind::Busy, "recovery ran twice"));
+        }
+        if !self.shared.read_only {
+            self.checkpoint().map_err(|error| {
+                let message = format!("cannot bring home what the log in {shown} holds: {error}");
+                match error {
+                    FsError::CutOff(_) => Error::new(Kind::Inaccessible, message),
+                    FsError::Integrity(_) => Error::corrupt(message),
+                    FsError::Os(errno) => Error::io(message, errno.into()),
+                }
+            })?;
+        }
+        let report = Recovery { duration: report.duration + start.elapsed(), ..report };
+        Ok(self.recovery.get_or_init(|| report).clone())
+    }
+
+    fn ready(&self) -> FsResult<()> {
+        if self.recovery.get().is_some() {
+            return Ok(());
+        }
+        self.gate().check()?;
+        self.recover().map(drop).map_err(|error| {
+            log::error!("{error}");
+            Errno::IO.into()
+        })
+    }
+
+    /// From here on checkpoints and flushes happen by themselves. `on_failure` is told, once, why
+    /// the volume takes no more writes until it is mounted again.
+    pub fn start_background(&self, on_failure: impl Fn(&str) + Send + 'static) -> Result<()> {
+        if !self.shared.read_only {
+            *self.background.lock() = Some(Background::start(self.shared.clone(), on_failure)?);
+        }
+        Ok(())
+    }
+
+    /// Brings home what the log holds. Needs the keys.
+    pub fn checkpoint(&self) -> FsResult<()> {
+        if self.shared.read_only { Ok(()) } else { self.shared.checkpoint() }
+    }
+
+    pub fn log_status(&self) -> Option<LogStatus> {
+        let log = self.shared.log.get()?;
+        let fills =
+            [intent_log::Stream::Hot, intent_log::Stream::Bulk].map(|stream| log.fill(stream));
+        let (used, capacity) = fills
+            .into_iter()
+            .max_by(|a, b| (a.0 as f64 / a.1 as f64).total_cmp(&(b.0 as f64 / b.1 as f64)))?;
+        Some(LogStatus {
+            used,
+            capacity,
+            dirty_files: self.shared.dirty.len(),
+            checkpoints: self.shared.checkpointer.count.load(Ordering::Relaxed),
+            poisoned: log.poisoned(),
+            checkpoint_failure: self.shared.checkpointer.failure(),
+        })
+    }
+
+    /// Makes of a backing file's metadata what the file shows: while the log has changes of it,
+    /// times and space are not the backing file's.
+    pub fn amend(&self, metadata: &mut Metadata) {
+        let file = self.shared.registry.get(metadata.id);
+        if let Some(file) = &file {
+            metadata.blocks = metadata.blocks.saturating_sub(file.freed512());
+        }
+        match file.and_then(|file| file.times()) {
+            Some(times) => {
+                metadata.mtime = times.mtime.unwrap_or(metadata.mtime);
+                metadata.ctime = times.ctime;
+            }
+            None => {
+                let settled = self.shared.settled_times.get(metadata.id, metadata.ctime);
+                metadata.ctime = settled.unwrap_or(metadata.ctime);
+            }
+        }
+    }
+
+    /// To be called when attributes or names of a file were changed, with the time of modification
+    /// if that was set.
+    pub fn touched(&self, node: NodeId, mtime: Option<Timestamp>) -> FsResult<()> {
+        self.shared.settled_times.forget(node);
+        match self.shared.registry.get(node) {
+            Some(file) => file.touch(mtime),
+            None => Ok(()),
+        }
+    }
+
+    /// What was written to a file is on stable storage afterwards, if the log has anything of it.
+    pub fn flush_file(&self, node: NodeId) -> FsResult<()> {
+        match self.shared.registry.get(node) {
+            Some(file) => file.sync(false),
+            None => Ok(()),
+        }
+    }
+
+    /// Everything acknowledged so far is on stable storage afterwards, except names and attributes.
+    pub fn flush_log(&self) -> FsResult<()> {
+        match self.shared.log.get() {
+            Some(log) if !self.shared.read_only => log.flush(),
+            _ => Ok(()),
+        }
+    }
+
+    /// To be called when nobody can reach an inode any more, except by a name, if it has one.
+    pub fn forsaken(&self, node: NodeId) {
+        if let Some(file) = self.shared.registry.get(node) {
+            self.shared.dirty.bury(file);
+        }
     }
 
     pub fn info(&self) -> &VolumeInfo {
@@ -328,6 +540,7 @@ impl Store {
         if self.shared.read_only {
             return Err(Errno::ROFS.into());
         }
+        self.ready()?;
         let mut id = [0; 16];
         random::fill(&mut id).map_err(|_| Errno::IO)?;
         let header = {
@@ -338,6 +551,8 @@ impl Store {
             Header::new(id, self.header.volume_key_id, dek, mac_key)
         };
         file::write_header(&self.shared, &file, &header)?;
+        // Before it can have a name: a name without a header behind it would be a damaged file.
+        file.sync_data()?;
         let node = file.metadata()?.id;
         self.shared.registry.get_or_insert(node, || {
             Ok(File::new(self.shared.clone(), file.clone(), node, header, true))
@@ -347,6 +562,11 @@ impl Store {
     /// One [`File`] per inode, however often it is opened. On a writable volume `file` must be
     /// open for writing.
     pub fn open_file(&self, file: FileRef) -> FsResult<Arc<File>> {
+        self.ready()?;
+        self.open_home(file)
+    }
+
+    fn open_home(&self, file: FileRef) -> FsResult<Arc<File>> {
         let node = file.metadata()?.id;
         self.shared.registry.get_or_insert(node, || {
             let header = self.shared.read_header(&file)?;
@@ -361,6 +581,7 @@ impl Store {
 
     /// Size, and allocated space in units of 512 bytes, of a file that need not be open.
     pub fn file_usage(&self, node: &NodeRef) -> FsResult<(u64, u64)> {
+        self.ready()?;
         if let Some(file) = self.shared.registry.get(node.id()) {
             return Ok((file.size(), file.blocks512()?));
         }
@@ -380,9 +601,18 @@ impl Store {
         Ok((size, file::plain_blocks(metadata.blocks, size)))
     }
 
-    /// Everything written so far, names too, is on stable storage afterwards.
+    /// Everything written so far, names too, is on stable storage afterwards. Needs no keys.
     pub fn sync_all(&self) -> FsResult<()> {
+        self.flush_log()?;
         Ok(self.backing.sync_fs()?)
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        *self.background.get_mut() = None;
+        // They hold what holds them.
+        self.shared.dirty.clear();
     }
 }
 

@@ -27,14 +27,22 @@ pub(super) enum PageId {
 impl PageId {
     fn domain(self) -> &'static [u8; 16] {
         match self {
-            PageId::Tags(_) => b"byokfs tags 0\0\0\0",
-            PageId::Generations(_) => b"byokfs groups 0\0",
+            PageId::Tags(_) => b"byokfs tags 1\0\0\0",
+            PageId::Generations(_) => b"byokfs groups 1\0",
         }
     }
 
     fn index(self) -> u64 {
         match self {
             PageId::Tags(index) | PageId::Generations(index) => index,
+        }
+    }
+
+    /// The group of a tag page.
+    pub(super) fn group(self) -> Option<u64> {
+        match self {
+            PageId::Tags(group) => Some(group),
+            PageId::Generations(_) => None,
         }
     }
 
@@ -127,11 +135,33 @@ pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
+/// Which generation a sector on disk may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Accepts {
+    /// Nothing says: a generation page.
+    Any,
+    /// The one that its group has. Another is an old sector put back, or that of another checkpoint.
+    Exactly(u64),
+    /// While a crash is recovered from: also what a checkpoint wrote that never came to its end.
+    AtLeast(u64),
+}
+
+impl Accepts {
+    fn takes(self, generation: u64) -> bool {
+        match self {
+            Accepts::Any => true,
+            Accepts::Exactly(expected) => generation == expected,
+            Accepts::AtLeast(expected) => generation >= expected,
+        }
+    }
+}
+
 /// A page in memory.
 #[derive(Debug)]
 pub(super) struct Page {
     id: PageId,
     bytes: Box<[u8; BLOCK_LEN]>,
+    accepts: Accepts,
     /// One bit for each sector whose MAC is known to be right.
     verified: AtomicU8,
 }
@@ -139,20 +169,24 @@ pub(super) struct Page {
 impl Clone for Page {
     fn clone(&self) -> Page {
         let verified = AtomicU8::new(self.verified.load(Ordering::Relaxed));
-        Page { id: self.id, bytes: self.bytes.clone(), verified }
+        Page { id: self.id, bytes: self.bytes.clone(), accepts: self.accepts, verified }
     }
 }
 
 impl Page {
     /// As read from disk: nothing is verified yet.
-    pub(super) fn from_disk(id: PageId, bytes: Box<[u8; BLOCK_LEN]>) -> Page {
-        Page { id, bytes, verified: AtomicU8::new(0) }
+    pub(super) fn from_disk(id: PageId, bytes: Box<[u8; BLOCK_LEN]>, accepts: Accepts) -> Page {
+        Page { id, bytes, accepts, verified: AtomicU8::new(0) }
     }
 
     /// A page of holes, to be sealed before it is written.
     pub(super) fn empty(id: PageId) -> Page {
-        let mut page =
-            Page { id, bytes: Box::new([0; BLOCK_LEN]), verified: AtomicU8::new(u8::MAX) };
+        let mut page = Page {
+            id,
+            bytes: Box::new([0; BLOCK_LEN]),
+            accepts: Accepts::Any,
+            verified: AtomicU8::new(u8::MAX),
+        };
         for sector in 0..SECTORS_PER_PAGE {
             page.reset_sector(sector);
         }
@@ -181,6 +215,7 @@ impl Page {
         let mut stored = [0; MAC_LEN];
         stored.copy_from_slice(&bytes[..MAC_LEN]);
         let right = u64_at(bytes, 24) == self.id.locator(sector)
+            && self.accepts.takes(u64_at(bytes, 16))
             && mac.key.verify(&mac.parts(self.id, bytes), &stored);
         if right {
             self.verified.fetch_or(bit, Ordering::Relaxed);
@@ -203,11 +238,25 @@ impl Page {
         self.verified.fetch_or(1 << sector, Ordering::Relaxed);
     }
 
-    /// Raises the sector's generation and gives it a MAC over what it now holds.
-    pub(super) fn seal(&mut self, sector: usize, mac: &PageMac<'_>) {
+    /// Gives every sector that is known to be right the generation, and a MAC over what it now
+    /// holds. One that is not right stays as it is: it must not become right by being written.
+    pub(super) fn seal_all(&mut self, generation: u64, mac: &PageMac<'_>) {
+        for sector in 0..SECTORS_PER_PAGE {
+            if self.is_verified(sector, sector) {
+                self.seal(sector, generation, mac);
+            }
+        }
+    }
+
+    /// The highest generation of a sector that is known to be right.
+    pub(super) fn newest(&self) -> u64 {
+        let sectors = (0..SECTORS_PER_PAGE).filter(|&sector| self.is_verified(sector, sector));
+        sectors.map(|sector| u64_at(self.sector(sector), 16)).max().unwrap_or(0)
+    }
+
+    fn seal(&mut self, sector: usize, generation: u64, mac: &PageMac<'_>) {
         let id = self.id;
         let bytes = &mut self.bytes[sector * SECTOR_LEN..][..SECTOR_LEN];
-        let generation = u64_at(bytes, 16).saturating_add(1);
         bytes[16..24].copy_from_slice(&generation.to_le_bytes());
         let made = mac.key.mac(&mac.parts(id, bytes));
         bytes[..MAC_LEN].copy_from_slice(&made);
@@ -264,9 +313,7 @@ mod tests {
             17,
             Some(Entry { tag: [7; 16], counter: 9, session: 3, dek_slot: 1, flags: FLAG_SEALED }),
         );
-        for sector in 0..SECTORS_PER_PAGE {
-            page.seal(sector, mac);
-        }
+        page.seal_all(3, mac);
         page
     }
 
@@ -278,7 +325,7 @@ mod tests {
         for bit in 0..SECTOR_LEN * 8 {
             let mut bytes = page.bytes.clone();
             bytes[SECTOR_LEN + bit / 8] ^= 1 << (bit % 8);
-            let page = Page::from_disk(page.id, bytes);
+            let page = Page::from_disk(page.id, bytes, Accepts::Any);
             assert!(!page.verify(1, &mac), "bit {bit}");
             assert!(page.verify(0, &mac) && page.verify(2, &mac));
         }
@@ -289,7 +336,9 @@ mod tests {
         let key = key(1);
         let mac = PageMac { key: &key, volume: &[1; 16], file: &[2; 16] };
         let page = sealed(&mac);
-        let reread = |id, mac: &PageMac<'_>| Page::from_disk(id, page.bytes.clone()).verify(1, mac);
+        let reread = |id, mac: &PageMac<'_>| {
+            Page::from_disk(id, page.bytes.clone(), Accepts::Any).verify(1, mac)
+        };
         assert!(reread(PageId::Tags(5), &mac));
         assert!(!reread(PageId::Tags(6), &mac));
         assert!(!reread(PageId::Generations(5), &mac));
@@ -297,9 +346,34 @@ mod tests {
         assert!(!reread(page.id, &PageMac { volume: &[3; 16], ..mac }));
         let mut swapped = page.bytes.clone();
         swapped.copy_within(SECTOR_LEN..2 * SECTOR_LEN, 0);
-        assert!(!Page::from_disk(page.id, swapped).verify(0, &mac));
-        let zeroed = Page::from_disk(page.id, Box::new([0; BLOCK_LEN]));
+        assert!(!Page::from_disk(page.id, swapped, Accepts::Any).verify(0, &mac));
+        let zeroed = Page::from_disk(page.id, Box::new([0; BLOCK_LEN]), Accepts::Any);
         assert!((0..SECTORS_PER_PAGE).all(|sector| !zeroed.verify(sector, &mac)));
+    }
+
+    #[test]
+    fn an_old_sector_put_back_is_not_taken() {
+        let key = key(1);
+        let mac = PageMac { key: &key, volume: &[1; 16], file: &[2; 16] };
+        let page = sealed(&mac);
+        let takes = |accepts| Page::from_disk(page.id, page.bytes.clone(), accepts).verify(2, &mac);
+        assert!(takes(Accepts::Exactly(3)) && !takes(Accepts::Exactly(4)));
+        assert!(!takes(Accepts::Exactly(2)));
+        assert!(takes(Accepts::AtLeast(2)) && !takes(Accepts::AtLeast(4)));
+    }
+
+    #[test]
+    fn a_damaged_sector_is_not_sealed_again() {
+        let key = key(1);
+        let mac = PageMac { key: &key, volume: &[1; 16], file: &[2; 16] };
+        let mut bytes = sealed(&mac).bytes;
+        bytes[SECTOR_LEN + 40] ^= 1;
+        let mut page = Page::from_disk(PageId::Tags(5), bytes, Accepts::Any);
+        assert!(page.verify(0, &mac) && !page.verify(1, &mac));
+        page.seal_all(9, &mac);
+        let again = Page::from_disk(page.id, page.bytes, Accepts::Any);
+        assert!(again.verify(0, &mac) && !again.verify(1, &mac));
+        assert_eq!(again.newest(), 9);
     }
 
     #[test]

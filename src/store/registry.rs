@@ -39,7 +39,11 @@ impl Registry {
         if let Some(file) = files.get(&node).and_then(Weak::upgrade) {
             return Ok(file);
         }
-        let file = Arc::new(open()?);
+        let mut opened = open()?;
+        let file = Arc::new_cyclic(|me| {
+            opened.set_me(me.clone());
+            opened
+        });
         files.insert(node, Arc::downgrade(&file));
         Ok(file)
     }

@@ -17,7 +17,7 @@ use crate::error::{Context, Error, Kind, Result};
 
 pub(super) const FILES: [&[u8]; 2] = [b"sessions.a", b"sessions.b"];
 const MAGIC: &[u8; 8] = b"BYOKSESS";
-const DOMAIN: &[u8; 16] = b"byokfs sessions\0";
+const DOMAIN: &[u8; 16] = b"byokfs sessions1";
 const HEAD_LEN: usize = 64;
 const ENTRY_LEN: usize = 40;
 pub(super) const SALT_LEN: usize = 32;

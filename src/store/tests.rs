@@ -1,6 +1,7 @@
 //! The store as a whole, over a real directory.
 
 mod concurrency;
+mod crash;
 mod cutoff;
 mod fault;
 mod format;

@@ -14,10 +14,10 @@ use crate::error::{Context, Error, Kind, Result};
 
 pub(super) const FILE: &[u8] = b"volume";
 const MAGIC: &[u8; 8] = b"BYOKFSVL";
-const DOMAIN: &[u8; 16] = b"byokfs volume 0\0";
+const DOMAIN: &[u8; 16] = b"byokfs volume 1\0";
 const RECORD_LEN: usize = 512;
 const SUM_LEN: usize = 32;
-const MAC_AT: usize = 96;
+const MAC_AT: usize = 128;
 const KNOWN_FEATURES: u64 = FEATURE_PLAINTEXT_NAMES;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,12 +28,27 @@ pub(super) struct VolumeHeader {
     /// Seconds since the epoch.
     pub created: u64,
     pub volume_key_id: u32,
+    /// Of the intent log that belongs to the volume; a new log has a new one.
+    pub log_id: [u8; 16],
     mac: [u8; MAC_LEN],
 }
 
 impl VolumeHeader {
-    pub(super) fn new(uuid: [u8; 16], features: u64, created: u64) -> VolumeHeader {
-        VolumeHeader { uuid, features, generation: 1, created, volume_key_id: 1, mac: [0; MAC_LEN] }
+    pub(super) fn new(
+        uuid: [u8; 16],
+        log_id: [u8; 16],
+        features: u64,
+        created: u64,
+    ) -> VolumeHeader {
+        VolumeHeader {
+            uuid,
+            features,
+            generation: 1,
+            created,
+            volume_key_id: 1,
+            log_id,
+            mac: [0; MAC_LEN],
+        }
     }
 
     fn record(&self) -> [u8; RECORD_LEN] {
@@ -46,6 +61,7 @@ impl VolumeHeader {
         record[64..80].copy_from_slice(&self.uuid);
         record[80..88].copy_from_slice(&self.created.to_le_bytes());
         record[88..92].copy_from_slice(&self.volume_key_id.to_le_bytes());
+        record[96..112].copy_from_slice(&self.log_id);
         record
     }
 
@@ -146,7 +162,8 @@ fn decode(pages: &[u8], shown: &str) -> Result<(VolumeHeader, bool)> {
             ),
         ));
     }
-    let mut header = VolumeHeader::new([0; 16], features, u64_at(record, 80));
+    let mut header = VolumeHeader::new([0; 16], [0; 16], features, u64_at(record, 80));
+    header.log_id.copy_from_slice(&record[96..112]);
     header.uuid.copy_from_slice(&record[64..80]);
     header.generation = u64_at(record, 56);
     header.volume_key_id = u32_at(record, 88);
@@ -178,7 +195,7 @@ mod tests {
     }
 
     fn pages() -> Vec<u8> {
-        VolumeHeader::new([3; 16], 0, 1_700_000_000).encode(&key(1))
+        VolumeHeader::new([3; 16], [4; 16], 0, 1_700_000_000).encode(&key(1))
     }
 
     fn reseal(page: &mut [u8]) {

@@ -3,6 +3,7 @@
 use rustix::io::Errno;
 
 use super::filesystem::Filesystem;
+use super::handle::OpenFile;
 use super::inode::{Inode, SetId};
 use super::symlink;
 use super::types::{Attr, SetAttr};
@@ -29,12 +30,7 @@ impl Filesystem {
                 _ => return Err(FsError::Os(Errno::INVAL)),
             }
             let open = self.open_content(&inode, true)?;
-            self.audited(&inode, open.file.truncate(size))?;
-            // The disk's times move only when its file changes; a truncation to the same size
-            // counts as a change.
-            if change.mtime == SetTime::Keep {
-                inode.node.set_times(SetTime::Keep, SetTime::Now)?;
-            }
+            self.truncate(&open, size, change.mtime == SetTime::Keep)?;
         }
         if change.uid.is_some() || change.gid.is_some() {
             inode.node.set_owner(change.uid, change.gid)?;
@@ -48,13 +44,33 @@ impl Filesystem {
         if change.atime != SetTime::Keep || change.mtime != SetTime::Keep {
             inode.node.set_times(change.atime, change.mtime)?;
         }
+        let mtime = match change.mtime {
+            SetTime::Keep => None,
+            SetTime::Now => Some(crate::backing::now()),
+            SetTime::At(time) => Some(time),
+        };
+        self.touched(&inode, mtime)?;
         let attr = self.attr(&inode)?;
         self.gate.check()?;
         Ok(attr)
     }
 
+    /// A truncation to the same size is a change of the file too.
+    pub(super) fn truncate(&self, open: &OpenFile, size: u64, set_mtime: bool) -> FsResult<()> {
+        let same = open.file.size() == size;
+        self.audited(&open.inode, open.file.truncate(size))?;
+        if set_mtime {
+            open.inode.node.set_times(SetTime::Keep, SetTime::Now)?;
+        }
+        let mtime = (same && set_mtime).then(crate::backing::now);
+        self.touched(&open.inode, mtime)
+    }
+
     pub(super) fn attr(&self, inode: &Inode) -> FsResult<Attr> {
-        let metadata = inode.node.metadata()?;
+        let mut metadata = inode.node.metadata()?;
+        if inode.kind == FileKind::Regular {
+            self.store.amend(&mut metadata);
+        }
         inode.note_mode(metadata.mode);
         let size = match inode.kind {
             FileKind::Regular => self.content_size(inode)?,
@@ -95,6 +111,7 @@ impl Filesystem {
         let kept = without_set_id(mode);
         if kept != mode {
             inode.node.set_mode(kept)?;
+            self.touched(inode, None)?;
         }
         inode.note_mode(kept);
         Ok(())

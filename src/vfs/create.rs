@@ -1,6 +1,7 @@
 //! New files, directories, nodes and hard links.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use rustix::io::Errno;
 
@@ -143,6 +144,7 @@ impl Filesystem {
         let disk = self.seal_name(name)?;
         self.named(&dir, &disk, || Ok(dir.node.link_node(&*inode.node, &disk.entry)?))?;
         self.inodes.named(&inode);
+        self.touched(&inode, None)?;
         self.entry(&dir, &disk.entry, Arc::clone(&inode.node))
     }
 
@@ -188,7 +190,8 @@ impl Filesystem {
             content.file = Some(Arc::clone(&file));
             content.opens += 1;
             drop(content);
-            let open = OpenFile { inode: Arc::clone(&inode), file };
+            let open =
+                OpenFile { inode: Arc::clone(&inode), file, emptied: AtomicBool::new(false) };
             (self.finish(&inode)?, open)
         };
         let (entry, open) = entry;

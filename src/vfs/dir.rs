@@ -122,6 +122,8 @@ impl Filesystem {
     /// The names in the directory are on stable storage afterwards.
     pub fn fsyncdir(&self, handle: u64) -> FsResult<()> {
         self.gate.check()?;
+        // In order: what was written to files before comes first.
+        self.store.flush_log()?;
         Ok(self.handles.dir(handle)?.inode.node.sync()?)
     }
 

@@ -31,7 +31,9 @@ impl Filesystem {
 
     /// Gives back `count` lookups of `node`. Never fails, also while cut off.
     pub fn forget(&self, node: u64, count: u64) {
-        self.inodes.forget(node, count);
+        if let Some(key) = self.inodes.forget(node, count) {
+            self.store.forsaken(key);
+        }
     }
 
     /// Makes `node`, found as `entry` in `dir`, known to the caller.

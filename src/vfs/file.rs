@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 
@@ -9,7 +10,7 @@ use super::filesystem::Filesystem;
 use super::handle::{Handle, OpenFile};
 use super::inode::Inode;
 use super::types::WriteRequest;
-use crate::backing::{Access, FileKind, SetTime};
+use crate::backing::{Access, FileKind};
 use crate::error::{FsError, FsResult};
 use crate::store::{Durability, WriteMode};
 
@@ -34,8 +35,8 @@ impl Filesystem {
         let inode = self.inodes.get(node)?;
         let open = self.open_content(&inode, for_writing)?;
         if truncate {
-            self.audited(&inode, open.file.truncate(0))?;
-            inode.node.set_times(SetTime::Keep, SetTime::Now)?;
+            self.truncate(&open, 0, true)?;
+            open.emptied.store(true, Ordering::Relaxed);
             if drop_set_id {
                 self.drop_set_id(&inode)?;
             }
@@ -64,6 +65,9 @@ impl Filesystem {
             self.drop_set_id(&open.inode)?;
         }
         let mode = write_mode(request);
+        if mode.durability == Durability::Flushed && open.file.is_unsynced() {
+            self.sync_names(&open.inode)?;
+        }
         self.audited(&open.inode, open.file.write_at(request.data, request.offset, mode))?;
         Ok(request.data.len())
     }
@@ -73,11 +77,27 @@ impl Filesystem {
     pub fn fsync(&self, handle: u64, data_only: bool) -> FsResult<()> {
         self.gate.check()?;
         let open = self.handles.file(handle)?;
-        self.audited(&open.inode, open.file.sync(data_only))
+        if open.file.is_unsynced() {
+            self.sync_names(&open.inode)?;
+        }
+        let attributes = !data_only && open.inode.take_attributes();
+        let done = self.audited(&open.inode, open.file.sync(attributes));
+        if done.is_err() && attributes {
+            open.inode.note_attributes();
+        }
+        done
     }
 
     /// Closes a file or directory handle. Never fails, also while cut off.
     pub fn release(&self, handle: u64) {
+        if let Ok(open) = self.handles.file(handle)
+            && open.emptied.load(Ordering::Relaxed)
+            && let Err(error) = open.file.sync(false)
+        {
+            // Who replaces a file's content that way without fsync hopes for the new content or
+            // the old; nothing was promised.
+            log::warn!("a rewritten file could not be flushed: {error}");
+        }
         self.handles.remove(handle);
     }
 
@@ -114,7 +134,7 @@ impl Filesystem {
         };
         content.file = Some(Arc::clone(&file));
         content.opens += 1;
-        Ok(OpenFile { inode: Arc::clone(inode), file })
+        Ok(OpenFile { inode: Arc::clone(inode), file, emptied: AtomicBool::new(false) })
     }
 }
 

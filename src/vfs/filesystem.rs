@@ -14,7 +14,7 @@ use super::inode::{Inode, InodeTable};
 use super::keys::Keys;
 use super::name::{self, DiskName, Listed};
 use super::types::ROOT;
-use crate::backing::{Backing, FileKind, NodeRef, StatFs};
+use crate::backing::{Backing, FileKind, NodeRef, StatFs, Timestamp};
 use crate::error::{CutOff, FsError, FsResult, IntegrityFailure};
 use crate::key::gate::Gate;
 use crate::store::{FEATURE_PLAINTEXT_NAMES, Store};
@@ -118,6 +118,37 @@ impl Filesystem {
     pub(super) fn directory(&self, id: u64) -> FsResult<Arc<Inode>> {
         let inode = self.inodes.get(id)?;
         if inode.kind == FileKind::Directory { Ok(inode) } else { Err(FsError::Os(Errno::NOTDIR)) }
+    }
+
+    /// Attributes of the inode were changed, its time of modification to `mtime` if that was.
+    pub(super) fn touched(&self, inode: &Inode, mtime: Option<Timestamp>) -> FsResult<()> {
+        inode.note_attributes();
+        self.store.touched(inode.key, mtime)
+    }
+
+    /// Before anything of a new file may count as durable: its name, and those of the directories
+    /// above it.
+    pub(super) fn sync_names(&self, inode: &Inode) -> FsResult<()> {
+        let mut place = inode.place();
+        while let Some(step) = place {
+            let Ok(parent) = self.inodes.get(step.parent) else {
+                // Forgotten by the kernel: which directory it was is not known any more.
+                return self.store.sync_all();
+            };
+            let fresh = parent.take_fresh();
+            if let Err(error) = parent.node.sync() {
+                parent.set_fresh();
+                return Err(error.into());
+            }
+            if !fresh || parent.id == ROOT {
+                break;
+            }
+            place = parent.place();
+            if place.is_none() {
+                return self.store.sync_all();
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn seal_name(&self, name: &[u8]) -> FsResult<DiskName> {

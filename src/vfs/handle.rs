@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
@@ -26,6 +26,8 @@ pub(super) enum Handle {
 pub(super) struct OpenFile {
     pub(super) inode: Arc<Inode>,
     pub(super) file: Arc<File>,
+    /// Opened with O_TRUNC.
+    pub(super) emptied: AtomicBool,
 }
 
 impl Drop for OpenFile {

@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -32,6 +32,8 @@ pub(super) struct Inode {
     lookups: AtomicU64,
     place: Mutex<Option<Place>>,
     set_id: AtomicU8,
+    attributes_changed: AtomicBool,
+    fresh: AtomicBool,
 }
 
 /// Where an inode was last seen, for messages: a node id and a name of the disk.
@@ -60,6 +62,25 @@ pub(super) enum SetId {
 }
 
 impl Inode {
+    /// Something that only `fsync` of the backing inode makes durable has changed.
+    pub(super) fn note_attributes(&self) {
+        self.attributes_changed.store(true, Ordering::Release);
+    }
+
+    pub(super) fn take_attributes(&self) -> bool {
+        self.attributes_changed.swap(false, Ordering::AcqRel)
+    }
+
+    /// Whether its own name may not be durable, for a directory. Until the next
+    /// [`Inode::set_fresh`] that counts as mended.
+    pub(super) fn take_fresh(&self) -> bool {
+        self.fresh.swap(false, Ordering::AcqRel)
+    }
+
+    pub(super) fn set_fresh(&self) {
+        self.fresh.store(true, Ordering::Release);
+    }
+
     pub(super) fn place(&self) -> Option<Place> {
         self.place.lock().clone()
     }
@@ -179,24 +200,27 @@ impl InodeTable {
     }
 
     /// Gives `count` lookups back. The root stays.
-    pub(super) fn forget(&self, id: u64, count: u64) {
+    /// The key of the inode, if nobody knows it any more.
+    pub(super) fn forget(&self, id: u64, count: u64) -> Option<NodeId> {
         if id == ROOT {
-            return;
+            return None;
         }
         let mut maps = self.maps.write();
-        let Some(inode) = maps.by_id.get(&id) else { return };
+        let inode = maps.by_id.get(&id)?;
         let left = inode.lookups.load(Ordering::Relaxed).saturating_sub(count);
         inode.lookups.store(left, Ordering::Relaxed);
-        if left == 0 {
-            let key = inode.key;
-            // The last reference to a node closes a descriptor: not under the lock.
-            let gone = maps.by_id.remove(&id);
-            if maps.by_key.get(&key) == Some(&id) {
-                maps.by_key.remove(&key);
-            }
-            drop(maps);
-            drop(gone);
+        if left > 0 {
+            return None;
         }
+        let key = inode.key;
+        // The last reference to a node closes a descriptor: not under the lock.
+        let gone = maps.by_id.remove(&id);
+        if maps.by_key.get(&key) == Some(&id) {
+            maps.by_key.remove(&key);
+        }
+        drop(maps);
+        drop(gone);
+        Some(key)
     }
 
     /// The inode has lost its last name.
@@ -233,5 +257,7 @@ fn new_inode(id: u64, node: NodeRef, kind: FileKind) -> Inode {
         lookups: AtomicU64::new(1),
         place: Mutex::new(None),
         set_id: AtomicU8::new(0),
+        attributes_changed: AtomicBool::new(false),
+        fresh: AtomicBool::new(true),
     }
 }

@@ -63,6 +63,7 @@ impl Filesystem {
             || (metadata.kind == FileKind::Directory
                 && metadata.nlink <= 1
                 && self.is_removed(&victim.node));
+        self.store.touched(victim.node.id(), None)?;
         if gone {
             self.inodes.unnamed(victim.node.id());
             if let Some(side) = victim.target {

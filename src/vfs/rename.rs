@@ -24,6 +24,10 @@ impl Filesystem {
         let target = self.seal_name(to_name)?;
         let moved = present(&from.node, &source.entry)?.ok_or(FsError::Os(Errno::NOENT))?;
         let replaced = self.victim(&to, &target.entry)?;
+        if replaced.is_some() {
+            // Whoever replaces a file that way expects the new content under the name, or the old.
+            self.store.flush_file(moved.id())?;
+        }
         self.move_entry(&from, &source, &to, &target, mode).or_else(|error| {
             let full = matches!(error, FsError::Os(Errno::NOTEMPTY | Errno::EXIST));
             let old = present(&to.node, &target.entry)?;
@@ -38,8 +42,10 @@ impl Filesystem {
                 _ => Err(error),
             }
         })?;
+        self.store.touched(moved.id(), None)?;
         if let Some(inode) = self.inodes.known(moved.id()) {
             inode.set_place(to.id, &target.entry);
+            inode.set_fresh();
         }
         match (mode, replaced) {
             (RenameMode::Exchange, _) => {

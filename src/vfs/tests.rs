@@ -19,7 +19,7 @@ use crate::backing::{Backing, FileKind, RenameMode, XattrMode};
 use crate::crypto::secret::Secret;
 use crate::error::{CutOff, FsError, FsResult};
 use crate::key::gate::{BootTime, Gate, Keyring, Reason};
-use crate::store::Store;
+use crate::store::{FormatOptions, Store};
 
 const ME: Caller = Caller { uid: 0, gid: 0, pid: 1 };
 
@@ -48,7 +48,8 @@ impl Volume {
     fn new() -> Volume {
         let dir = tempfile::tempdir().unwrap();
         let backing: Arc<dyn Backing> = LinuxBacking::open(dir.path()).unwrap();
-        Store::format(&*backing, &keyring(), Default::default()).unwrap();
+        let options = FormatOptions { log_size: Some(12 << 20), ..FormatOptions::default() };
+        Store::format(&*backing, &keyring(), options).unwrap();
         let gate = Gate::new();
         let store = Store::open(Arc::clone(&backing), Arc::clone(&gate), false).unwrap();
         let events = Arc::new(Events::default());
@@ -63,6 +64,7 @@ impl Volume {
     fn open_gate(&self) {
         self.store.start_session(&keyring()).unwrap();
         assert!(self.gate.open(keyring(), BootTime::now() + Duration::from_secs(600)));
+        self.store.recover().unwrap();
     }
 
     fn shut_gate(&self) {
@@ -276,6 +278,7 @@ fn a_damaged_file_is_named_in_the_audit_can_be_looked_at_and_removed() {
     let dir = volume.fs.mkdir(ME, ROOT, b"db", 0o755, 0).unwrap().node;
     let node = volume.file(dir, "table.ibd", b"text");
     volume.fs.forget(node, 1);
+    volume.store.checkpoint().unwrap();
     let on_disk = fs::read_dir(volume.only_entry()).unwrap().next().unwrap().unwrap().path();
     let len = fs::metadata(&on_disk).unwrap().len() as usize;
     fs::write(&on_disk, vec![0xa5; len]).unwrap();

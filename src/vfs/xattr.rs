@@ -77,21 +77,25 @@ impl Filesystem {
         let inode = self.inodes.get(node)?;
         if acl::is_acl(name) {
             inode.node.set_xattr(name, value, mode)?;
+            self.touched(&inode, None)?;
             return if drop_set_gid { self.drop_set_gid(&inode) } else { Ok(()) };
         }
         let compact = compact(name)?;
         let disk_name = self.disk_name(&compact)?;
         let sealed = value::seal(&self.keys, &value_ad(&compact), value)?;
-        Ok(inode.node.set_xattr(&disk_name, &sealed, mode)?)
+        inode.node.set_xattr(&disk_name, &sealed, mode)?;
+        self.touched(&inode, None)
     }
 
     pub fn removexattr(&self, node: u64, name: &[u8]) -> FsResult<()> {
         self.writable()?;
         let inode = self.inodes.get(node)?;
         if acl::is_acl(name) {
-            return Ok(inode.node.remove_xattr(name)?);
+            inode.node.remove_xattr(name)?;
+        } else {
+            inode.node.remove_xattr(&self.disk_name(&compact(name)?)?)?;
         }
-        Ok(inode.node.remove_xattr(&self.disk_name(&compact(name)?)?)?)
+        self.touched(&inode, None)
     }
 
     /// The names, each with a NUL after it.

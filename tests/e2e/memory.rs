@@ -31,7 +31,7 @@ fn keys(sandbox: &Sandbox) -> Vec<Needle> {
     add("volume key".to_owned(), &volume_key);
     let keyring = Keyring::new(volume_key.try_clone().unwrap());
     for label in ["volume mac", "session table mac", "file header mac", "pending write mac"] {
-        add(label.to_owned(), &keyring.derive(&format!("byokfs {label} v0"), &[]).unwrap());
+        add(label.to_owned(), &keyring.derive(&format!("byokfs {label} v1"), &[]).unwrap());
     }
     for purpose in NAME_KEYS {
         for half in ["s2v", "ctr"] {
@@ -54,10 +54,10 @@ fn keys(sandbox: &Sandbox) -> Vec<Needle> {
             add(format!("{what} of {name}"), &key);
             key
         };
-        unwrapped("mac key", "byokfs file mac wrap v0", 144);
-        let dek = unwrapped("DEK", "byokfs dek wrap v0", 192 + 8);
+        unwrapped("mac key", "byokfs file mac wrap v1", 144);
+        let dek = unwrapped("DEK", "byokfs dek wrap v1", 192 + 8);
         for (session, salt) in salts.iter().enumerate() {
-            let key = kdf::derive(&dek, salt, "byokfs block key v0", id).unwrap();
+            let key = kdf::derive(&dek, salt, "byokfs block key v1", id).unwrap();
             add(format!("block key {session} of {name}"), &key);
         }
     }

@@ -16,7 +16,7 @@ use byokfs::fuse::{self, CutOffErrno, MountOptions};
 use byokfs::key::clock::BootTime;
 use byokfs::key::gate::{Gate, Keyring};
 use byokfs::key::reason::Reason;
-use byokfs::store::Store;
+use byokfs::store::{FormatOptions, Store};
 use byokfs::vfs::audit::LogOnly;
 use byokfs::vfs::types::ROOT;
 use byokfs::vfs::{Filesystem, FilesystemOptions};
@@ -180,7 +180,8 @@ fn serve() {
     rustix::process::umask(rustix::fs::Mode::empty());
     let backing: Arc<dyn Backing> = LinuxBacking::open(&dir.join("back")).unwrap();
     if !dir.join("back/tree").exists() {
-        Store::format(&*backing, &keyring(), Default::default()).unwrap();
+        let options = FormatOptions { log_size: Some(32 << 20), ..FormatOptions::default() };
+        Store::format(&*backing, &keyring(), options).unwrap();
     }
     let (backing, faults) = FaultBacking::new(backing);
     let backing: Arc<dyn Backing> = backing;
@@ -188,6 +189,8 @@ fn serve() {
     let store = Store::open(Arc::clone(&backing), Arc::clone(&gate), read_only).unwrap();
     store.start_session(&keyring()).unwrap();
     assert!(gate.open(keyring(), soon()));
+    store.recover().unwrap();
+    store.start_background(|reason| println!("{reason}")).unwrap();
     let fs = Filesystem::new(
         Arc::clone(&store),
         backing,
@@ -218,6 +221,10 @@ fn serve() {
                 store.start_session(&keyring()).unwrap();
                 assert!(gate.open(keyring(), soon()));
             }
+            "sync" => {
+                store.checkpoint().unwrap();
+                store.sync_all().unwrap();
+            }
             "panic-in-read" => faults.arm_panic(Call::Read),
             "panic-in-write" => faults.arm_panic(Call::Write),
             "panic-in-name" => faults.arm_panic(Call::Name),
@@ -238,6 +245,11 @@ fn serve() {
     }
     let _ = mounted.unmount(true);
     mounted.wait_timeout(limit);
+    if gate.check().is_ok()
+        && let Err(error) = store.checkpoint()
+    {
+        println!("not brought home: {error}");
+    }
 }
 
 fn look_up(fs: &Filesystem, times: usize) {

@@ -1,21 +1,20 @@
-//! Tag pages and generation pages: found, verified, changed.
+//! Tag pages and generation pages: found and verified.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::File;
+use super::overlay::Spot;
 use crate::crypto::mac::MacKey;
 use crate::error::{FsError, FsResult};
-use crate::key::gate::Lease;
-use crate::store::header::Header;
 use crate::store::keys::hex;
 use crate::store::layout::{
-    BLOCK_LEN, GROUPS_PER_SECTOR, SECTOR_LEN, SECTORS_PER_PAGE, generation_page_at,
-    region_of_group, slot_of_group, tag_page_at,
+    BLOCK_LEN, BLOCKS_PER_GROUP, GROUPS_PER_SECTOR, SECTOR_LEN, SECTORS_PER_PAGE,
+    generation_page_at, region_of_group, slot_of_block, slot_of_group, tag_page_at,
 };
-use crate::store::page::{Page, PageId, PageMac};
-use rustix::io::Errno;
+use crate::store::page::{Accepts, Page, PageId, PageMac};
 
-fn position(id: PageId) -> u64 {
+pub(super) fn position(id: PageId) -> u64 {
     match id {
         PageId::Tags(group) => tag_page_at(group),
         PageId::Generations(region) => generation_page_at(region),
@@ -26,57 +25,77 @@ impl File {
     /// The tag page of a group, None where the group is holes. The group must be locked.
     pub(super) fn tag_page(&self, group: u64) -> FsResult<Option<Arc<Page>>> {
         let id = PageId::Tags(group);
+        let clean = self.is_clean();
+        if clean && let Some(page) = self.shared.pages.get(&(self.cache_id(), id)) {
+            return Ok(Some(page));
+        }
+        if !clean && let Some(page) = self.state.lock().dirty.pages.get(&id) {
+            return Ok(Some(page.clone()));
+        }
+        // What lies below counts only as long as its group does.
+        let generation = self.generation(group)?;
+        if generation == 0 {
+            return Ok(None);
+        }
+        if !clean && let Some(page) = self.state.lock().page(id) {
+            return Ok(Some(page.clone()));
+        }
         if let Some(page) = self.shared.pages.get(&(self.cache_id(), id)) {
             return Ok(Some(page));
         }
-        if self.generation(group)? == 0 {
-            return Ok(None);
-        }
-        self.load_page(id).map(Some)
+        let accepts = if self.recovering.load(Ordering::Acquire) {
+            Accepts::AtLeast(generation)
+        } else {
+            Accepts::Exactly(generation)
+        };
+        self.load_page(id, accepts).map(Some)
     }
 
     /// 0 for a group of holes.
     pub(super) fn generation(&self, group: u64) -> FsResult<u64> {
-        let region = region_of_group(group);
-        let Some(page) = self.generation_page(region)? else { return Ok(0) };
+        match self.generation_page(region_of_group(group))? {
+            Some(page) => self.generation_in(&page, group),
+            None => Ok(0),
+        }
+    }
+
+    pub(super) fn generation_in(&self, page: &Page, group: u64) -> FsResult<u64> {
         let slot = slot_of_group(group);
-        self.verify_sectors(&page, slot / GROUPS_PER_SECTOR, slot / GROUPS_PER_SECTOR)?;
+        self.verify_sectors(page, slot / GROUPS_PER_SECTOR, slot / GROUPS_PER_SECTOR)?;
         Ok(page.generation(slot))
     }
 
     pub(super) fn generation_page(&self, region: u64) -> FsResult<Option<Arc<Page>>> {
         let id = PageId::Generations(region);
+        {
+            let state = self.state.lock();
+            if !state.header.has_region(region) {
+                return Ok(None);
+            }
+            if let Some(page) = state.page(id) {
+                return Ok(Some(page.clone()));
+            }
+        }
         if let Some(page) = self.shared.pages.get(&(self.cache_id(), id)) {
             return Ok(Some(page));
         }
-        self.generation_page_locked(&self.meta.lock(), region)
+        self.load_page(id, Accepts::Any).map(Some)
     }
 
-    /// Under `meta`, so that no page is read while it is written.
-    fn generation_page_locked(&self, meta: &Header, region: u64) -> FsResult<Option<Arc<Page>>> {
-        let id = PageId::Generations(region);
-        if let Some(page) = self.shared.pages.get(&(self.cache_id(), id)) {
-            return Ok(Some(page));
-        }
-        if !meta.has_region(region) {
-            return Ok(None);
-        }
-        self.load_page(id).map(Some)
-    }
-
-    fn load_page(&self, id: PageId) -> FsResult<Arc<Page>> {
+    fn load_page(&self, id: PageId, accepts: Accepts) -> FsResult<Arc<Page>> {
         let mut bytes = Box::new([0; BLOCK_LEN]);
         // What is missing reads as zeros, which no sector is.
         self.backing.read_at(&mut bytes[..], position(id))?;
-        let page = Arc::new(Page::from_disk(id, bytes));
+        let page = Arc::new(Page::from_disk(id, bytes, accepts));
         self.shared.pages.insert((self.cache_id(), id), page.clone());
         Ok(page)
     }
 
-    pub(super) fn cache_page(&self, page: Page) {
-        self.shared.pages.insert((self.cache_id(), page.id()), Arc::new(page));
+    pub(super) fn cache_page(&self, page: Arc<Page>) {
+        self.shared.pages.insert((self.cache_id(), page.id()), page);
     }
 
+    /// The next read of it, if no change waits to go home, comes from the disk.
     pub(super) fn forget_page(&self, id: PageId) {
         self.shared.pages.remove(&(self.cache_id(), id));
     }
@@ -95,7 +114,28 @@ impl File {
         }
     }
 
-    fn damaged_sector(&self, id: PageId, sector: usize) -> FsError {
+    /// Finds out which sectors of a page that will be changed prove themselves: the others will be
+    /// written back as they are.
+    pub(super) fn verify_what_is_right(&self, page: &Page) -> FsResult<()> {
+        if page.is_verified(0, SECTORS_PER_PAGE - 1) {
+            return Ok(());
+        }
+        let lease = self.shared.gate.lease()?;
+        let key = self.shared.keys.file_mac(&lease, &self.keys)?;
+        let mac = self.page_mac(&key);
+        (0..SECTORS_PER_PAGE).for_each(|sector| _ = page.verify(sector, &mac));
+        Ok(())
+    }
+
+    /// The next checkpoint has a higher generation than whatever an unfinished one has left.
+    pub(super) fn note_generation(&self, page: &Page) {
+        if self.recovering.load(Ordering::Acquire) {
+            let header = &mut self.state.lock().header;
+            header.generation = header.generation.max(page.newest());
+        }
+    }
+
+    pub(super) fn damaged_sector(&self, id: PageId, sector: usize) -> FsError {
         let (PageId::Tags(index) | PageId::Generations(index)) = id;
         let index = index * SECTORS_PER_PAGE as u64 + sector as u64;
         let position = position(id) + (sector * SECTOR_LEN) as u64;
@@ -103,117 +143,31 @@ impl File {
         FsError::integrity(id.what(), hex(&self.keys.file_id), Some(index), detail)
     }
 
-    fn page_mac<'a>(&'a self, key: &'a MacKey) -> PageMac<'a> {
+    pub(super) fn page_mac<'a>(&'a self, key: &'a MacKey) -> PageMac<'a> {
         PageMac { key, volume: &self.shared.volume, file: &self.keys.file_id }
     }
 
-    /// Gives the sectors MACs over what they now hold.
-    pub(super) fn seal_sectors(
-        &self,
-        lease: &Lease<'_>,
-        page: &mut Page,
-        first: usize,
-        last: usize,
-    ) -> FsResult<()> {
-        let key = self.shared.keys.file_mac(lease, &self.keys)?;
-        let mac = self.page_mac(&key);
-        (first..=last).for_each(|sector| page.seal(sector, &mac));
-        Ok(())
-    }
-
-    /// Seals sectors `first..=last` of a changed page and makes it what counts.
-    pub(super) fn store_page(&self, mut page: Page, first: usize, last: usize) -> FsResult<()> {
-        {
-            let lease = self.shared.gate.lease()?;
-            self.seal_sectors(&lease, &mut page, first, last)?;
-            lease.still_open()?;
+    /// Whether the blocks, of one group, may be written home at once: they are holes in what is
+    /// durable, and nothing at home is needed in their place. The group is locked.
+    pub(super) fn are_new(&self, blocks: std::ops::Range<u64>) -> FsResult<bool> {
+        if self.state.lock().removed(&blocks) {
+            return Ok(false);
         }
-        self.write_sectors(&page, first, last)?;
-        self.cache_page(page);
-        Ok(())
-    }
-
-    /// Writes sectors `first..=last` of the page, which are sealed.
-    pub(super) fn write_sectors(&self, page: &Page, first: usize, last: usize) -> FsResult<()> {
-        let (from, to) = (first * SECTOR_LEN, (last + 1) * SECTOR_LEN);
-        let at = position(page.id()) + from as u64;
-        self.backing.write_at(&page.bytes()[from..to], at).map_err(|error| {
-            // Whichever of the two the disk has now.
-            self.forget_page(page.id());
-            error.into()
-        })
-    }
-
-    /// Notes that the group's tag page counts from now on; it has been written. Where that takes
-    /// a change of the header, the size becomes `size` by the same write, if it is less.
-    pub(super) fn materialise(&self, group: u64, size: u64) -> FsResult<()> {
-        let region = region_of_group(group);
-        let mut meta = self.meta.lock();
-        if self.generation_page_locked(&meta, region)?.is_none() {
-            return self.add_region(&mut meta, group, size);
-        }
-        self.change_generations(&meta, region, |page| {
-            let slot = slot_of_group(group);
-            if page.generation(slot) == 0 {
-                page.set_generation(slot, 1);
-            }
-        })
-    }
-
-    /// Makes the groups of `slots` of the region groups of holes.
-    pub(super) fn dematerialise(&self, region: u64, slots: std::ops::Range<usize>) -> FsResult<()> {
-        let meta = self.meta.lock();
-        self.change_generations(&meta, region, |page| {
-            for slot in slots.clone() {
-                page.set_generation(slot, 0);
-            }
-        })?;
-        let first = region * crate::store::layout::GROUPS_PER_REGION as u64;
-        for slot in slots {
-            self.forget_page(PageId::Tags(first + slot as u64));
-        }
-        Ok(())
-    }
-
-    /// Writes the sectors of the region's generation page that `change` alters.
-    fn change_generations(
-        &self,
-        meta: &Header,
-        region: u64,
-        change: impl FnOnce(&mut Page),
-    ) -> FsResult<()> {
-        let Some(old) = self.generation_page_locked(meta, region)? else { return Ok(()) };
-        let mut page = Page::clone(&old);
-        change(&mut page);
-        let altered = |sector: &usize| {
-            let range = sector * SECTOR_LEN..(sector + 1) * SECTOR_LEN;
-            page.bytes()[range.clone()] != old.bytes()[range]
+        let Some(page) = self.tag_page(blocks.start / BLOCKS_PER_GROUP as u64)? else {
+            return Ok(true);
         };
-        let mut altered = (0..SECTORS_PER_PAGE).filter(altered);
-        let Some(first) = altered.next() else { return Ok(()) };
-        let last = altered.last().unwrap_or(first);
-        self.verify_sectors(&old, first, last)?;
-        self.store_page(page, first, last)
+        self.verify_what_is_right(&page)?;
+        Ok(blocks.into_iter().all(|block| page.entry(slot_of_block(block)).is_none()))
     }
 
-    /// The first group of its region that is not holes: the region gets a generation page.
-    fn add_region(&self, meta: &mut Header, group: u64, size: u64) -> FsResult<()> {
-        let region = region_of_group(group);
-        let mut next = meta.clone();
-        let added = next.add_region(u32::try_from(region).map_err(|_| Errno::FBIG)?);
-        next.size = next.size.max(size);
-        for number in added.into_iter().map(u64::from) {
-            let mut page = Page::empty(PageId::Generations(number));
-            if number == region {
-                page.set_generation(slot_of_group(group), 1);
-            }
-            self.store_page(page, 0, SECTORS_PER_PAGE - 1)?;
+    /// Where blocks are that the log has: for each of `count` blocks from `first` on. None where
+    /// all are home.
+    pub(super) fn spots(&self, first: u64, count: usize) -> Option<Vec<Option<Spot>>> {
+        if self.is_clean() {
+            return None;
         }
-        let done = self.update_header(meta, |header| *header = next);
-        if done.is_err() {
-            // A cached page counts, and without the header this one does not.
-            self.forget_page(PageId::Generations(region));
-        }
-        done
+        let state = self.state.lock();
+        let spots: Vec<_> = (first..).take(count).map(|block| state.spot(block)).collect();
+        spots.iter().any(Option::is_some).then_some(spots)
     }
 }

@@ -29,8 +29,7 @@ impl File {
                 self.forget_page(PageId::Tags(group));
                 self.forget_page(PageId::Generations(region_of_group(group)));
             }
-            let settled = range.into_iter().try_for_each(|group| self.settle(group));
-            done = settled.and_then(|()| self.read_locked(buf, offset));
+            done = self.read_locked(buf, offset);
         }
         if done.is_err() {
             buf.fill(0);
@@ -120,8 +119,35 @@ impl File {
     }
 
     /// Reads the ciphertext of the blocks from `first` on that fill `buf`, at least of those that
-    /// are not holes, by one call.
-    pub(super) fn read_sealed(&self, page: &Page, first: u64, buf: &mut [u8]) -> FsResult<()> {
+    /// are not holes.
+    fn read_sealed(&self, page: &Page, first: u64, buf: &mut [u8]) -> FsResult<()> {
+        let count = buf.len() / BLOCK_LEN;
+        let Some(spots) = self.spots(first, count) else {
+            return self.read_home(page, first, buf);
+        };
+        let log = self.shared.log()?;
+        let mut at = 0;
+        while at < count {
+            let same = |next: usize| match (spots[at], spots[next]) {
+                (None, None) => true,
+                (Some(from), Some(to)) => {
+                    from.stream == to.stream && from.at + ((next - at) * BLOCK_LEN) as u64 == to.at
+                }
+                _ => false,
+            };
+            let past = (at + 1..count).find(|&next| !same(next)).unwrap_or(count);
+            let bytes = &mut buf[at * BLOCK_LEN..past * BLOCK_LEN];
+            match spots[at] {
+                Some(spot) => log.read(spot.stream, bytes, spot.at)?,
+                None => self.read_home(page, first + at as u64, bytes)?,
+            }
+            at = past;
+        }
+        Ok(())
+    }
+
+    /// From the home file, by one call.
+    fn read_home(&self, page: &Page, first: u64, buf: &mut [u8]) -> FsResult<()> {
         let count = buf.len() / BLOCK_LEN;
         let sealed = |i: &usize| -> bool { page.entry(slot_of_block(first) + i).is_some() };
         let mut sealed = (0..count).filter(sealed);
@@ -136,10 +162,16 @@ impl File {
 
     /// Reads and decrypts one block that is not a hole.
     pub(super) fn read_block(&self, block: u64, entry: &Entry, buf: &mut [u8]) -> FsResult<()> {
-        let read = self.backing.read_at(buf, block_at(block))?;
-        if read < buf.len() {
-            let detail = "the backing file ends before it";
-            return Err(FsError::integrity("block", hex(&self.file_id()), Some(block), detail));
+        match self.spots(block, 1).and_then(|spots| spots[0]) {
+            Some(spot) => self.shared.log()?.read(spot.stream, buf, spot.at)?,
+            None => {
+                let read = self.backing.read_at(buf, block_at(block))?;
+                if read < buf.len() {
+                    let detail = "the backing file ends before it";
+                    let file = hex(&self.file_id());
+                    return Err(FsError::integrity("block", file, Some(block), detail));
+                }
+            }
         }
         let lease = self.shared.gate.lease()?;
         Opener::new(&self.shared, &self.keys, &lease).open(block, entry, buf)?;

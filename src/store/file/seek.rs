@@ -3,8 +3,8 @@
 use super::File;
 use crate::error::FsResult;
 use crate::store::layout::{
-    BLOCK, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, block_of, blocks_for, group_of, group_start,
-    slot_of_block,
+    BLOCK, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, GROUPS_PER_REGION, block_of, blocks_for, group_of,
+    group_start, region_of_group, slot_of_block, slot_of_group,
 };
 
 impl File {
@@ -37,7 +37,7 @@ impl File {
                 if !sealed {
                     return Ok(Some(offset.max(block * BLOCK)));
                 }
-                let next = self.next_region_if_absent(group)?.unwrap_or(group + 1);
+                let next = self.past_holes(group)?;
                 block = group_start(next) / BLOCK;
                 continue;
             };
@@ -52,5 +52,12 @@ impl File {
                 }
             }
         }
+    }
+
+    /// After a group of holes, the next that may be something else.
+    fn past_holes(&self, group: u64) -> FsResult<u64> {
+        let left = GROUPS_PER_REGION - slot_of_group(group);
+        let absent = self.generation_page(region_of_group(group))?.is_none();
+        Ok(group + if absent { left as u64 } else { 1 })
     }
 }

@@ -1,13 +1,16 @@
 //! Allocating and giving back space.
 
+use std::ops::Range;
+
 use rustix::io::Errno;
 
 use super::File;
-use super::write::Source;
+use super::change::{Change, room_for};
 use crate::error::FsResult;
+use crate::store::intent_log::{Kind, Stream};
 use crate::store::layout::{
-    BLOCK, GROUP_LEN, MAX_SIZE, block_at, block_of, generation_page_at, group_of, group_start,
-    part_in_group, region_of_group, slot_of_block, slot_of_group, tag_page_at,
+    BLOCK, BLOCK_LEN, MAX_SIZE, block_at, block_of, blocks_for, generation_page_at, group_of,
+    group_start, region_of_group, slot_of_group, tag_page_at,
 };
 
 impl File {
@@ -17,15 +20,21 @@ impl File {
         if len == 0 {
             return Err(Errno::INVAL.into());
         }
+        let room = self.shared.reserve(Stream::Hot, room_for(0))?;
         let (_guard, offset) = self.lock_for_write(offset, len, false)?;
-        self.allocate_locked(offset, len, keep_size)
-    }
-
-    fn allocate_locked(&self, offset: u64, len: u64, keep_size: bool) -> FsResult<()> {
         let end = offset + len;
         self.reserve(offset, end)?;
-        let size = self.size();
-        if end > size && !keep_size { self.extend(size, end) } else { Ok(()) }
+        if end <= self.size() {
+            return Ok(());
+        }
+        if keep_size {
+            self.state.lock().keep_ahead = true;
+            return Ok(());
+        }
+        self.grow_home(end)?;
+        let mut change = Change::new(self, Kind::Truncate);
+        change.set_size(end);
+        change.commit(room).map(drop)
     }
 
     /// Reserves the data blocks, and every page that a write into them will need.
@@ -50,27 +59,21 @@ impl File {
 
     /// `FALLOC_FL_PUNCH_HOLE`: zeros the range and gives its space back; the size stays.
     pub fn punch_hole(&self, offset: u64, len: u64) -> FsResult<()> {
-        self.make_holes(offset, len, true)
+        self.make_holes(offset, len, Kind::Punch)
     }
 
     /// `FALLOC_FL_ZERO_RANGE`: zeros the range and keeps, or gets, its space.
     pub fn zero_range(&self, offset: u64, len: u64, keep_size: bool) -> FsResult<()> {
-        self.check_writable()?;
-        if len == 0 {
-            return Err(Errno::INVAL.into());
-        }
-        {
-            let (_guard, offset) = self.lock_for_write(offset, len, false)?;
-            self.allocate_locked(offset, len, keep_size)?;
-        }
-        self.make_holes(offset, len, false)
+        self.allocate(offset, len, keep_size)?;
+        self.make_holes(offset, len, Kind::Zero)
     }
 
-    fn make_holes(&self, offset: u64, len: u64, punch: bool) -> FsResult<()> {
+    fn make_holes(&self, offset: u64, len: u64, kind: Kind) -> FsResult<()> {
         self.check_writable()?;
         if len == 0 {
             return Err(Errno::INVAL.into());
         }
+        let room = self.shared.reserve(Stream::Hot, room_for(2))?;
         let last = offset.saturating_add(len - 1).min(MAX_SIZE);
         let _guard = self.locks.exclusive(group_of(offset)..=group_of(last).max(group_of(offset)));
         let size = self.size();
@@ -78,84 +81,41 @@ impl File {
         if offset >= end {
             return Ok(());
         }
-        let mut group = group_of(offset);
-        while group <= group_of(end - 1) {
-            if let Some(next) = self.next_region_if_absent(group)? {
-                group = next;
-                continue;
-            }
-            let part = part_in_group(offset, end, group);
-            // The rest of the last block does not exist, so it goes with it.
-            let past = if part.end == size { part.end.next_multiple_of(BLOCK) } else { part.end };
-            self.make_holes_in_group(group, part.start, past, size, punch)?;
-            group += 1;
-        }
-        Ok(())
+        let mut change = Change::new(self, kind);
+        change.zero(offset, end, size)?;
+        if change.is_empty() { Ok(()) } else { change.commit(room).map(drop) }
     }
+}
 
-    /// The first group of the next region, where that of `group` has nothing but holes.
-    pub(super) fn next_region_if_absent(&self, group: u64) -> FsResult<Option<u64>> {
-        let left = crate::store::layout::GROUPS_PER_REGION - slot_of_group(group);
-        let absent = self.generation_page(region_of_group(group))?.is_none();
-        Ok(absent.then_some(group + left as u64))
-    }
-
-    fn make_holes_in_group(
-        &self,
-        group: u64,
-        from: u64,
-        to: u64,
-        size: u64,
-        punch: bool,
-    ) -> FsResult<()> {
-        if self.generation(group)? == 0 {
-            // Holes already, but perhaps with space reserved for them.
-            if punch {
-                let (at, to) = (block_at(block_of(from)), block_at(block_of(to - 1)) + BLOCK);
-                self.backing.punch_hole(at, to - at)?;
-            }
-            return Ok(());
-        }
-        if from == group_start(group) && (to == group_start(group + 1) || to >= size) {
-            let slot = slot_of_group(group);
-            self.dematerialise(region_of_group(group), slot..slot + 1)?;
-            if punch {
-                self.backing.punch_hole(tag_page_at(group), GROUP_LEN)?;
-            }
-            return Ok(());
-        }
+impl Change<'_> {
+    /// Zeros a range: its whole blocks become holes. The rest of the last block of the file does
+    /// not exist, so it goes with it.
+    fn zero(&mut self, from: u64, to: u64, size: u64) -> FsResult<()> {
+        let to = if to == size { to.next_multiple_of(BLOCK) } else { to };
         let (whole_from, whole_to) = (from.div_ceil(BLOCK), to / BLOCK);
         if whole_from > whole_to {
-            return self.zero_sealed(from, to, size); // within one block
+            return self.zero_part(block_of(from), part(from, to)); // within one block
         }
-        self.zero_sealed(from, whole_from * BLOCK, size)?;
-        self.zero_sealed(whole_to * BLOCK, to, size)?;
-        if whole_from == whole_to {
-            return Ok(());
+        if !from.is_multiple_of(BLOCK) {
+            self.zero_part(block_of(from), part(from, whole_from * BLOCK))?;
         }
-        let first = slot_of_block(whole_from);
-        let count = (whole_to - whole_from) as usize;
-        self.clear_entries(group, first..first + count)?;
-        if punch {
-            self.backing.punch_hole(block_at(whole_from), count as u64 * BLOCK)?;
+        if !to.is_multiple_of(BLOCK) {
+            self.zero_part(whole_to, part(whole_to * BLOCK, to))?;
         }
-        Ok(())
+        self.make_holes(whole_from..whole_to, blocks_for(size))
     }
 
     /// Zeros part of one block, unless that is a hole.
-    fn zero_sealed(&self, from: u64, to: u64, size: u64) -> FsResult<()> {
-        if from == to {
+    pub(super) fn zero_part(&mut self, block: u64, bytes: Range<usize>) -> FsResult<()> {
+        if self.current(block)?.is_none() {
             return Ok(());
         }
-        let page = self.tag_page(group_of(from))?;
-        let Some(page) = page else { return Ok(()) };
-        let slot = slot_of_block(block_of(from));
-        let sector = slot / crate::store::layout::BLOCKS_PER_SECTOR;
-        self.verify_sectors(&page, sector, sector)?;
-        if page.entry(slot).is_none() {
-            return Ok(());
-        }
-        self.write_range(from, Source::Zeros(to - from), size, size)?;
-        Ok(())
+        self.block(block, true, |content| content[bytes].fill(0))
     }
+}
+
+/// Of its block, the bytes `from..to` of a file.
+fn part(from: u64, to: u64) -> Range<usize> {
+    let at = (from % BLOCK) as usize;
+    at..(at + (to - from) as usize).min(BLOCK_LEN)
 }

@@ -7,12 +7,15 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use parking_lot::MutexGuard;
 use rustix::io::Errno;
 
 use super::ring::{Ring, Spot};
-use super::{Log, PAGE, Position, STREAMS, Stream};
+use super::{Log, PAGE, Position, Room, STREAMS, Stream};
+use crate::backing::FileRef;
 use crate::error::{FsError, FsResult};
 
 /// The most that one write takes along.
@@ -31,10 +34,19 @@ pub(super) struct Queue {
     waiting: VecDeque<Queued>,
     /// Records before this are in the kernel's hands.
     written: u64,
-    /// Records before this are on stable storage.
+    /// Records before this are on stable storage, and so is what they say is home.
     durable: u64,
     writing: bool,
     flushing: bool,
+    homes: Vec<Home>,
+}
+
+/// A home file with blocks that records only name: to be flushed before those records are.
+#[derive(Debug)]
+struct Home {
+    first: u64,
+    last: u64,
+    file: FileRef,
 }
 
 #[derive(Debug)]
@@ -47,13 +59,40 @@ impl Queue {
     pub(super) fn new(ring: Ring) -> Queue {
         let next = ring.next_seq();
         let waiting = VecDeque::new();
-        Queue { ring, waiting, written: next, durable: next, writing: false, flushing: false }
+        Queue {
+            ring,
+            waiting,
+            written: next,
+            durable: next,
+            writing: false,
+            flushing: false,
+            homes: Vec::new(),
+        }
     }
 
-    pub(super) fn place(&mut self, pages: u64) -> Option<Spot> {
-        let spot = self.ring.place(pages)?;
+    pub(super) fn place(&mut self, pages: u64, home: Option<FileRef>) -> Spot {
+        let spot = self.ring.place(pages);
         self.waiting.push_back(Queued { spot, bytes: None });
-        Some(spot)
+        if let Some(file) = home {
+            match self.homes.iter_mut().find(|home| Arc::ptr_eq(&home.file, &file)) {
+                Some(home) => home.last = spot.seq,
+                None => self.homes.push(Home { first: spot.seq, last: spot.seq, file }),
+            }
+        }
+        spot
+    }
+
+    /// The home files that records before `seq` need on stable storage.
+    fn homes_before(&self, seq: u64) -> Vec<FileRef> {
+        let needed = self.homes.iter().filter(|home| home.first < seq);
+        needed.map(|home| home.file.clone()).collect()
+    }
+
+    fn homes_are_durable(&mut self, seq: u64) {
+        self.homes.retain_mut(|home| {
+            home.first = home.first.max(seq);
+            home.last >= seq
+        });
     }
 
     /// The last record that is on stable storage.
@@ -176,23 +215,31 @@ impl Log {
         Ok(())
     }
 
-    /// Returns when the stream has room for `draft_pages`, or `give_up` says why not to wait. It is
-    /// asked again whenever something changes, and by [`Log::wake`].
-    pub fn wait_for_room(
-        &self,
+    /// Waits until the stream has room for a record of `pages`, or `give_up` says why not to wait. It
+    /// is asked again whenever something changes, and by [`Log::wake`]. Nobody may wait here who
+    /// holds what the space's release depends on.
+    pub fn reserve(
+        self: &Arc<Self>,
         stream: Stream,
-        draft_pages: u64,
+        pages: u64,
         give_up: impl Fn() -> FsResult<()>,
-    ) -> FsResult<()> {
+    ) -> FsResult<Room> {
         let index = stream as usize;
         let mut streams = self.streams.lock();
         loop {
             streams.check_writable()?;
-            if streams.queues[index].ring.has_room(draft_pages) {
-                return Ok(());
+            if streams.queues[index].ring.reserve(pages) {
+                return Ok(Room { log: self.clone(), stream, pages });
             }
             MutexGuard::unlocked(&mut streams, &give_up)?;
             self.space[index].wait_for(&mut streams, std::time::Duration::from_secs(1));
+        }
+    }
+
+    pub(super) fn unreserve(&self, stream: Stream, pages: u64) {
+        if pages > 0 {
+            self.streams.lock().queues[stream as usize].ring.unreserve(pages);
+            self.space[stream as usize].notify_all();
         }
     }
 
@@ -221,7 +268,7 @@ impl Log {
             }
             queue.writing = true;
             let (at, batch, last) = queue.take_batch();
-            let result = MutexGuard::unlocked(&mut streams, || {
+            let result = leading(&mut streams, || {
                 let parts: Vec<&[u8]> = batch.iter().flatten().map(|part| &part[..]).collect();
                 self.files[index].write_parts_at(&parts, at)
             });
@@ -252,11 +299,18 @@ impl Log {
             }
             queue.flushing = true;
             let covered = queue.written;
-            let result = MutexGuard::unlocked(&mut streams, || self.files[index].sync_data());
+            let homes = queue.homes_before(covered);
+            let result = leading(&mut streams, || {
+                homes.iter().try_for_each(|home| home.sync_data())?;
+                self.files[index].sync_data()
+            });
             let queue = &mut streams.queues[index];
             queue.flushing = false;
             match result {
-                Ok(()) => queue.durable = queue.durable.max(covered),
+                Ok(()) => {
+                    queue.durable = queue.durable.max(covered);
+                    queue.homes_are_durable(covered);
+                }
                 Err(error) => {
                     self.poison_locked(&mut streams, index, "the log cannot be flushed", &error);
                 }
@@ -279,6 +333,16 @@ impl Log {
             waiting.notify_all();
         }
     }
+}
+
+/// I/O for all who wait, without the lock. A panic in it is a failure like any other: those who
+/// wait must not wait for ever.
+fn leading(
+    streams: &mut MutexGuard<'_, Streams>,
+    io: impl FnOnce() -> io::Result<()>,
+) -> io::Result<()> {
+    let done = MutexGuard::unlocked(streams, || catch_unwind(AssertUnwindSafe(io)));
+    done.unwrap_or_else(|_| Err(io::Error::other("the request that was to do it panicked")))
 }
 
 const _: () = assert!(BATCH >= super::record::MAX_PAGES * PAGE);

@@ -10,13 +10,16 @@
 //!   whatever happens to the keys: [`Log::append`] never leaves a gap in a stream's sequence.
 //! - A failed write or flush is final: the log is poisoned, everyone who waits gets EIO, everyone
 //!   after them EROFS, and only the next mount's recovery goes on. Nothing is tried again.
+//! - Who appends has reserved the room before, holding nothing that others need to make room.
 //! - Space is used again only after [`Log::trim`], which the caller owes: data, tags and headers of
-//!   the trimmed records are durable at home. Records that are being read stay.
+//!   the trimmed records are durable at home, and nobody reads their bodies any more.
+//! - A record whose blocks, or some of them, were written home counts as durable only when those
+//!   blocks are: the flush of the stream flushes their home file first.
 //! - After recovery a stream's sequence goes on past every seq that an unread rest of the ring may
 //!   hold, so that no record of an earlier life is ever taken for a new one.
 //!
 //! What the log does not do: it knows nothing of files, keys of files or blocks at home; it never
-//! reads a body but for its caller. The store does not use it yet.
+//! reads a body but for its caller.
 
 mod anchor;
 mod commit;
@@ -122,6 +125,8 @@ pub struct Found {
     pub records: Vec<Record>,
     /// One anchor copy of a stream is damaged; the other serves.
     pub damaged_copy: bool,
+    /// The last record of each stream that a later one says was durable.
+    pub durable: [u64; STREAMS],
     files: [FileRef; STREAMS],
     anchors: [Anchor; STREAMS],
     /// Every record of the rings, also those that do not go home, with its length.
@@ -179,7 +184,7 @@ impl Log {
         dir: &NodeRef,
         log_id: &[u8; 16],
         key: &MacKey,
-        sessions: &SessionKeys,
+        sessions: &SessionKeys<'_>,
         access: Access,
         shown: &str,
     ) -> Result<Found> {
@@ -217,29 +222,38 @@ impl Log {
         let ends = [0, 1].map(|i: usize| Spot { seq: scans[i].next_seq, at: scans[i].end_at });
         let last = scans.iter().flat_map(|scan| &scan.records).map(|record| record.place.order);
         let next_order = last.max().unwrap_or(0) + 1;
+        let durable = [0, 1].map(|i: usize| {
+            let claims = scans[i].records.iter().map(|record| record.place.durable_seq);
+            claims.max().unwrap_or(0)
+        });
         let records = scan::merge(scans);
         let damaged_copy = hot_damaged || bulk_damaged;
-        Ok(Found { records, damaged_copy, files, anchors, live, ends, next_order })
+        Ok(Found { records, damaged_copy, durable, files, anchors, live, ends, next_order })
     }
 
-    /// A record in the kernel's or the writers' hands; None while its stream has no room for it
-    /// ([`Log::wait_for_room`], without a lease). The caller holds the lease that `key` came from.
+    /// A record in the writers' hands. The caller holds the lease that `key` came from. `home` is
+    /// the file to which the blocks past the body have been written.
     pub fn append(
         &self,
-        stream: Stream,
+        room: Room,
         draft: Draft,
+        home: Option<FileRef>,
         key: &SessionKey,
-    ) -> FsResult<std::result::Result<Position, Draft>> {
-        draft.check().map_err(|_| rustix::io::Errno::INVAL)?;
-        let index = stream as usize;
+    ) -> FsResult<Position> {
         let pages = draft.pages();
+        if draft.check().is_err() || pages > room.pages {
+            return Err(rustix::io::Errno::INVAL.into());
+        }
+        let index = room.stream as usize;
         let (spot, durable_seq, order) = {
             let mut streams = self.streams.lock();
             streams.check_writable()?;
             let queue = &mut streams.queues[index];
-            let Some(spot) = queue.place(pages) else { return Ok(Err(draft)) };
+            let spot = queue.place(pages, home);
             (spot, queue.durable_seq(), self.order.fetch_add(1, Ordering::Relaxed))
         };
+        let stream = room.stream;
+        room.used(pages);
         let slot = commit::Slot::new(self, index, spot.seq);
         let place = Place {
             stream: stream as u8,
@@ -252,20 +266,13 @@ impl Log {
         let head = draft.encode_head(&place, &key.key);
         let body_at = spot.at + head.len() as u64;
         slot.fill(head, draft.body);
-        Ok(Ok(Position { stream, seq: spot.seq, body_at, at: spot.at, len: pages * PAGE as u64 }))
+        Ok(Position { stream, seq: spot.seq, body_at, at: spot.at, len: pages * PAGE as u64 })
     }
 
-    /// Reads ciphertext of a pinned record.
+    /// Reads ciphertext of a record that has not been trimmed.
     pub fn read(&self, stream: Stream, buf: &mut [u8], at: u64) -> io::Result<()> {
         let count = self.files[stream as usize].read_at(buf, at)?;
         if count < buf.len() { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
-    }
-
-    /// Keeps the record where it is until the pin is dropped; None if its space may be used again
-    /// already: then everything in it is home.
-    pub fn pin(self: &Arc<Self>, stream: Stream, seq: u64) -> Option<Pin> {
-        let pinned = self.streams.lock().queues[stream as usize].ring.pin(seq);
-        pinned.then(|| Pin { log: self.clone(), stream, seq })
     }
 
     /// Gives back the space of the records of each stream before its seq in `seqs`: all of them
@@ -312,25 +319,30 @@ impl Log {
         let streams = self.streams.lock();
         [0, 1].map(|stream: usize| streams.queues[stream].ring.next_seq())
     }
+}
 
-    fn unpin(&self, stream: Stream, seq: u64) {
-        if self.streams.lock().queues[stream as usize].ring.unpin(seq) {
-            self.space[stream as usize].notify_all();
-        }
+/// Room for one record.
+#[derive(Debug)]
+pub struct Room {
+    log: Arc<Log>,
+    stream: Stream,
+    pages: u64,
+}
+
+impl Room {
+    pub fn stream(&self) -> Stream {
+        self.stream
+    }
+
+    /// Gives back all but what a record has taken.
+    fn used(mut self, pages: u64) {
+        self.pages -= pages;
     }
 }
 
-/// A record whose space is not used again while this lives.
-#[derive(Debug)]
-pub struct Pin {
-    log: Arc<Log>,
-    stream: Stream,
-    seq: u64,
-}
-
-impl Drop for Pin {
+impl Drop for Room {
     fn drop(&mut self) {
-        self.log.unpin(self.stream, self.seq);
+        self.log.unreserve(self.stream, self.pages);
     }
 }
 

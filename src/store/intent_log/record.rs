@@ -13,22 +13,26 @@
 //!   72  16  file id
 //!   88   8  size of the file afterwards, all ones where it stays
 //!   96  16  range (start, end) that becomes a hole before the entries apply, in blocks
-//!  112   4  entries     116  4  body blocks   120  4  bytes of the note
-//!  124   4  zero
-//!  128  40  for each entry: block index, 32 bytes of its tag sector
-//!           then the note, zeros up to a multiple of 4096, and the body
+//!  112   4  entries     116  4  body blocks   120  4  zero
+//!  124   4  nanoseconds of the time of modification
+//!  128   8  its seconds since the epoch, signed
+//!  136   8  zero
+//!  144  40  for each entry: block index, 32 bytes of its tag sector
+//!           then zeros up to a multiple of 4096, and the body
 //! ```
 //!
-//! Little-endian. The body is ciphertext as it goes home, one block for each entry, or none. A
-//! record is valid in one place: its MAC covers stream, seq and position under a key of its own
-//! session, so that neither an earlier lap nor another volume's log can pass for it.
+//! Little-endian. The body is ciphertext as it goes home, of the first entries' blocks; those of
+//! the other entries were written home directly. A record is valid in one place: its MAC covers
+//! stream, seq and position under a key of its own session, so that neither an earlier lap nor
+//! another volume's log can pass for it.
 
 use std::fmt;
 
-use super::PAGE;
+use super::{PAGE, Stream};
+use crate::backing::Timestamp;
 use crate::crypto::mac::{MAC_LEN, MacKey};
 
-pub(crate) const HEAD_LEN: usize = 128;
+pub(crate) const HEAD_LEN: usize = 144;
 pub(crate) const ENTRY_LEN: usize = 32;
 const LISTED_LEN: usize = 8 + ENTRY_LEN;
 const MAGIC: &[u8; 8] = b"BYOKLOG1";
@@ -38,16 +42,15 @@ pub const SAME_SIZE: u64 = u64::MAX;
 /// A request of 1 MiB that starts within a block touches one more, and one that starts past the
 /// end of the file changes the last block before it.
 pub(crate) const MAX_BLOCKS: usize = (1 << 20) / PAGE + 2;
-pub(crate) const MAX_NOTE: usize = 2 * PAGE;
 /// The most pages of a record.
 pub(crate) const MAX_PAGES: usize =
-    (HEAD_LEN + MAX_BLOCKS * LISTED_LEN + MAX_NOTE).div_ceil(PAGE) + MAX_BLOCKS;
+    (HEAD_LEN + MAX_BLOCKS * LISTED_LEN).div_ceil(PAGE) + MAX_BLOCKS;
 
 /// What a record says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Kind {
-    /// Blocks with their ciphertext.
+    /// Blocks, with their ciphertext or, past the body, of such as were written home.
     Write = 1,
     /// A new size; blocks past it are holes.
     Truncate = 2,
@@ -55,25 +58,13 @@ pub enum Kind {
     Punch = 3,
     /// A range of holes, its space kept.
     Zero = 4,
-    /// Entries of blocks that were written home directly.
-    Tags = 5,
-    /// Where the file of this id was when it was first logged.
-    Hint = 6,
-    /// Everything of this file up to here is home.
-    Checkpoint = 7,
+    /// Nothing but the time of modification.
+    Times = 5,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Kind> {
-        let all = [
-            Kind::Write,
-            Kind::Truncate,
-            Kind::Punch,
-            Kind::Zero,
-            Kind::Tags,
-            Kind::Hint,
-            Kind::Checkpoint,
-        ];
+        let all = [Kind::Write, Kind::Truncate, Kind::Punch, Kind::Zero, Kind::Times];
         all.into_iter().find(|&kind| kind as u8 == byte)
     }
 }
@@ -100,10 +91,10 @@ pub struct Draft {
     /// Blocks that become holes first; `start == end` for none.
     pub holes: (u64, u64),
     pub entries: Vec<Entry>,
-    /// Free bytes: where to find the file, for [`Kind::Hint`].
-    pub note: Vec<u8>,
-    /// Ciphertext of the entries' blocks, or nothing.
+    /// Ciphertext of the first entries' blocks. Those of the rest are home.
     pub body: Vec<u8>,
+    /// Of modification.
+    pub mtime: Timestamp,
     /// The other stream's last record of this file that may not be home yet.
     pub other: u64,
 }
@@ -142,15 +133,15 @@ impl Draft {
             size,
             holes: (0, 0),
             entries: Vec::new(),
-            note: Vec::new(),
             body: Vec::new(),
+            mtime: Timestamp::default(),
             other: 0,
         }
     }
 
     /// Pages before the body.
     fn head_pages(&self) -> usize {
-        (HEAD_LEN + self.entries.len() * LISTED_LEN + self.note.len()).div_ceil(PAGE)
+        (HEAD_LEN + self.entries.len() * LISTED_LEN).div_ceil(PAGE)
     }
 
     /// Pages of the record on disk.
@@ -159,8 +150,9 @@ impl Draft {
     }
 
     pub(crate) fn check(&self) -> Result<(), Invalid> {
-        let body_fits = self.body.is_empty() || self.body.len() == self.entries.len() * PAGE;
-        let fits = self.entries.len() <= MAX_BLOCKS && self.note.len() <= MAX_NOTE;
+        let body_fits =
+            self.body.len().is_multiple_of(PAGE) && self.body.len() / PAGE <= self.entries.len();
+        let fits = self.entries.len() <= MAX_BLOCKS;
         if body_fits && fits && self.holes.0 <= self.holes.1 { Ok(()) } else { Err(Invalid::Shape) }
     }
 
@@ -182,14 +174,14 @@ impl Draft {
         put_u64(&mut head, 104, self.holes.1);
         put_u32(&mut head, 112, self.entries.len() as u32);
         put_u32(&mut head, 116, (self.body.len() / PAGE) as u32);
-        put_u32(&mut head, 120, self.note.len() as u32);
+        put_u32(&mut head, 124, self.mtime.nsec);
+        put_u64(&mut head, 128, self.mtime.sec.cast_unsigned());
         let mut at = HEAD_LEN;
         for entry in &self.entries {
             put_u64(&mut head, at, entry.block);
             head[at + 8..at + LISTED_LEN].copy_from_slice(&entry.bytes);
             at += LISTED_LEN;
         }
-        head[at..at + self.note.len()].copy_from_slice(&self.note);
         let mac = key.mac(&[DOMAIN, &head[MAC_LEN..], &self.body]);
         head[..MAC_LEN].copy_from_slice(&mac);
         head
@@ -212,11 +204,10 @@ impl Claim {
         }
         let entries = get_u32(head, 112) as usize;
         let body = get_u32(head, 116) as usize;
-        let note = get_u32(head, 120) as usize;
-        if entries > MAX_BLOCKS || note > MAX_NOTE || (body != 0 && body != entries) {
+        if entries > MAX_BLOCKS || body > entries {
             return None;
         }
-        let head_pages = (HEAD_LEN + entries * LISTED_LEN + note).div_ceil(PAGE);
+        let head_pages = (HEAD_LEN + entries * LISTED_LEN).div_ceil(PAGE);
         let place = Place {
             stream: head[25],
             session: get_u32(head, 28),
@@ -243,7 +234,6 @@ impl Claim {
             entry.copy_from_slice(&listed[8..]);
             Entry { block: get_u64(listed, 0), bytes: entry }
         });
-        let note_at = HEAD_LEN + count * LISTED_LEN;
         let mut file_id = [0; 16];
         file_id.copy_from_slice(&bytes[72..88]);
         let draft = Draft {
@@ -252,8 +242,8 @@ impl Claim {
             size: get_u64(bytes, 88),
             holes: (get_u64(bytes, 96), get_u64(bytes, 104)),
             entries: entries.collect(),
-            note: bytes[note_at..note_at + get_u32(bytes, 120) as usize].to_vec(),
             body: Vec::new(),
+            mtime: Timestamp { sec: get_u64(bytes, 128).cast_signed(), nsec: get_u32(bytes, 124) },
             other: get_u64(bytes, 64),
         };
         Some(Record { place: self.place, draft, body_blocks: self.pages - self.head_pages })
@@ -268,6 +258,15 @@ impl Record {
 
     pub fn body_len(&self) -> usize {
         self.body_blocks * PAGE
+    }
+
+    pub fn stream(&self) -> Stream {
+        if self.place.stream == 0 { Stream::Hot } else { Stream::Bulk }
+    }
+
+    /// The entries of blocks that were written home, not to the log.
+    pub fn direct(&self) -> &[Entry] {
+        &self.draft.entries[self.body_blocks.min(self.draft.entries.len())..]
     }
 
     pub fn pages(&self) -> u64 {
@@ -327,16 +326,16 @@ mod tests {
     proptest! {
         #[test]
         fn comes_back_as_it_was(
-            kind in 1_u8..=7, size: u64, start in 0..u64::MAX / 2, len in 0_u64..1000,
-            blocks in 0_u64..300, with_body: bool, note in proptest::collection::vec(any::<u8>(), 0..600),
+            kind in 1_u8..=5, size: u64, start in 0..u64::MAX / 2, len in 0_u64..1000,
+            blocks in 0_u64..300, body in 0_u64..300, sec: i64, nsec: u32,
         ) {
             let blocks = blocks.min(MAX_BLOCKS as u64);
             let mut draft = Draft::new(Kind::from_byte(kind).unwrap(), [9; 16], size);
             draft.holes = (start, start + len);
             draft.entries = (start..start + blocks).map(entry).collect();
-            draft.note = note;
+            draft.mtime = Timestamp { sec, nsec };
             draft.other = size ^ 5;
-            draft.body = vec![kind; if with_body { blocks as usize * PAGE } else { 0 }];
+            draft.body = vec![kind; body.min(blocks) as usize * PAGE];
             prop_assert_eq!(draft.check(), Ok(()));
             let bytes = encode(&draft);
             prop_assert_eq!(bytes.len() as u64, draft.pages() * PAGE as u64);

@@ -1,12 +1,14 @@
 //! Where the next record of a stream goes, and when its space is free again. No I/O.
 //!
 //! Records lie whole: what does not fit before the end goes to the start, and the pages left over
-//! count as used with the record. Space is given back in order of seq, once a record is home
-//! ([`Ring::trim`]) and nobody reads it any more ([`Ring::unpin`]).
+//! count as used with the record. Who wants to place a record reserves its room first: what may be
+//! left over at the end is kept free beside it, so that placing never fails. Space is given back in
+//! order of seq, once a record is home ([`Ring::trim`]).
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use super::PAGE;
+use super::record::MAX_PAGES;
 
 /// A record's number, and its position in the stream's file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,16 +30,16 @@ pub(crate) struct Ring {
     end: u64,
     next: Spot,
     used: u64,
+    /// Pages that somebody will place.
+    reserved: u64,
     live: VecDeque<Live>,
-    pins: BTreeMap<u64, usize>,
     /// Records before this are home.
     trimmed: u64,
 }
 
 impl Ring {
     pub(crate) fn new(start: u64, end: u64, next: Spot) -> Ring {
-        let (live, pins) = (VecDeque::new(), BTreeMap::new());
-        Ring { start, end, next, used: 0, live, pins, trimmed: next.seq }
+        Ring { start, end, next, used: 0, reserved: 0, live: VecDeque::new(), trimmed: next.seq }
     }
 
     /// A ring that holds `records` already, given with their lengths.
@@ -75,27 +77,33 @@ impl Ring {
         if len > to_end { (self.start, len + to_end) } else { (self.next.at, len) }
     }
 
-    /// Whether [`Ring::place`] would find room.
-    pub(crate) fn has_room(&self, pages: u64) -> bool {
-        self.used + self.with_leftover(pages).1 <= self.capacity()
+    /// False while there is no room for `pages` more, beside what others have reserved.
+    pub(crate) fn reserve(&mut self, pages: u64) -> bool {
+        let wanted = (self.reserved + pages + MAX_PAGES as u64) * PAGE as u64;
+        let there = self.used + wanted <= self.capacity();
+        if there {
+            self.reserved += pages;
+        }
+        there
     }
 
-    /// None while there is no room.
-    pub(crate) fn place(&mut self, pages: u64) -> Option<Spot> {
-        if !self.has_room(pages) {
-            return None;
-        }
+    pub(crate) fn unreserve(&mut self, pages: u64) {
+        self.reserved = self.reserved.saturating_sub(pages);
+    }
+
+    /// Takes `pages` of what was reserved.
+    pub(crate) fn place(&mut self, pages: u64) -> Spot {
+        self.unreserve(pages);
         let (at, len) = self.with_leftover(pages);
         let spot = Spot { seq: self.next.seq, at };
         self.next = Spot { seq: spot.seq + 1, at: at + pages * PAGE as u64 };
         self.used += len;
         self.live.push_back(Live { spot, len });
-        Some(spot)
+        spot
     }
 
     /// The first record that is not before `seq`: the tail, once all before `seq` is home.
     pub(crate) fn tail_for(&self, seq: u64) -> Spot {
-        // A pinned record before it is home all the same.
         let seq = seq.max(self.trimmed);
         let live = self.live.iter().map(|live| live.spot);
         live.filter(|spot| spot.seq >= seq).min_by_key(|spot| spot.seq).unwrap_or(self.next)
@@ -104,36 +112,9 @@ impl Ring {
     /// Everything before `seq` is home and the anchor says so. True when space came free.
     pub(crate) fn trim(&mut self, seq: u64) -> bool {
         self.trimmed = self.trimmed.max(seq.min(self.next.seq));
-        self.free()
-    }
-
-    /// Keeps a record's space until [`Ring::unpin`]; false if it may be gone already.
-    pub(crate) fn pin(&mut self, seq: u64) -> bool {
-        let there = self.live.front().is_some_and(|live| live.spot.seq <= seq);
-        let there = there && seq < self.next.seq;
-        if there {
-            *self.pins.entry(seq).or_default() += 1;
-        }
-        there
-    }
-
-    /// True when space came free.
-    pub(crate) fn unpin(&mut self, seq: u64) -> bool {
-        if let Some(count) = self.pins.get_mut(&seq) {
-            *count -= 1;
-            if *count == 0 {
-                self.pins.remove(&seq);
-            }
-        }
-        self.free()
-    }
-
-    fn free(&mut self) -> bool {
-        let pinned = self.pins.keys().next().copied().unwrap_or(u64::MAX);
-        let limit = self.trimmed.min(pinned);
         let before = self.used;
         while let Some(live) = self.live.front()
-            && live.spot.seq < limit
+            && live.spot.seq < self.trimmed
         {
             self.used -= live.len;
             self.live.pop_front();
@@ -149,74 +130,79 @@ mod tests {
     use super::*;
 
     const START: u64 = 8192;
-    const PAGES: u64 = 20;
+    const PAGES: u64 = 3 * MAX_PAGES as u64;
 
     fn ring() -> Ring {
         Ring::new(START, START + PAGES * PAGE as u64, Spot { seq: 5, at: START })
     }
 
+    fn place(ring: &mut Ring, pages: u64) -> Option<Spot> {
+        ring.reserve(pages).then(|| ring.place(pages))
+    }
+
     #[test]
     fn a_full_ring_waits_for_its_tail() {
+        let most = MAX_PAGES as u64;
         let mut ring = ring();
-        assert_eq!(ring.place(12), Some(Spot { seq: 5, at: START }));
-        assert_eq!(ring.place(12), None);
-        assert_eq!(ring.place(8), Some(Spot { seq: 6, at: START + 12 * PAGE as u64 }));
-        assert_eq!(ring.place(1), None);
-        assert!(ring.pin(5));
-        assert!(!ring.trim(6));
-        assert_eq!(ring.place(1), None);
-        assert!(ring.unpin(5));
-        assert!(!ring.pin(5) && ring.pin(6) && !ring.pin(7));
-        assert_eq!(ring.place(12), Some(Spot { seq: 7, at: START }));
-        assert_eq!(ring.tail_for(7), Spot { seq: 7, at: START });
+        assert_eq!(place(&mut ring, most), Some(Spot { seq: 5, at: START }));
+        assert_eq!(place(&mut ring, most).map(|spot| spot.seq), Some(6));
+        assert_eq!(place(&mut ring, 1), None);
+        ring.trim(6);
+        assert!(ring.reserve(most - 1) && !ring.reserve(2) && ring.reserve(1));
+        ring.unreserve(most);
+        assert_eq!(place(&mut ring, most).map(|spot| spot.seq), Some(7));
+        assert_eq!(ring.tail_for(6), Spot { seq: 6, at: START + most * PAGE as u64 });
     }
 
     #[test]
     fn what_is_left_at_the_end_counts_until_the_record_goes() {
+        let most = MAX_PAGES as u64;
         let mut ring = ring();
-        ring.place(15);
-        ring.trim(6);
+        for seq in 5..8 {
+            place(&mut ring, most - 1).unwrap();
+            ring.trim(seq + 1);
+        }
         assert_eq!(ring.used(), 0);
-        assert_eq!(ring.place(10), Some(Spot { seq: 6, at: START }));
-        assert_eq!(ring.used(), 15 * PAGE as u64);
-        ring.trim(7);
+        assert_eq!(place(&mut ring, 10), Some(Spot { seq: 8, at: START }));
+        assert_eq!(ring.used(), 13 * PAGE as u64);
+        ring.trim(9);
         assert_eq!(ring.used(), 0);
     }
 
     proptest! {
-        /// No record lies over another that is live, pinned or past the end.
+        /// No record lies over another that is live, or past the end.
         #[test]
-        fn live_records_never_overlap(steps in proptest::collection::vec((0_u8..4, 1_u64..9), 1..300)) {
+        fn live_records_never_overlap(
+            steps in proptest::collection::vec((0_u8..4, 1..=MAX_PAGES as u64), 1..300),
+        ) {
             let mut ring = ring();
             let mut live: VecDeque<(u64, u64, u64)> = VecDeque::new();
-            let mut pins: Vec<u64> = Vec::new();
+            let mut reserved: Vec<u64> = Vec::new();
             let (mut trimmed, mut expected) = (5, 5);
             for (what, number) in steps {
                 match what {
-                    0 | 1 => if let Some(spot) = ring.place(number) {
-                        let end = spot.at + number * PAGE as u64;
+                    0 => if ring.reserve(number) {
+                        reserved.push(number);
+                    },
+                    1 | 2 => if let Some(pages) = reserved.pop() {
+                        let pages = pages.min(number);
+                        let spot = ring.place(pages);
+                        let end = spot.at + pages * PAGE as u64;
                         prop_assert_eq!(spot.seq, expected);
                         prop_assert!(spot.at >= START && end <= START + PAGES * PAGE as u64);
-                        let kept = |seq: u64| seq >= trimmed || pins.iter().any(|&pin| pin <= seq);
                         for &(seq, from, to) in &live {
-                            prop_assert!(!kept(seq) || end <= from || to <= spot.at);
+                            prop_assert!(seq < trimmed || end <= from || to <= spot.at);
                         }
                         live.push_back((spot.seq, spot.at, end));
                         expected += 1;
                     },
-                    2 => {
-                        trimmed = (trimmed + number).min(expected);
-                        ring.trim(trimmed);
-                    }
                     _ => {
-                        let seq = trimmed.max(5) + number % 3;
-                        if ring.pin(seq) {
-                            pins.push(seq);
-                        } else if let Some(seq) = pins.pop() {
-                            ring.unpin(seq);
-                        }
+                        trimmed = (trimmed + number % 5).min(expected);
+                        ring.trim(trimmed);
+                        live.retain(|(seq, ..)| *seq >= trimmed);
                     }
                 }
+                prop_assert!(ring.used() <= ring.capacity());
             }
         }
     }

@@ -6,7 +6,7 @@
 //! record is valid and says that the missing one was durable before it: then the log was damaged
 //! or tampered with, and nothing must be replayed over it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 
@@ -17,8 +17,8 @@ use super::{PAGE, STREAMS};
 use crate::backing::FileRef;
 use crate::crypto::mac::MacKey;
 
-/// Log keys by session.
-pub type SessionKeys = HashMap<u32, Arc<MacKey>>;
+/// The log key of a session, None for one that is not known.
+pub type SessionKeys<'a> = dyn Fn(u32) -> Option<Arc<MacKey>> + 'a;
 
 /// What one stream holds.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub(crate) struct Scan {
 struct Reader<'a> {
     file: &'a FileRef,
     anchor: &'a Anchor,
-    keys: &'a SessionKeys,
+    keys: &'a SessionKeys<'a>,
     buffer: Vec<u8>,
 }
 
@@ -56,7 +56,7 @@ impl Reader<'_> {
         if !fits || !here || !wanted(&claim) {
             return Ok(None);
         }
-        let Some(key) = self.keys.get(&claim.place.session).cloned() else { return Ok(None) };
+        let Some(key) = (self.keys)(claim.place.session) else { return Ok(None) };
         let mut buffer = std::mem::take(&mut self.buffer);
         let read = self.fill(at, &mut buffer[..claim.pages * PAGE]);
         let record = claim.prove(&buffer, &key);
@@ -93,7 +93,7 @@ impl Scan {
         file: &FileRef,
         anchor: &Anchor,
         tail: Spot,
-        keys: &SessionKeys,
+        keys: &SessionKeys<'_>,
     ) -> io::Result<Scan> {
         let mut reader = Reader { file, anchor, keys, buffer: vec![0; MAX_PAGES * PAGE] };
         let mut records = Vec::new();

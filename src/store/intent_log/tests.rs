@@ -21,8 +21,8 @@ fn session(session: u32) -> SessionKey {
     SessionKey { session, key: mac_key(session as u8) }
 }
 
-fn sessions() -> SessionKeys {
-    HashMap::from([(1, mac_key(1)), (2, mac_key(2))])
+fn sessions(session: u32) -> Option<Arc<MacKey>> {
+    [1, 2].contains(&session).then(|| mac_key(session as u8))
 }
 
 fn anchor_key() -> Arc<MacKey> {
@@ -38,7 +38,7 @@ fn fresh(backing: &dyn Backing) {
 }
 
 fn find(backing: &dyn Backing) -> Result<Found> {
-    Log::find(&backing.root(), &ID, &anchor_key(), &sessions(), Access::ReadWrite, "v")
+    Log::find(&backing.root(), &ID, &anchor_key(), &sessions, Access::ReadWrite, "v")
 }
 
 fn start(backing: &dyn Backing) -> Arc<Log> {
@@ -64,8 +64,17 @@ fn draft(number: u64, blocks: u64, byte: u8) -> Draft {
     draft
 }
 
-fn append(log: &Log, stream: Stream, draft: Draft) -> Position {
-    log.append(stream, draft, &session(1)).unwrap().unwrap()
+fn append(log: &Arc<Log>, stream: Stream, draft: Draft) -> Position {
+    try_append(log, stream, draft).unwrap().unwrap()
+}
+
+/// None where there is no room.
+fn try_append(log: &Arc<Log>, stream: Stream, draft: Draft) -> FsResult<Option<Position>> {
+    let room = match log.reserve(stream, draft.pages(), || Err(Errno::INTR.into())) {
+        Err(FsError::Os(Errno::INTR)) => return Ok(None),
+        room => room?,
+    };
+    log.append(room, draft, None, &session(1)).map(Some)
 }
 
 fn numbers(found: &Found) -> Vec<u64> {
@@ -108,7 +117,7 @@ fn what_was_appended_is_found_in_order() {
 }
 
 #[test]
-fn laps_come_and_go_and_readers_keep_their_record() {
+fn laps_come_and_go() {
     let backing = MemoryBacking::new();
     fresh(&*backing);
     let log = start(&*backing);
@@ -116,22 +125,17 @@ fn laps_come_and_go_and_readers_keep_their_record() {
     let mut live: Vec<(u64, Position)> = Vec::new();
     for number in 1..600 {
         let draft = draft(number, 1 + random.below(120), number as u8);
-        match log.append(Stream::Bulk, draft, &session(1)).unwrap() {
-            Ok(position) => live.push((number, position)),
-            Err(draft) => {
+        match try_append(&log, Stream::Bulk, draft).unwrap() {
+            Some(position) => live.push((number, position)),
+            None => {
                 let keep = random.below(live.len() as u64) as usize;
                 let seq = live[keep].1.seq;
-                let pin = log.pin(Stream::Bulk, live[keep / 2].1.seq).unwrap();
                 log.trim([0, seq], seal).unwrap();
-                let mut body = vec![0; PAGE];
-                log.wait_written(&live[keep / 2].1).unwrap();
-                log.read(Stream::Bulk, &mut body, live[keep / 2].1.body_at).unwrap();
-                assert_eq!(body, vec![live[keep / 2].0 as u8; PAGE]);
-                drop(pin);
                 live.drain(..keep);
-                if let Ok(position) = log.append(Stream::Bulk, draft, &session(1)).unwrap() {
-                    live.push((number, position));
-                }
+                let mut body = vec![0; PAGE];
+                log.wait_written(&live[0].1).unwrap();
+                log.read(Stream::Bulk, &mut body, live[0].1.body_at).unwrap();
+                assert_eq!(body, vec![live[0].0 as u8; PAGE]);
             }
         }
         log.wait_written(&live[live.len() - 1].1).unwrap();
@@ -150,21 +154,61 @@ fn a_full_stream_makes_writers_wait_until_space_comes() {
     fresh(&*backing);
     let log = start(&*backing);
     let mut last = None;
-    while let Ok(position) = log.append(Stream::Hot, draft(1, 100, 1), &session(1)).unwrap() {
+    while let Some(position) = try_append(&log, Stream::Hot, draft(1, 100, 1)).unwrap() {
         last = Some(position);
     }
     log.wait_written(&last.unwrap()).unwrap();
-    // Somebody gives up when told to.
-    let refused = log.wait_for_room(Stream::Hot, 101, || Err(Errno::INTR.into()));
-    assert_eq!(errno(refused), Errno::INTR);
     std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| log.wait_for_room(Stream::Hot, 101, || Ok(())));
+        let waiting = scope.spawn(|| log.reserve(Stream::Hot, 101, || Ok(())));
         std::thread::sleep(Duration::from_millis(20));
         assert!(!waiting.is_finished());
         log.trim([last.unwrap().seq, 0], seal).unwrap();
         waiting.join().unwrap().unwrap();
     });
-    assert!(log.append(Stream::Hot, draft(2, 100, 2), &session(1)).unwrap().is_ok());
+    assert!(try_append(&log, Stream::Hot, draft(2, 100, 2)).unwrap().is_some());
+}
+
+#[test]
+fn a_record_is_durable_when_its_home_is() {
+    let memory = MemoryBacking::new();
+    fresh(&*memory);
+    let log = start(&*memory);
+    let home = memory.root().create_unnamed().unwrap();
+    memory.root().link_file(&*home, b"home").unwrap();
+    memory.sync_fs().unwrap();
+    let direct = |number| Draft { body: Vec::new(), ..draft(number, 1, 1) };
+    let append_direct = |number| {
+        let room = log.reserve(Stream::Bulk, 1, || Ok(())).unwrap();
+        log.append(room, direct(number), Some(home.clone()), &session(1)).unwrap()
+    };
+    for (number, byte) in [(1, 7_u8), (2, 8)] {
+        home.write_at(&[byte; 512], 0).unwrap();
+        let position = append_direct(number);
+        // Another file's flush of the other stream has nothing to do with it.
+        log.wait_durable(&append(&log, Stream::Hot, draft(number, 1, 1))).unwrap();
+        log.wait_durable(&position).unwrap();
+        let trace = memory.trace();
+        for crash in trace.crashes(trace.len(), &Options::default()) {
+            let after = trace.materialise(&crash);
+            let mut bytes = [0; 512];
+            let file = after.root().lookup(b"home").unwrap().open(Access::Read).unwrap();
+            file.read_at(&mut bytes, 0).unwrap();
+            assert_eq!(bytes, [byte; 512], "{crash:?}");
+        }
+    }
+    let (backing, faults) = FaultBacking::new(memory.clone());
+    let home = backing.root().lookup(b"home").unwrap().open(Access::ReadWrite).unwrap();
+    let room = log.reserve(Stream::Bulk, 1, || Ok(())).unwrap();
+    let position = log.append(room, direct(3), Some(home), &session(1)).unwrap();
+    faults.arm(Rule {
+        call: Call::Sync,
+        after: 0,
+        lasting: false,
+        errno: Errno::IO,
+        partial: None,
+    });
+    assert_eq!(errno(log.wait_durable(&position)), Errno::IO);
+    assert!(log.poisoned().is_some());
 }
 
 #[test]
@@ -232,8 +276,7 @@ fn a_failed_write_or_flush_poisons_for_good() {
         let second = append(&log, Stream::Hot, draft(2, 1, 2));
         assert_eq!(errno(log.wait_durable(&second)), Errno::IO);
         assert_eq!(errno(log.wait_durable(&second)), Errno::IO, "not tried again");
-        assert_eq!(errno(log.append(Stream::Bulk, draft(3, 1, 3), &session(1))), Errno::ROFS);
-        assert_eq!(errno(log.wait_for_room(Stream::Bulk, 1, || Ok(()))), Errno::ROFS);
+        assert_eq!(errno(try_append(&log, Stream::Bulk, draft(3, 1, 3))), Errno::ROFS);
         assert_eq!(errno(log.trim([1, 1], seal)), Errno::ROFS);
         assert!(log.poisoned().unwrap().contains("log.hot"));
         log.wait_durable(&first).unwrap();
@@ -247,7 +290,7 @@ fn a_request_that_is_lost_between_place_and_mac_poisons() {
     let backing = MemoryBacking::new();
     fresh(&*backing);
     let log = start(&*backing);
-    let seq = log.streams.lock().queues[0].place(2).unwrap().seq;
+    let seq = log.streams.lock().queues[0].place(2, None).seq;
     let after = append(&log, Stream::Hot, draft(1, 1, 1));
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| log.wait_written(&after));
@@ -264,9 +307,9 @@ fn a_missing_foreign_or_damaged_log_is_refused() {
     fresh(&*backing);
     let root = backing.root();
     let other =
-        Log::find(&root, &[4; 16], &anchor_key(), &sessions(), Access::Read, "v").unwrap_err();
+        Log::find(&root, &[4; 16], &anchor_key(), &sessions, Access::Read, "v").unwrap_err();
     assert_eq!(other.kind, crate::Kind::Corrupt);
-    assert!(Log::find(&root, &ID, &mac_key(9), &sessions(), Access::Read, "v").is_err());
+    assert!(Log::find(&root, &ID, &mac_key(9), &sessions, Access::Read, "v").is_err());
 
     let log = start(&*backing);
     let positions: Vec<Position> =

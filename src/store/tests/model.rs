@@ -25,6 +25,7 @@ enum Op {
     Seek { offset: u64 },
     Sync { data_only: bool },
     Reopen,
+    Checkpoint,
 }
 
 /// Favours the edges of blocks, sectors and groups.
@@ -57,6 +58,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => offset().prop_map(|offset| Op::Seek { offset }),
         1 => any::<bool>().prop_map(|data_only| Op::Sync { data_only }),
         1 => Just(Op::Reopen),
+        2 => Just(Op::Checkpoint),
     ]
 }
 
@@ -108,7 +110,7 @@ fn predict(model: &[u8], op: &Op) -> Vec<u8> {
                 grow(&mut model, offset + len);
             }
         }
-        Op::Read { .. } | Op::Seek { .. } | Op::Sync { .. } | Op::Reopen => {}
+        Op::Read { .. } | Op::Seek { .. } | Op::Sync { .. } | Op::Reopen | Op::Checkpoint => {}
     }
     model
 }
@@ -140,7 +142,7 @@ fn run(file: &File, model: &[u8], op: &Op) -> FsResult<()> {
         Op::Allocate { offset, len, keep_size } => file.allocate(offset, len, keep_size),
         Op::Seek { offset } => check_seek(file, model, offset),
         Op::Sync { data_only } => file.sync(data_only),
-        Op::Reopen => Ok(()),
+        Op::Reopen | Op::Checkpoint => Ok(()),
     }
 }
 
@@ -170,6 +172,9 @@ proptest! {
         let mut file = volume.create("f");
         let mut model = Vec::new();
         for op in ops {
+            if let Op::Checkpoint = op {
+                volume.store.checkpoint().unwrap();
+            }
             if let Op::Reopen = op {
                 drop(file);
                 volume = volume.reopen();
@@ -207,7 +212,10 @@ proptest! {
             for op in ops {
                 let new = predict(&model, &op);
                 // A read may end in an error of its own, once the disk has failed.
-                let done = run(&file, &model, &op);
+                let done = match op {
+                    Op::Checkpoint => volume.store.checkpoint(),
+                    _ => run(&file, &model, &op),
+                };
                 if volume.faults.has_failed() {
                     next = Some(new);
                     break;

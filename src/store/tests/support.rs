@@ -22,12 +22,17 @@ pub(super) fn keyring() -> Keyring {
     Keyring::new(Secret::new_with(|key| key.fill(0x42)).unwrap())
 }
 
+pub(super) fn options() -> FormatOptions {
+    FormatOptions { log_size: Some(12 << 20), ..FormatOptions::default() }
+}
+
 fn open(dir: &std::path::Path, read_only: bool) -> (Arc<Store>, Arc<Gate>, Arc<Faults>) {
     let (backing, faults) = FaultBacking::new(LinuxBacking::open(dir).unwrap());
     let gate = Gate::new();
     let store = Store::open(backing, gate.clone(), read_only).unwrap();
     store.start_session(&keyring()).unwrap();
     assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(3600)));
+    store.recover().unwrap();
     (store, gate, faults)
 }
 
@@ -35,12 +40,12 @@ impl Volume {
     pub(super) fn new() -> Volume {
         let dir = tempfile::tempdir().unwrap();
         let backing = LinuxBacking::open(dir.path()).unwrap();
-        Store::format(&*backing, &keyring(), FormatOptions::default()).unwrap();
+        Store::format(&*backing, &keyring(), options()).unwrap();
         let (store, gate, faults) = open(dir.path(), false);
         Volume { dir, faults, store, gate }
     }
 
-    /// Unmounts, as far as the store knows, and mounts again. No file may be open.
+    /// As if the daemon had been killed, and the volume mounted again. No file may be open.
     pub(super) fn reopen(self) -> Volume {
         self.reopen_as(false)
     }

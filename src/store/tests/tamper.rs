@@ -58,6 +58,7 @@ impl Sample {
 }
 
 fn change_file(volume: &Volume, name: &str, change: impl FnOnce(&mut Vec<u8>)) {
+    volume.store.checkpoint().unwrap();
     let path = volume.path(name);
     let mut bytes = std::fs::read(&path).unwrap();
     change(&mut bytes);
@@ -173,6 +174,7 @@ fn swapping_between_files_is_found() {
     let sample = Sample::new();
     let other = pattern(SIZE, 9);
     sample.volume.create("g").write_at(&other, 0, WriteMode::default()).unwrap();
+    sample.volume.store.checkpoint().unwrap();
     let foreign = std::fs::read(sample.volume.path("g")).unwrap();
     let own = std::fs::read(sample.volume.path("f")).unwrap();
     let first = tag_page_at(0) as usize;

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use super::support::{Volume, keyring, pattern, read_all};
+use super::support::{Volume, keyring, options, pattern, read_all};
 use crate::backing::linux::LinuxBacking;
 use crate::crypto::secret::Secret;
 use crate::error::{FsError, Kind};
 use crate::key::gate::{Gate, Keyring};
+use crate::store::Store;
 use crate::store::file::WriteMode;
-use crate::store::{FormatOptions, Store};
 use rustix::io::Errno;
 
 fn open(volume: &Volume) -> crate::Result<Arc<Store>> {
@@ -22,7 +22,7 @@ fn a_volume_is_made_in_an_empty_directory_only() {
     let backing = LinuxBacking::open(dir.path()).unwrap();
     assert_eq!(Store::inspect(&*backing).unwrap_err().kind, Kind::NotAVolume);
     std::fs::write(dir.path().join("something"), b"").unwrap();
-    let options = FormatOptions::default();
+    let options = options();
     let error = Store::format(&*backing, &keyring(), options).unwrap_err();
     assert_eq!(error.kind, Kind::Busy);
     std::fs::remove_file(dir.path().join("something")).unwrap();
@@ -87,14 +87,14 @@ fn a_read_only_volume_is_not_written() {
     drop(file);
     let volume = volume.reopen_as(true);
     let listing = |name: &str| std::fs::read(volume.root().join(name)).unwrap();
-    let before = ["sessions.a", "sessions.b", "pending"].map(listing);
+    let before = ["sessions.a", "sessions.b", "log.hot", "log.bulk"].map(listing);
     let file = volume.open("f");
     assert!(read_all(&file) == pattern(10_000, 5));
     let refused = |done: Result<(), FsError>| matches!(done, Err(FsError::Os(Errno::ROFS)));
     assert!(refused(file.write_at(b"x", 0, WriteMode::default()).map(|_| ())));
     assert!(refused(file.truncate(0)) && refused(file.allocate(0, 1, true)));
     assert!(refused(file.punch_hole(0, 1)) && refused(file.zero_range(0, 1, true)));
-    assert_eq!(["sessions.a", "sessions.b", "pending"].map(listing), before);
+    assert_eq!(["sessions.a", "sessions.b", "log.hot", "log.bulk"].map(listing), before);
 }
 
 #[test]

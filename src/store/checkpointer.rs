@@ -1,0 +1,321 @@
+//! When and in which order files go home, and the log's space comes back.
+//!
+//! One checkpoint runs at a time. It takes every file that is dirty through the steps that
+//! [`super::file`] describes, and then has the log forget what they needed. In the background it
+//! runs when a stream is half full, when too many files are dirty, and when the oldest change is
+//! half a minute old; and every few seconds what is not durable yet is flushed. A checkpoint that
+//! fails is tried again; until one succeeds, writers go on as long as the log has room, and get the
+//! checkpoint's error when it has none.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use rustix::io::Errno;
+
+use super::Shared;
+use super::file::File;
+use super::intent_log::{Room, STREAMS, Stream};
+use crate::error::{Context, FsError, FsResult, Result};
+
+/// What `sync` never tells a FUSE daemon to do, this does.
+const FLUSH_EVERY: Duration = Duration::from_secs(5);
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(30);
+const TICK: Duration = Duration::from_millis(500);
+/// Each holds its backing file open.
+const MANY_FILES: usize = 512;
+/// So many files are flushed by one flush of the whole file system.
+const FEW_FILES: usize = 8;
+const RETRY_AFTER: Duration = Duration::from_secs(2);
+
+/// The files that have something in the log. They stay open until it is home.
+#[derive(Debug, Default)]
+pub(super) struct DirtyFiles {
+    files: Mutex<Vec<Arc<File>>>,
+    /// Files that are gone, by the lowest seqs that they had.
+    graves: Mutex<Vec<[u64; STREAMS]>>,
+    many: AtomicBool,
+}
+
+impl DirtyFiles {
+    pub(super) fn add(&self, file: Arc<File>) {
+        let mut files = self.files.lock();
+        if !files.iter().any(|known| Arc::ptr_eq(known, &file)) {
+            files.push(file);
+        }
+        if files.len() >= MANY_FILES {
+            self.many.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn list(&self) -> Vec<Arc<File>> {
+        self.files.lock().clone()
+    }
+
+    fn remove(&self, gone: &Arc<File>) {
+        let mut files = self.files.lock();
+        files.retain(|file| !Arc::ptr_eq(gone, file));
+        self.many.store(files.len() >= MANY_FILES, Ordering::Relaxed);
+    }
+
+    pub(super) fn clear(&self) {
+        let files = std::mem::take(&mut *self.files.lock());
+        drop(files);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.files.lock().len()
+    }
+
+    /// Lets go of a file that nobody can reach, if it has no name: its space comes back now. What
+    /// the log has of it stays until its removal is durable, since without that it would be back.
+    pub(super) fn bury(&self, file: Arc<File>) {
+        // A checkpoint may be at work on it: then that one brings it home, for nobody.
+        if !file.has_no_name().unwrap_or(false) || file.is_in_flight() {
+            return;
+        }
+        if let Some(first) = file.first() {
+            self.graves.lock().push(first);
+        }
+        self.remove(&file);
+    }
+
+    /// No record that anything here needs is lower, nor than `next`.
+    fn lowest(&self, next: [u64; STREAMS]) -> [u64; STREAMS] {
+        let files = self.list();
+        let firsts = files.iter().filter_map(|file| file.first());
+        let graves = self.graves.lock().clone();
+        firsts.chain(graves).fold(next, |low, first| [low[0].min(first[0]), low[1].min(first[1])])
+    }
+}
+
+/// What the background thread and those who wait for it tell each other.
+#[derive(Debug, Default)]
+pub(super) struct Checkpointer {
+    running: Mutex<()>,
+    wanted: Mutex<Wanted>,
+    changed: Condvar,
+    /// Why the last one failed, if it did.
+    failure: Mutex<Option<(Errno, String)>>,
+    background: AtomicBool,
+    /// Completed, for status.
+    pub count: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Wanted {
+    now: bool,
+    stop: bool,
+}
+
+impl Checkpointer {
+    fn ask(&self) {
+        let mut wanted = self.wanted.lock();
+        if !wanted.now {
+            wanted.now = true;
+            self.changed.notify_all();
+        }
+    }
+
+    pub(super) fn failure(&self) -> Option<String> {
+        self.failure.lock().as_ref().map(|(_, text)| text.clone())
+    }
+}
+
+impl Shared {
+    /// Room for a record of `pages`. The caller holds no lock that a checkpoint needs.
+    pub(super) fn reserve(&self, stream: Stream, pages: u64) -> FsResult<Room> {
+        let log = self.log()?;
+        let room = log.reserve(stream, pages, || self.make_room())?;
+        let (used, capacity) = log.fill(stream);
+        if used > capacity / 2 || self.dirty.many.load(Ordering::Relaxed) {
+            self.checkpointer.ask();
+        }
+        Ok(room)
+    }
+
+    /// Has a checkpoint made, or says why there can be none.
+    fn make_room(&self) -> FsResult<()> {
+        self.gate.check()?;
+        if !self.checkpointer.background.load(Ordering::Acquire) {
+            return self.checkpoint();
+        }
+        if let Some((errno, _)) = *self.checkpointer.failure.lock() {
+            return Err(errno.into());
+        }
+        self.checkpointer.ask();
+        Ok(())
+    }
+
+    /// Brings everything home that is in the log now.
+    pub(super) fn checkpoint(&self) -> FsResult<()> {
+        let _one = self.checkpointer.running.lock();
+        let done = self.checkpoint_locked();
+        if let Err(error) = &done {
+            log::warn!("a checkpoint failed: {error}");
+        }
+        *self.checkpointer.failure.lock() = match &done {
+            Ok(()) => None,
+            Err(error @ FsError::Os(errno)) => Some((*errno, error.to_string())),
+            Err(error) => Some((Errno::IO, error.to_string())),
+        };
+        if let Some(log) = self.log.get() {
+            log.wake();
+        }
+        done
+    }
+
+    fn checkpoint_locked(&self) -> FsResult<()> {
+        let log = self.log()?.clone();
+        // First of all: a record that is appended from here on is not of those that go.
+        let next = log.next_seqs();
+        let graves = self.dirty.graves.lock().len();
+        let files: Vec<_> =
+            self.dirty.list().into_iter().map(|file| (file.begin_checkpoint(), file)).collect();
+        let clean: Vec<Arc<File>> = files
+            .iter()
+            .filter(|(snapshot, _)| snapshot.is_none())
+            .map(|(_, file)| file.clone())
+            .collect();
+        let work: Vec<_> =
+            files.into_iter().filter_map(|(snapshot, file)| Some((snapshot?, file))).collect();
+        let bring = || -> FsResult<()> {
+            log.flush()?;
+            let all = |step: &dyn Fn(&super::file::Snapshot, &File) -> FsResult<()>| {
+                work.iter().try_for_each(|(snapshot, file)| step(snapshot, file))
+            };
+            all(&|snapshot, file| file.write_home(snapshot))?;
+            if work.len() > FEW_FILES || graves > 0 {
+                self.backing.sync_fs()?;
+            } else {
+                all(&|_, file| file.sync_home())?;
+            }
+            let new: Vec<_> =
+                work.iter().filter(|(snapshot, file)| file.has_new_regions(snapshot)).collect();
+            new.iter().try_for_each(|(snapshot, file)| file.write_new_regions(snapshot))?;
+            if new.len() > FEW_FILES {
+                self.backing.sync_fs()?;
+            } else {
+                new.iter().try_for_each(|(_, file)| file.sync_home())?;
+            }
+            all(&|snapshot, file| file.write_header(snapshot))?;
+            if work.len() > FEW_FILES {
+                self.backing.sync_fs()?;
+            } else {
+                all(&|_, file| file.sync_home())?;
+            }
+            Ok(())
+        };
+        if let Err(error) = bring() {
+            work.iter().for_each(|(_, file)| file.abandon_checkpoint());
+            return Err(error);
+        }
+        let mut done = Ok(());
+        let mut home = Vec::new();
+        for (snapshot, file) in &work {
+            match file.end_checkpoint(snapshot) {
+                Ok(false) => home.push(file.clone()),
+                Ok(true) => {}
+                Err(error) => {
+                    file.abandon_checkpoint();
+                    done = Err(error);
+                }
+            }
+        }
+        done?;
+        drop(work);
+        self.dirty.graves.lock().drain(..graves);
+        self.forget_clean(&home);
+        self.forget_clean(&clean);
+        let tails = self.dirty.lowest(next);
+        log.trim(tails, |anchor| {
+            let lease = self.gate.lease()?;
+            let key = self.keys.anchor_mac(&lease)?;
+            let sealed = anchor.seal(&key);
+            lease.still_open()?;
+            Ok(sealed)
+        })?;
+        self.checkpointer.count.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Unless they were written to since.
+    fn forget_clean(&self, files: &[Arc<File>]) {
+        let mut listed = self.dirty.files.lock();
+        listed.retain(|file| {
+            let mine = files.iter().any(|known| Arc::ptr_eq(known, file));
+            !mine || file.first().is_some()
+        });
+        self.dirty.many.store(listed.len() >= MANY_FILES, Ordering::Relaxed);
+    }
+
+    fn background_loop(&self, on_failure: &dyn Fn(&str)) {
+        let mut told = false;
+        let (mut flushed, mut brought) = (Instant::now(), Instant::now());
+        loop {
+            let asked = {
+                let mut wanted = self.checkpointer.wanted.lock();
+                if !wanted.now && !wanted.stop {
+                    self.checkpointer.changed.wait_for(&mut wanted, TICK);
+                }
+                if wanted.stop {
+                    return;
+                }
+                std::mem::take(&mut wanted.now)
+            };
+            let Some(log) = self.log.get() else { continue };
+            if flushed.elapsed() >= FLUSH_EVERY {
+                flushed = Instant::now();
+                // Failing, it poisons the log, which tells everyone.
+                drop(log.flush());
+            }
+            if !told && let Some(reason) = log.poisoned() {
+                told = true;
+                on_failure(&reason);
+            }
+            let due = brought.elapsed() >= CHECKPOINT_EVERY;
+            if (asked || due) && log.poisoned().is_none() && self.gate.check().is_ok() {
+                brought = Instant::now();
+                if self.checkpoint().is_err() {
+                    std::thread::sleep(RETRY_AFTER);
+                }
+            }
+        }
+    }
+}
+
+/// The thread, for as long as this lives.
+#[derive(Debug)]
+pub(super) struct Background {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Background {
+    /// `on_failure` is called once, when the log takes nothing more.
+    pub(super) fn start(
+        shared: Arc<Shared>,
+        on_failure: impl Fn(&str) + Send + 'static,
+    ) -> Result<Background> {
+        shared.checkpointer.background.store(true, Ordering::Release);
+        let run = shared.clone();
+        let thread = std::thread::Builder::new()
+            .name("checkpointer".into())
+            .spawn(move || run.background_loop(&on_failure))
+            .context(|| "cannot start the checkpointer".to_owned())?;
+        Ok(Background { shared, thread: Some(thread) })
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.shared.checkpointer.wanted.lock().stop = true;
+        self.shared.checkpointer.changed.notify_all();
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            log::error!("the checkpointer panicked");
+        }
+        self.shared.checkpointer.background.store(false, Ordering::Release);
+    }
+}

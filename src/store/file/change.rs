@@ -1,0 +1,529 @@
+//! One request's change of a file: gathered, sealed, logged, and only then in force.
+//!
+//! Whoever makes a change holds the groups it touches locked, and has reserved room in the log
+//! before that. Until [`Change::commit`] nothing counts; after it the log's record is in the
+//! kernel's hands, and readers see the change. A record holds all of it: after a crash it is there
+//! or it is not.
+//!
+//! Blocks go home directly, past the log, where nothing durable can be lost by that: they are holes
+//! at home and now, and have not become holes since the last checkpoint. Everything else goes to
+//! the log first, with its space at home reserved.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::File;
+use super::overlay::{Spot, Times};
+use crate::backing::Timestamp;
+use crate::error::{FsError, FsResult};
+use crate::store::block::Sealer;
+use crate::store::intent_log::{
+    Draft, Entry as Listed, Kind, PAGE, Position, Record, Room, SAME_SIZE, Stream,
+};
+use crate::store::keys::hex;
+use crate::store::layout::{
+    BLOCK, BLOCK_LEN, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, GROUPS_PER_REGION, SECTORS_PER_PAGE,
+    block_at, blocks_for, generation_page_at, region_of_group, slot_of_block, slot_of_group,
+    tag_page_at,
+};
+use crate::store::page::{Entry, Page, PageId};
+
+/// The fewest bytes in a row that go home directly.
+const DIRECT_MIN: usize = 64 << 10;
+/// The most that is reserved beyond the end for writes to come.
+const AHEAD: u64 = 256 << 10;
+
+pub(super) struct Change<'a> {
+    file: &'a File,
+    kind: Kind,
+    size: Option<u64>,
+    holes: Range<u64>,
+    /// Tag pages as they are to be.
+    pages: BTreeMap<u64, Page>,
+    /// Groups that become holes as a whole.
+    dropped: Vec<u64>,
+    /// Generation pages as the disk has them, where the region has one.
+    regions: HashMap<u64, Option<Arc<Page>>>,
+    logged: Blocks,
+    direct: Blocks,
+    /// Blocks of `logged` that have no space at home yet, by group.
+    unreserved: Vec<Range<u64>>,
+    /// Blocks that become holes, about.
+    freed: u64,
+    mtime: Option<Timestamp>,
+}
+
+/// Blocks with their content: plaintext, and after [`Change::seal`] ciphertext.
+#[derive(Default)]
+struct Blocks {
+    numbers: Vec<u64>,
+    bytes: Vec<u8>,
+}
+
+impl Blocks {
+    /// Runs of consecutive blocks of one group: the first, and where they are in `bytes`.
+    fn runs(&self) -> Vec<(u64, Range<usize>)> {
+        let mut runs: Vec<(u64, Range<usize>)> = Vec::new();
+        for (i, &block) in self.numbers.iter().enumerate() {
+            let at = i * BLOCK_LEN;
+            match runs.last_mut() {
+                Some((first, bytes))
+                    if block == *first + (bytes.len() / BLOCK_LEN) as u64
+                        && !block.is_multiple_of(BLOCKS_PER_GROUP as u64) =>
+                {
+                    bytes.end = at + BLOCK_LEN;
+                }
+                _ => runs.push((block, at..at + BLOCK_LEN)),
+            }
+        }
+        runs
+    }
+}
+
+/// Pages of log that a change of `blocks` blocks may take, its tail's block and a partial one more
+/// included.
+pub(super) fn room_for(blocks: u64) -> u64 {
+    let mut draft = Draft::new(Kind::Write, [0; 16], 0);
+    draft.entries = vec![Listed { block: 0, bytes: [0; 32] }; blocks as usize];
+    draft.pages() + blocks
+}
+
+impl<'a> Change<'a> {
+    pub(super) fn new(file: &'a File, kind: Kind) -> Change<'a> {
+        Change {
+            file,
+            kind,
+            size: None,
+            holes: 0..0,
+            pages: BTreeMap::new(),
+            dropped: Vec::new(),
+            regions: HashMap::new(),
+            logged: Blocks::default(),
+            direct: Blocks::default(),
+            unreserved: Vec::new(),
+            freed: 0,
+            mtime: None,
+        }
+    }
+
+    /// Nothing to be logged.
+    pub(super) fn is_empty(&self) -> bool {
+        self.size.is_none()
+            && self.holes.is_empty()
+            && self.logged.numbers.is_empty()
+            && self.direct.numbers.is_empty()
+            && self.mtime.is_none()
+    }
+
+    pub(super) fn set_size(&mut self, size: u64) {
+        self.size = Some(size);
+    }
+
+    /// Of the file, before this change.
+    pub(super) fn old_size(&self) -> u64 {
+        self.file.size()
+    }
+
+    pub(super) fn set_mtime(&mut self, mtime: Timestamp) {
+        self.mtime = Some(mtime);
+    }
+
+    /// Makes sure that the generation page of the group's region can be changed.
+    fn region(&mut self, group: u64) -> FsResult<Option<Arc<Page>>> {
+        let region = region_of_group(group);
+        if let Some(loaded) = self.regions.get(&region) {
+            return Ok(loaded.clone());
+        }
+        let loaded = self.file.generation_page(region)?;
+        if let Some(page) = &loaded {
+            self.file.verify_what_is_right(page)?;
+        }
+        self.regions.insert(region, loaded.clone());
+        Ok(loaded)
+    }
+
+    /// The tag page of a group, as this change has it so far. `whole` are the blocks of which
+    /// nothing old is needed: a damaged sector is given up where such a block is in it, and what
+    /// else was in it reads as an error from then on, as it did before.
+    fn page(&mut self, group: u64, whole: &Range<u64>) -> FsResult<&mut Page> {
+        if !self.pages.contains_key(&group) {
+            self.region(group)?;
+            let page = match self.file.tag_page(group)? {
+                Some(old) => self.page_to_change(&old, group, whole)?,
+                None => Page::empty(PageId::Tags(group)),
+            };
+            self.pages.insert(group, page);
+        }
+        self.pages.get_mut(&group).ok_or_else(|| Errno::IO.into())
+    }
+
+    fn page_to_change(&self, old: &Arc<Page>, group: u64, whole: &Range<u64>) -> FsResult<Page> {
+        self.file.verify_what_is_right(old)?;
+        self.file.note_generation(old);
+        let mut page = Page::clone(old);
+        for sector in 0..SECTORS_PER_PAGE {
+            if page.is_verified(sector, sector) {
+                continue;
+            }
+            let first = group * BLOCKS_PER_GROUP as u64 + (sector * BLOCKS_PER_SECTOR) as u64;
+            if first + (BLOCKS_PER_SECTOR as u64) <= whole.start || whole.end <= first {
+                continue;
+            }
+            let damage = self.file.verify_sectors(old, sector, sector);
+            log::warn!(
+                "{}: rewritten, only the blocks written now are readable",
+                damage.err().map_or_else(|| "a damaged sector".to_owned(), |e| e.to_string())
+            );
+            page.reset_sector(sector);
+            for slot in sector * BLOCKS_PER_SECTOR..(sector + 1) * BLOCKS_PER_SECTOR {
+                page.set_entry(slot, Some(Entry::LOST));
+            }
+        }
+        Ok(page)
+    }
+
+    /// What a block is before this change.
+    pub(super) fn current(&self, block: u64) -> FsResult<Option<Entry>> {
+        let Some(page) = self.file.tag_page(block / BLOCKS_PER_GROUP as u64)? else {
+            return Ok(None);
+        };
+        let slot = slot_of_block(block);
+        let sector = slot / BLOCKS_PER_SECTOR;
+        self.file.verify_sectors(&page, sector, sector)?;
+        Ok(page.entry(slot))
+    }
+
+    /// A block that becomes what `fill` makes of it. With `old`, it is given the plaintext that the
+    /// block has now.
+    pub(super) fn block(
+        &mut self,
+        block: u64,
+        old: bool,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> FsResult<()> {
+        let entry = if old { self.current(block)? } else { None };
+        let at = self.logged.bytes.len();
+        self.logged.bytes.resize(at + BLOCK_LEN, 0);
+        if let Some(entry) = entry {
+            self.file.read_block(block, &entry, &mut self.logged.bytes[at..])?;
+        }
+        fill(&mut self.logged.bytes[at..]);
+        self.logged.numbers.push(block);
+        Ok(())
+    }
+
+    /// Whole blocks of one group, from `first` on.
+    pub(super) fn whole_blocks(
+        &mut self,
+        first: u64,
+        data: &[u8],
+        may_go_direct: bool,
+    ) -> FsResult<()> {
+        let blocks = first..first + (data.len() / BLOCK_LEN) as u64;
+        let direct =
+            may_go_direct && data.len() >= DIRECT_MIN && self.file.are_new(blocks.clone())?;
+        let target = if direct { &mut self.direct } else { &mut self.logged };
+        target.numbers.extend(blocks);
+        target.bytes.extend_from_slice(data);
+        Ok(())
+    }
+
+    /// Makes blocks holes, before anything else that this change does to them. A change has one
+    /// such range. `end` is the first block past the end of the file.
+    pub(super) fn make_holes(&mut self, blocks: Range<u64>, end: u64) -> FsResult<()> {
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        self.holes = blocks.clone();
+        let per_group = BLOCKS_PER_GROUP as u64;
+        let past = blocks.end.min(end);
+        let mut group = blocks.start / per_group;
+        while group * per_group < past {
+            let region = region_of_group(group);
+            let Some(generations) = self.region(group)? else {
+                group = (region + 1) * GROUPS_PER_REGION as u64;
+                continue;
+            };
+            if self.file.generation_in(&generations, group)? != 0 {
+                let all = group * per_group..(group + 1) * per_group;
+                if blocks.start <= all.start && (all.end <= blocks.end || end <= blocks.end) {
+                    self.dropped.push(group);
+                    self.freed += per_group;
+                } else {
+                    self.clear_entries(group, blocks.start.max(all.start)..past.min(all.end))?;
+                }
+            }
+            group += 1;
+        }
+        Ok(())
+    }
+
+    /// A damaged sector of which every block goes is replaced.
+    fn clear_entries(&mut self, group: u64, blocks: Range<u64>) -> FsResult<()> {
+        let nothing = 0..0;
+        let file = self.file;
+        let page = self.page(group, &nothing)?;
+        let slots = slot_of_block(blocks.start)..slot_of_block(blocks.end - 1) + 1;
+        for sector in slots.start / BLOCKS_PER_SECTOR..=(slots.end - 1) / BLOCKS_PER_SECTOR {
+            let all = sector * BLOCKS_PER_SECTOR..(sector + 1) * BLOCKS_PER_SECTOR;
+            if page.is_verified(sector, sector) {
+                continue;
+            }
+            if slots.start > all.start || all.end > slots.end {
+                return Err(file.damaged_sector(page.id(), sector));
+            }
+            page.reset_sector(sector);
+        }
+        let mut freed = 0;
+        for slot in slots {
+            freed += u64::from(page.entry(slot).is_some());
+            page.set_entry(slot, None);
+        }
+        self.freed += freed;
+        Ok(())
+    }
+
+    /// Encrypts what was gathered, and notes the new entries.
+    fn seal(&mut self) -> FsResult<()> {
+        let count = self.logged.numbers.len() + self.direct.numbers.len();
+        if count == 0 {
+            return Ok(());
+        }
+        let mut entries = Vec::with_capacity(count);
+        {
+            let shared = &self.file.shared;
+            let lease = shared.gate.lease()?;
+            let mut sealer = Sealer::new(shared, &self.file.keys, &lease, count as u64)?;
+            for blocks in [&mut self.logged, &mut self.direct] {
+                let contents = blocks.bytes.chunks_exact_mut(BLOCK_LEN);
+                for (&block, bytes) in blocks.numbers.iter().zip(contents) {
+                    let entry = sealer.seal(block, bytes).ok_or(Errno::IO)?;
+                    entries.push((block, entry));
+                }
+            }
+            lease.still_open()?;
+        }
+        let logged = self.logged.numbers.len();
+        self.set_entries(&entries, logged)
+    }
+
+    /// The first `logged` of them have no space at home yet where they were holes.
+    fn set_entries(&mut self, entries: &[(u64, Entry)], logged: usize) -> FsResult<()> {
+        for (i, (block, entry)) in entries.iter().enumerate() {
+            let group = block / BLOCKS_PER_GROUP as u64;
+            if !self.pages.contains_key(&group) {
+                let blocks = entries.iter().map(|(block, _)| *block);
+                let mine = blocks.filter(|block| block / BLOCKS_PER_GROUP as u64 == group);
+                let (first, last) = mine.fold((u64::MAX, 0), |(a, b), x| (a.min(x), b.max(x)));
+                self.page(group, &(first..last + 1))?;
+            }
+            let slot = slot_of_block(*block);
+            let Some(page) = self.pages.get_mut(&group) else { continue };
+            let was_hole = page.entry(slot).is_none();
+            page.set_entry(slot, Some(*entry));
+            if i < logged && was_hole {
+                match self.unreserved.last_mut() {
+                    Some(range)
+                        if range.end == *block
+                            && !block.is_multiple_of(BLOCKS_PER_GROUP as u64) =>
+                    {
+                        range.end += 1;
+                    }
+                    _ => self.unreserved.push(*block..block + 1),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes sure that what is in the log will have its place at home.
+    fn reserve_home(&self) -> FsResult<()> {
+        for blocks in &self.unreserved {
+            let group = blocks.start / BLOCKS_PER_GROUP as u64;
+            let region = region_of_group(group);
+            let mut from = block_at(blocks.start);
+            let (generation, size, ahead) = {
+                let state = self.file.state.lock();
+                let page = state.page(PageId::Generations(region)).cloned();
+                let page = page.or_else(|| self.regions.get(&region).cloned().flatten());
+                let generation = page.map(|page| page.generation(slot_of_group(group)));
+                (generation, state.header.size, state.ahead.clone())
+            };
+            if generation.is_none_or(|generation| generation == 0) {
+                from = tag_page_at(group);
+            }
+            if generation.is_none() {
+                let page = generation_page_at(region);
+                if slot_of_group(group) == 0 {
+                    from = page;
+                } else {
+                    self.file.backing.allocate(page, BLOCK, true)?;
+                }
+            }
+            let mut to = block_at(blocks.end - 1) + BLOCK;
+            if ahead.start <= from && to <= ahead.end {
+                continue;
+            }
+            let grows = blocks.end > blocks_for(size) && blocks.start > 0;
+            if grows {
+                let group_end = tag_page_at(group) + (1 + BLOCKS_PER_GROUP as u64) * BLOCK;
+                to = (to + (size / BLOCK * BLOCK).min(AHEAD)).min(group_end);
+            }
+            self.file.backing.allocate(from, to - from, true)?;
+            if grows {
+                self.file.state.lock().ahead = from..to;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_direct(&self) -> FsResult<()> {
+        for (first, bytes) in self.direct.runs() {
+            self.file.backing.write_at(&self.direct.bytes[bytes], block_at(first))?;
+        }
+        Ok(())
+    }
+
+    /// Hands the device what went home directly.
+    pub(super) fn direct_ranges(&self) -> Vec<(u64, u64)> {
+        let runs = self.direct.runs().into_iter();
+        runs.map(|(first, bytes)| (block_at(first), bytes.len() as u64)).collect()
+    }
+
+    /// Puts the change into force. On an error nothing has changed, except that blocks that were
+    /// holes, and still are, may have been written to.
+    pub(super) fn commit(&mut self, room: Room) -> FsResult<Position> {
+        self.seal()?;
+        self.reserve_home()?;
+        self.write_direct()?;
+        let mtime = self.mtime.unwrap_or_else(crate::backing::now);
+        let draft = self.draft(mtime);
+        let home = (!self.direct.numbers.is_empty()).then(|| self.file.backing.clone());
+        let log = self.file.shared.log()?;
+        let stream = room.stream();
+        let position = {
+            let shared = &self.file.shared;
+            let lease = shared.gate.lease()?;
+            let session = shared.session()?;
+            let key = shared.keys.log_key(&lease, &session)?;
+            self.file.about_to_log(log);
+            let draft = Draft { other: self.file.last_of_other(stream), ..draft };
+            lease.still_open()?;
+            log.append(room, draft, home, &key)?
+        };
+        log.wait_written(&position)?;
+        let spots = (0..self.logged.numbers.len() as u64)
+            .map(|i| Spot { stream, at: position.body_at + i * PAGE as u64 });
+        let spots: Vec<Spot> = spots.collect();
+        self.apply(&spots, mtime, (stream, position.seq));
+        Ok(position)
+    }
+
+    fn draft(&mut self, mtime: Timestamp) -> Draft {
+        let mut draft = Draft::new(self.kind, self.file.file_id(), self.size.unwrap_or(SAME_SIZE));
+        draft.holes = (self.holes.start, self.holes.end);
+        let blocks = self.logged.numbers.iter().chain(&self.direct.numbers);
+        draft.entries = blocks
+            .filter_map(|&block| {
+                let page = self.pages.get(&(block / BLOCKS_PER_GROUP as u64))?;
+                let entry = page.entry(slot_of_block(block))?;
+                Some(Listed { block, bytes: entry.encode() })
+            })
+            .collect();
+        draft.body = std::mem::take(&mut self.logged.bytes);
+        draft.mtime = mtime;
+        draft
+    }
+
+    /// What a record says, to be put into force again.
+    pub(super) fn of_record(file: &'a File, record: &Record) -> FsResult<Change<'a>> {
+        let draft = &record.draft;
+        let mut change = Change::new(file, draft.kind);
+        let size = file.size();
+        if draft.size != SAME_SIZE {
+            change.size = Some(draft.size);
+        }
+        change.make_holes(draft.holes.0..draft.holes.1, blocks_for(size))?;
+        let entries: Vec<(u64, Entry)> = draft
+            .entries
+            .iter()
+            .filter_map(|listed| Some((listed.block, Entry::decode(&listed.bytes)?)))
+            .collect();
+        let logged = record.body_len() / BLOCK_LEN;
+        if entries.len() < draft.entries.len() {
+            let detail = "a record of the log names a block without saying what it is";
+            return Err(FsError::integrity("log record", hex(&file.file_id()), None, detail));
+        }
+        let numbers = |part: &[(u64, Entry)]| part.iter().map(|(block, _)| *block).collect();
+        change.logged.numbers = numbers(&entries[..logged]);
+        change.direct.numbers = numbers(&entries[logged..]);
+        change.set_entries(&entries, logged)?;
+        Ok(change)
+    }
+
+    /// Recovery's half of [`Change::commit`].
+    pub(super) fn replay(mut self, record: &Record, read_only: bool) -> FsResult<()> {
+        if !read_only {
+            self.reserve_home()?;
+        }
+        let stream = record.stream();
+        let spots = (0..self.logged.numbers.len() as u64)
+            .map(|i| Spot { stream, at: record.body_at() + i * PAGE as u64 });
+        let spots: Vec<Spot> = spots.collect();
+        let mut first = [u64::MAX; 2];
+        first[stream as usize] = record.place.seq;
+        {
+            let mut state = self.file.state.lock();
+            let old = state.dirty.first.unwrap_or([u64::MAX; 2]);
+            state.dirty.first = Some([old[0].min(first[0]), old[1].min(first[1])]);
+        }
+        self.apply(&spots, record.draft.mtime, (stream, record.place.seq));
+        Ok(())
+    }
+
+    /// The groups are locked, so that nobody else changes their pages; generation pages and the
+    /// header are changed under the state's lock alone.
+    fn apply(&mut self, spots: &[Spot], mtime: Timestamp, (stream, seq): (Stream, u64)) {
+        let mut state = self.file.state.lock();
+        let last = &mut state.last[stream as usize];
+        *last = seq.max(*last);
+        let region =
+            |group: u64| self.regions.get(&region_of_group(group)).and_then(Option::as_ref);
+        for &group in &self.dropped {
+            state.drop_group(group, region(group));
+        }
+        for (group, page) in std::mem::take(&mut self.pages) {
+            state.put_page(page, region(group));
+        }
+        if !self.holes.is_empty() {
+            let blocks = self.holes.clone();
+            let gone: Vec<u64> =
+                state.dirty.blocks.range(blocks).map(|(block, _)| *block).collect();
+            for block in gone {
+                state.dirty.blocks.remove(&block);
+            }
+            let keep = self.kind == Kind::Zero;
+            state.dirty.removed.add(self.holes.start, self.holes.end, keep);
+            if !keep {
+                state.freed += self.freed * BLOCK;
+            }
+        }
+        for (&block, &spot) in self.logged.numbers.iter().zip(spots) {
+            state.dirty.blocks.insert(block, spot);
+        }
+        if let Some(size) = self.size {
+            state.set_size(size);
+            self.file.set_shown_size(size);
+        }
+        let ctime = match self.kind {
+            Kind::Times => crate::backing::now(),
+            _ => mtime,
+        };
+        state.times = Some(Times { mtime: Some(mtime), ctime });
+        state.dirty.changed = true;
+        self.file.set_clean(false);
+    }
+}

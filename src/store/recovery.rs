@@ -1,0 +1,230 @@
+//! What the log holds when a volume is opened: put over the files at home, and brought home.
+//!
+//! Every record is put into force in order, as when it was made, and then one ordinary checkpoint
+//! runs: so recovery may be cut short anywhere and starts again from the same log. A read-only mount
+//! keeps the changes in memory. Records of a file that is not there are of one that was removed:
+//! before anything of a new file is acknowledged as durable, its name is.
+//!
+//! Blocks that went home past the log may be missing there if their record was not durable yet.
+//! Then the record does not count, and neither does any later one of that file. A record that
+//! counts as durable is not questioned: what is wrong with its blocks is damage, and reads as such.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::Store;
+use super::block::Opener;
+use super::file::File;
+use super::intent_log::{Found, Record, STREAMS};
+use super::keys::hex;
+use super::layout::{BLOCK_LEN, block_at};
+use super::page::Entry;
+use crate::backing::{Access, FileKind, FileRef, NodeId, NodeRef};
+use crate::error::{Context, Error, FsError, FsResult, Kind, Result};
+
+type FileId = [u8; 16];
+
+/// What recovery found and did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recovery {
+    /// In the log, of files that are there.
+    pub records: u64,
+    pub files: u64,
+    /// Records of files that were removed.
+    pub of_removed_files: u64,
+    /// Records that were not durable, whose blocks are not there.
+    pub incomplete: u64,
+    pub duration: Duration,
+}
+
+/// An interval after which a long recovery says how far it is.
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+
+impl Store {
+    /// Replays `found`. Fails where that cannot be done without loss; nothing has changed then.
+    pub(super) fn replay(&self, found: &Found) -> Result<Recovery> {
+        let start = Instant::now();
+        let mut report = Recovery::default();
+        if found.records.is_empty() {
+            return Ok(report);
+        }
+        let wanted: HashSet<FileId> =
+            found.records.iter().map(|record| record.draft.file_id).collect();
+        let homes = self.find_homes(&wanted)?;
+        let mut files: HashMap<FileId, Arc<File>> = HashMap::new();
+        for (id, home) in homes {
+            let file = self.open_home(home).map_err(|error| cannot_replay(&id, &error))?;
+            files.insert(id, file);
+        }
+        report.files = files.len() as u64;
+        let incomplete = self.incomplete(found, &files)?;
+        let mut told = start;
+        for (i, record) in found.records.iter().enumerate() {
+            if told.elapsed() >= REPORT_EVERY {
+                told = Instant::now();
+                log::info!("recovery: {i} of {} records", found.records.len());
+            }
+            let id = record.draft.file_id;
+            let Some(file) = files.get(&id) else {
+                report.of_removed_files += 1;
+                continue;
+            };
+            if incomplete.get(&id).is_some_and(|&order| record.place.order >= order) {
+                report.incomplete += 1;
+                continue;
+            }
+            file.replay(record).map_err(|error| cannot_replay(&id, &error))?;
+            report.records += 1;
+        }
+        files.into_values().for_each(|file| self.shared.dirty.add(file));
+        report.duration = start.elapsed();
+        Ok(report)
+    }
+
+    /// The backing files with these ids. Two with the same one: nobody can tell which is meant.
+    fn find_homes(&self, wanted: &HashSet<FileId>) -> Result<HashMap<FileId, FileRef>> {
+        let mut found: HashMap<FileId, (NodeId, FileRef, String)> = HashMap::new();
+        let access = if self.shared.read_only { Access::Read } else { Access::ReadWrite };
+        let shown = self.backing.display_path();
+        let mut directories = vec![(self.tree.clone(), format!("{shown}/tree"))];
+        while let Some((directory, path)) = directories.pop() {
+            let cannot = || format!("cannot look for files in {path}");
+            let mut entries = directory.read_dir().context(cannot)?;
+            while let Some(entry) = entries.next_entry().context(cannot)? {
+                if !matches!(entry.kind, None | Some(FileKind::Regular) | Some(FileKind::Directory))
+                {
+                    continue;
+                }
+                let node: NodeRef = directory.lookup(&entry.name).context(cannot)?;
+                let here = format!("{path}/{}", String::from_utf8_lossy(&entry.name));
+                match node.metadata().context(cannot)?.kind {
+                    FileKind::Directory => directories.push((node, here)),
+                    FileKind::Regular => {
+                        let file = node.open(Access::Peek).context(cannot)?;
+                        let Some(id) = self.id_of(&file)? else { continue };
+                        if !wanted.contains(&id) {
+                            continue;
+                        }
+                        if let Some((other, _, there)) = found.get(&id) {
+                            if *other == node.id() {
+                                continue;
+                            }
+                            return Err(Error::corrupt(format!(
+                                "{there} and {here} are copies of one file: move one of them away, \
+                                 so that it is clear to which the log belongs"
+                            )));
+                        }
+                        let file = node.open(access).context(cannot)?;
+                        found.insert(id, (node.id(), file, here));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(found.into_iter().map(|(id, (_, file, _))| (id, file)).collect())
+    }
+
+    /// None for what is no file of this volume.
+    fn id_of(&self, file: &FileRef) -> Result<Option<FileId>> {
+        match self.shared.read_header(file) {
+            Ok(header) => Ok(Some(header.file_id)),
+            Err(FsError::Integrity(_)) => Ok(None),
+            Err(error) => Err(Error::new(Kind::Io, format!("cannot read a file header: {error}"))),
+        }
+    }
+
+    /// By file, the first record that does not count because blocks of it are missing.
+    fn incomplete(
+        &self,
+        found: &Found,
+        files: &HashMap<FileId, Arc<File>>,
+    ) -> Result<HashMap<FileId, u64>> {
+        let open_to_doubt = |record: &Record| {
+            let stream = usize::from(record.place.stream) % STREAMS;
+            record.place.seq > found.durable[stream] && !record.direct().is_empty()
+        };
+        let Some(from) = found.records.iter().position(open_to_doubt) else {
+            return Ok(HashMap::new());
+        };
+        let later = Later::of(&found.records[from..]);
+        let mut missing: HashMap<FileId, u64> = HashMap::new();
+        for record in found.records[from..].iter().filter(|record| open_to_doubt(record)) {
+            let id = record.draft.file_id;
+            let Some(file) = files.get(&id).filter(|_| !missing.contains_key(&id)) else {
+                continue;
+            };
+            for listed in record.direct() {
+                if later.replaces(&id, listed.block, record.place.order) {
+                    continue;
+                }
+                let entry = Entry::decode(&listed.bytes);
+                let there = match entry {
+                    Some(entry) => file.is_home(listed.block, &entry),
+                    None => Ok(false),
+                };
+                if !there.map_err(|error| cannot_replay(&id, &error))? {
+                    missing.insert(id, record.place.order);
+                    break;
+                }
+            }
+        }
+        Ok(missing)
+    }
+}
+
+/// What later records do to blocks.
+struct Later {
+    blocks: HashMap<(FileId, u64), u64>,
+    holes: HashMap<FileId, Vec<(u64, Range<u64>)>>,
+}
+
+impl Later {
+    fn of(records: &[Record]) -> Later {
+        let mut later = Later { blocks: HashMap::new(), holes: HashMap::new() };
+        for record in records {
+            let (id, order) = (record.draft.file_id, record.place.order);
+            for entry in &record.draft.entries {
+                later.blocks.insert((id, entry.block), order);
+            }
+            let (from, to) = record.draft.holes;
+            if from < to {
+                later.holes.entry(id).or_default().push((order, from..to));
+            }
+        }
+        later
+    }
+
+    fn replaces(&self, id: &FileId, block: u64, order: u64) -> bool {
+        let holes = self.holes.get(id).into_iter().flatten();
+        self.blocks.get(&(*id, block)).is_some_and(|&last| last > order)
+            || holes.into_iter().any(|(at, range)| *at > order && range.contains(&block))
+    }
+}
+
+impl File {
+    /// Whether the home file has the block that the entry speaks of.
+    fn is_home(&self, block: u64, entry: &Entry) -> FsResult<bool> {
+        let mut bytes = vec![0; BLOCK_LEN];
+        if self.backing().read_at(&mut bytes, block_at(block))? < BLOCK_LEN {
+            return Ok(false);
+        }
+        let lease = self.shared().gate.lease()?;
+        let opened = Opener::new(self.shared(), self.keys(), &lease).open(block, entry, &mut bytes);
+        match opened {
+            Ok(()) => Ok(true),
+            Err(FsError::Integrity(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn cannot_replay(id: &FileId, error: &FsError) -> Error {
+    let message = format!("cannot replay the log into file {}: {error}", hex(id));
+    match error {
+        FsError::CutOff(_) => Error::new(Kind::Inaccessible, message),
+        FsError::Integrity(_) => Error::corrupt(message),
+        FsError::Os(errno) => Error::io(message, (*errno).into()),
+    }
+}
