@@ -133,13 +133,9 @@ impl Streams {
         Streams { queues, poison: None }
     }
 
-    /// For those who come after the failure.
-    pub(super) fn check_writable(&self) -> FsResult<()> {
-        if self.poison.is_some() { Err(Errno::ROFS.into()) } else { Ok(()) }
-    }
-
-    /// For those whom the failure met.
-    fn check(&self) -> FsResult<()> {
+    /// Never EROFS: MySQL takes that for success when it is the answer to fsync(2), and then
+    /// acknowledges commits that nobody has.
+    pub(super) fn check(&self) -> FsResult<()> {
         if self.poison.is_some() { Err(Errno::IO.into()) } else { Ok(()) }
     }
 }
@@ -227,7 +223,7 @@ impl Log {
         let index = stream as usize;
         let mut streams = self.streams.lock();
         loop {
-            streams.check_writable()?;
+            streams.check()?;
             if streams.queues[index].ring.reserve(pages) {
                 return Ok(Room { log: self.clone(), stream, pages });
             }

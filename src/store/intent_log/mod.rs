@@ -8,8 +8,8 @@
 //! Invariants:
 //! - A record is placed and gets its MAC in one go, under the caller's lease, and is then written
 //!   whatever happens to the keys: [`Log::append`] never leaves a gap in a stream's sequence.
-//! - A failed write or flush is final: the log is poisoned, everyone who waits gets EIO, everyone
-//!   after them EROFS, and only the next mount's recovery goes on. Nothing is tried again.
+//! - A failed write or flush is final: the log is poisoned, everyone who waits and everyone after
+//!   them gets EIO, and only the next mount's recovery goes on. Nothing is tried again.
 //! - Who appends has reserved the room before, holding nothing that others need to make room.
 //! - Space is used again only after [`Log::trim`], which the caller owes: data, tags and headers of
 //!   the trimmed records are durable at home, and nobody reads their bodies any more.
@@ -247,7 +247,7 @@ impl Log {
         let index = room.stream as usize;
         let (spot, durable_seq, order) = {
             let mut streams = self.streams.lock();
-            streams.check_writable()?;
+            streams.check()?;
             let queue = &mut streams.queues[index];
             let spot = queue.place(pages, home);
             (spot, queue.durable_seq(), self.order.fetch_add(1, Ordering::Relaxed))
@@ -288,7 +288,7 @@ impl Log {
         next.generation += 1;
         {
             let streams = self.streams.lock();
-            streams.check_writable()?;
+            streams.check()?;
             for (stream, seq) in seqs.into_iter().enumerate() {
                 next.tails[stream] = streams.queues[stream].ring.tail_for(seq);
             }
