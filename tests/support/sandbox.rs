@@ -130,7 +130,7 @@ impl Sandbox {
     }
 
     pub fn init(&self) -> Answer {
-        self.byokfs(&["init", path(&self.back()), "--kek", &self.kek()])
+        self.byokfs(&["init", path(&self.back()), "--kek", &self.kek(), "--log-size", "32M"])
     }
 
     #[track_caller]
