@@ -48,6 +48,8 @@ pub enum Verb {
     Rotate(RotateVerb),
     /// Give a copy of a volume a key of its own; data is not touched
     Rekey(RekeyArgs),
+    /// Back a volume's key up by its key service, or note that it was
+    Escrow(EscrowArgs),
     /// Take a key version off the list of those that copies of a volume need
     ForgetKey(ForgetKeyArgs),
     /// Make everything acknowledged so far durable
@@ -99,6 +101,10 @@ pub struct InitArgs {
     /// Do not refuse a key that misses a requirement that byokfs could do without
     #[arg(long)]
     pub no_requirements: bool,
+    /// Have the key service back the key up to this new file first; the identity needs the
+    /// permission `backup` for that
+    #[arg(long, value_name = "FILE")]
+    pub escrow: Option<PathBuf>,
     #[command(flatten)]
     pub config: ConfigArg,
 }
@@ -202,6 +208,18 @@ pub struct RekeyArgs {
     /// How it wraps: RSA-OAEP-256, RSA-OAEP or A256KW [default: as before, if the key can]
     #[arg(long, value_name = "NAME")]
     pub algorithm: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct EscrowArgs {
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// The new file for the backup
+    #[arg(long, value_name = "FILE", required_unless_present = "made_elsewhere")]
+    pub file: Option<PathBuf>,
+    /// The key officer has backed the volume's current key version up and keeps that
+    #[arg(long, conflicts_with = "file")]
+    pub made_elsewhere: bool,
 }
 
 #[derive(Debug, Args)]

@@ -12,14 +12,17 @@ use crate::backing::Backing;
 use crate::backing::linux::LinuxBacking;
 use crate::config::Config;
 use crate::crypto;
-use crate::daemon::{check, harden, mountinfo, settings, volume};
+use crate::daemon::pins::{self, Pin};
+use crate::daemon::{escrow, harden, settings, volume};
 use crate::error::{Error, Kind, Result};
 use crate::key::custody;
 use crate::key::envelope::Envelope;
 use crate::key::provider;
 use crate::key::requirement::{Report, Verdict};
+use crate::store::Store;
 
 use super::args::CheckKeyArgs;
+use super::escrow::backing_directory;
 use super::output;
 
 /// For all the calls of a check.
@@ -34,7 +37,9 @@ struct Answer<'a> {
 
 pub(super) fn run(args: CheckKeyArgs) -> Result<()> {
     let config = Config::load(args.config.config.as_deref(), &[])?;
-    let envelope = if provider::is_key(&args.key) { None } else { Some(of_volume(&args.key)?) };
+    let volume =
+        if provider::is_key(&args.key) { None } else { Some(of_volume(&args.key, &config.dir.0)?) };
+    let envelope = volume.as_ref().map(|(envelope, _)| envelope.clone());
     let kid = envelope.as_ref().map_or(&args.key, |envelope| &envelope.kid);
     let provider = provider::for_key(kid, &settings::provider(&config.key))?;
     harden::process("byokfs-check")?;
@@ -42,8 +47,12 @@ pub(super) fn run(args: CheckKeyArgs) -> Result<()> {
 
     let mut requirements = settings::requirements(&config, false);
     requirements.strict |= args.strict;
-    let report = custody::survey(&*provider, kid, envelope.as_ref(), &requirements, LIMIT)
+    let mut report = custody::survey(&*provider, kid, envelope.as_ref(), &requirements, LIMIT)
         .map_err(|error| volume::name_the_service(error.into(), kid))?;
+    if let Some((envelope, pin)) = &volume {
+        let escrow = pin.as_ref().and_then(|pin| pin.escrow.as_ref());
+        report.rows.push(escrow::row(escrow, &envelope.kid, requirements.strict));
+    }
     if args.json {
         output::json(&Answer { verdict: report.verdict(), report: &report })?;
     } else {
@@ -59,13 +68,10 @@ pub(super) fn run(args: CheckKeyArgs) -> Result<()> {
     }
 }
 
-/// The envelope below a backing directory, or below that of a mount.
-fn of_volume(name: &str) -> Result<Envelope> {
-    let given = Path::new(name);
-    let mounted = std::path::absolute(given).ok().map(|path| mountinfo::find(&path)).transpose()?;
-    let back = match mounted.flatten() {
-        Some(mount) => mount.source,
-        None => check::resolve("the key, mount point or backing directory", given)?,
-    };
-    Envelope::load(&LinuxBacking::open(&back)?.root())
+/// The envelope below a backing directory, or below that of a mount, and the volume's pin.
+fn of_volume(name: &str, config_dir: &Path) -> Result<(Envelope, Option<Pin>)> {
+    let backing = LinuxBacking::open(&backing_directory(Path::new(name))?)?;
+    let envelope = Envelope::load(&backing.root())?;
+    // A volume can be checked where it is not mounted.
+    Ok((envelope, pins::read(config_dir, &Store::inspect(&*backing)?.uuid).ok()))
 }

@@ -10,7 +10,7 @@ use crate::backing::linux::LinuxBacking;
 use crate::config::Config;
 use crate::crypto;
 use crate::daemon::pins::{self, Pin, Place as PinnedPlace};
-use crate::daemon::{check, harden, hex, mountinfo, settings, volume};
+use crate::daemon::{check, escrow, harden, hex, mountinfo, settings, volume};
 use crate::error::{Context, Error, Kind, Result};
 use crate::key::custody::{self, Enrolment};
 use crate::key::provider;
@@ -35,6 +35,10 @@ pub(super) fn run(args: InitArgs) -> Result<()> {
 
     let tolerant = args.no_requirements;
     let settings = settings::requirements(&config, tolerant);
+    // Before the key is used, so that there never is a volume without it.
+    let escrow = args.escrow.as_deref();
+    let backup = escrow.map(|file| escrow::back_up(&*provider, &args.kek, &place.path, file));
+    let backup = backup.transpose()?;
     let enrolled = custody::enrol(&*provider, &args.kek, None, &settings, ENROL_LIMIT);
     let enrolment = match enrolled {
         Ok(enrolment) => enrolment,
@@ -57,9 +61,14 @@ pub(super) fn run(args: InitArgs) -> Result<()> {
             kek: enrolment.info.kid.clone(),
             kek_next: None,
         }]),
+        escrow: escrow.map(|file| escrow::note(&enrolment.info.kid, Some(file))).transpose()?,
     };
     let options = FormatOptions { plaintext_names: args.plaintext_names, log_size: args.log_size };
     let (uuid, pin_path) = place.fill(&config, &enrolment, &pin, options)?;
+    match backup {
+        Some(backup) => backup.keep(),
+        None => output::warning(escrow::HINT),
+    }
     tell_audit(&config, &uuid, &place.path, &enrolment.info.kid);
     output::line(&format!("volume {uuid} in {}", place.path.display()))?;
     output::line(&format!("key    {}", enrolment.info.kid))?;

@@ -3,6 +3,7 @@
 
 pub mod args;
 mod check_key;
+mod escrow;
 mod info;
 mod init;
 mod mount;
@@ -64,6 +65,7 @@ fn run(verb: Verb) -> Result<()> {
         Verb::CheckKey(args) => check_key::run(args),
         Verb::Rotate(RotateVerb::Kek(args)) => rotate::kek(args),
         Verb::Rekey(args) => rotate::rekey(args),
+        Verb::Escrow(args) => escrow::run(args),
         Verb::ForgetKey(args) => rotate::forget(args),
         Verb::Sync(args) => sync::run(args),
         Verb::Info(args) => info::run(args),

@@ -76,7 +76,7 @@ pub fn own_paths(plan: &Plan) -> Result<()> {
 }
 
 /// With the symbolic links of the part that exists resolved.
-fn real(path: &Path) -> PathBuf {
+pub fn real(path: &Path) -> PathBuf {
     let mut missing = Vec::new();
     let mut existing = path;
     loop {

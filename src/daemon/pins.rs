@@ -32,6 +32,8 @@ struct Entry {
     requirements: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     place: Option<Vec<Place>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    escrow: Option<Escrow>,
 }
 
 fn yes() -> bool {
@@ -45,6 +47,20 @@ pub struct Pin {
     pub requirements: bool,
     /// None: anywhere, with any version of any key.
     pub places: Option<Vec<Place>>,
+    pub escrow: Option<Escrow>,
+}
+
+/// The backup of the key that is known.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Escrow {
+    /// The newest version that is in it.
+    pub kek: String,
+    /// RFC 3339, UTC.
+    pub made: String,
+    /// None: the key officer keeps it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
 }
 
 /// Where a volume lies, and the key version of its envelope there.
@@ -106,6 +122,7 @@ impl Pin {
             fingerprint: hex::encode(&self.fingerprint),
             requirements: self.requirements,
             place: self.places.clone(),
+            escrow: self.escrow.clone(),
         };
         let body = toml::to_string(&entry)
             .map_err(|error| Error::new(Kind::Io, "cannot write a pin").with_source(error))?;
@@ -159,6 +176,15 @@ pub fn confirm(
     kid: &str,
     next: Option<&str>,
 ) -> Result<()> {
+    update(config_dir, uuid, |pin| pin.with_place(back, kid, next))
+}
+
+/// Records the backup of the key.
+pub fn note_escrow(config_dir: &Path, uuid: &[u8; 16], escrow: Escrow) -> Result<()> {
+    update(config_dir, uuid, |pin| Pin { escrow: Some(escrow), ..pin })
+}
+
+fn update(config_dir: &Path, uuid: &[u8; 16], change: impl FnOnce(Pin) -> Pin) -> Result<()> {
     let path = path(config_dir, uuid);
     let dir = config_dir.join(DIR);
     let failed = || format!("cannot write the pin {}", path.display());
@@ -166,7 +192,7 @@ pub fn confirm(
     // Two copies of a volume on one host share its pin.
     rustix::fs::flock(&locked, rustix::fs::FlockOperation::LockExclusive).context(failed)?;
     let before = read(config_dir, uuid)?;
-    let pin = before.clone().with_place(back, kid, next);
+    let pin = change(before.clone());
     if pin == before {
         return Ok(());
     }
@@ -213,7 +239,12 @@ pub fn read(config_dir: &Path, uuid: &[u8; 16]) -> Result<Pin> {
     let entry: Entry = toml::from_str(&text).map_err(|error| wrong().with_source(error))?;
     let bytes = hex::decode(&entry.fingerprint).ok_or_else(wrong)?;
     let fingerprint = bytes.try_into().map_err(|_| wrong())?;
-    Ok(Pin { fingerprint, requirements: entry.requirements, places: entry.place })
+    Ok(Pin {
+        fingerprint,
+        requirements: entry.requirements,
+        places: entry.place,
+        escrow: entry.escrow,
+    })
 }
 
 /// Takes back a pin that was made for a volume that then failed to be made.
@@ -228,11 +259,11 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     fn one() -> Pin {
-        Pin { fingerprint: [1; 32], requirements: false, places: Some(Vec::new()) }
+        Pin { fingerprint: [1; 32], requirements: false, places: Some(Vec::new()), escrow: None }
     }
 
     fn other() -> Pin {
-        Pin { fingerprint: [2; 32], requirements: true, places: None }
+        Pin { fingerprint: [2; 32], requirements: true, places: None, escrow: None }
     }
 
     #[test]

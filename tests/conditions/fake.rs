@@ -68,6 +68,8 @@ struct State {
     trusted: Arc<ServerConfig>,
     untrusted: Arc<ServerConfig>,
     requests: AtomicUsize,
+    /// Those of them that were to the vault.
+    vault_requests: AtomicUsize,
     /// Conversations under way, and the most there have been at once.
     open: AtomicUsize,
     most: AtomicUsize,
@@ -101,6 +103,7 @@ impl Fake {
             trusted,
             untrusted,
             requests: AtomicUsize::new(0),
+            vault_requests: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
             most: AtomicUsize::new(0),
         });
@@ -129,6 +132,11 @@ impl Fake {
     /// Requests so far, to vault and directory.
     pub fn requests(&self) -> usize {
         self.state.requests.load(Ordering::SeqCst)
+    }
+
+    /// Requests so far, to the vault alone.
+    pub fn vault_requests(&self) -> usize {
+        self.state.vault_requests.load(Ordering::SeqCst)
     }
 
     /// The most conversations that were ever under way at once.
@@ -198,6 +206,7 @@ impl State {
             // Several requests may come over one connection.
             if let Some(request) = read(&mut stream) {
                 self.requests.fetch_add(1, Ordering::SeqCst);
+                self.vault_requests.fetch_add(1, Ordering::SeqCst);
                 self.serve(&mut stream, &request, &fault, address);
             }
         }

@@ -14,6 +14,7 @@ use byokfs::key::provider::{
     for_key,
 };
 use byokfs::key::requirement;
+use byokfs::key::rewrap::{NewKey, rewrap};
 use byokfs::key::watcher::{self, CutOffOrder, Handler, Notice, Watcher};
 use parking_lot::Mutex;
 
@@ -73,6 +74,9 @@ impl Provider for Nameable {
 
 pub struct Rig {
     pub fake: Fake,
+    /// Another vault, for which the same identity is good.
+    pub other: Fake,
+    access: Settings,
     pub gate: Arc<Gate>,
     pub handler: Arc<Recorder>,
     pub watcher: Arc<Watcher>,
@@ -125,10 +129,10 @@ impl Handler for Recorder {
 
 impl Rig {
     pub fn serving(settings: watcher::Settings) -> Rig {
-        let fake = Fake::start();
+        let (fake, other) = (Fake::start(), Fake::start());
         let dir = tempfile::tempdir().unwrap();
         let (ca_file, secret) = (dir.path().join("ca.pem"), dir.path().join("secret"));
-        std::fs::write(&ca_file, &fake.ca).unwrap();
+        std::fs::write(&ca_file, format!("{}{}", fake.ca, other.ca)).unwrap();
         std::fs::write(&secret, "not-a-secret").unwrap();
         std::fs::set_permissions(&secret, PermissionsExt::from_mode(0o600)).unwrap();
         let application = Application {
@@ -168,7 +172,7 @@ impl Rig {
         .unwrap();
         *handler.watcher.lock() = Arc::downgrade(&watcher);
         handler.revalidate().unwrap();
-        Rig { fake, gate, handler, watcher, provider, _dir: dir }
+        Rig { fake, other, access, gate, handler, watcher, provider, _dir: dir }
     }
 
     pub fn state(&self) -> (State, Option<Reason>) {
@@ -200,6 +204,23 @@ impl Rig {
     pub fn mend(&self) {
         self.vault_is_gone(false);
         self.fake.fault(Fault::None);
+    }
+
+    /// `byokfs rotate kek --to` the other vault.
+    pub fn move_to_other(&self) {
+        let to = for_key(&self.other.key(), &self.access).unwrap();
+        let url = self.other.key();
+        let new = NewKey {
+            provider: &*to,
+            url: &url,
+            algorithm: None,
+            follow: None,
+            forget_earlier: false,
+        };
+        let (envelope, pin) = (self.handler.envelope(), self.handler.enrolment.fingerprint);
+        let settings = requirement::Settings::default();
+        let rewrapped = rewrap(&*self.provider, &envelope, &pin, &new, &settings, LIMIT);
+        self.watcher.rotated(&rewrapped.unwrap().unwrap(), to);
     }
 
     pub fn degradations(&self) -> Vec<Reason> {

@@ -176,3 +176,19 @@ fn a_denial_is_confirmed_by_time_where_nothing_more_is_heard() {
     rig.fake.fault(Fault::HangUp);
     rig.wait_for("confirmed", State::Inaccessible, Some(Reason::PermissionRevoked));
 }
+
+/// From then on the other vault's word counts, and this one's no more.
+#[test]
+fn a_volume_moves_to_another_vault_while_it_serves() {
+    let rig = Rig::serving(quick());
+    rig.move_to_other();
+    rig.fake.fault(Fault::Deleted { recoverable: false });
+    rig.probes(1);
+    let asked = rig.fake.vault_requests();
+    rig.probes(8);
+    assert_eq!((rig.state(), rig.gate.epoch()), ((State::Available, None), 1));
+    assert_eq!(rig.fake.vault_requests(), asked, "the vault that was left is still asked");
+    assert_eq!(rig.watcher.status().kid, rig.other.key());
+    rig.other.fault(Fault::Attributes(json!({"enabled": false})));
+    rig.wait_for("disabled", State::Inaccessible, Some(Reason::KeyDisabled));
+}

@@ -13,6 +13,7 @@ mod backing;
 mod bad_input;
 mod check_key;
 mod copies;
+mod escrow;
 mod hsm;
 mod mariadb;
 mod mariadb_cut_off;

@@ -26,6 +26,11 @@ pub struct Sandbox {
 impl Sandbox {
     /// A vault with an identity, an RSA key and the grant of what a host needs; no volume yet.
     pub fn bare() -> Sandbox {
+        Sandbox::bare_with(&[])
+    }
+
+    /// The same, its vault made with further options.
+    pub fn bare_with(vault_options: &[&str]) -> Sandbox {
         let dir = tempfile::Builder::new().prefix("byokfs-e2e.").tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let back = dir.path().join("back");
@@ -34,7 +39,7 @@ impl Sandbox {
             fs::create_dir(sandbox.path(name)).unwrap();
         }
         let vault = sandbox.path("vault");
-        sandbox.byokfs(&["vault", "init", path(&vault)]).ok();
+        sandbox.byokfs(&[&["vault", "init", path(&vault)], vault_options].concat()).ok();
         sandbox.start_vault();
         sandbox.create_key(KEY, &["--kty", "RSA", "--size", "3072"]);
         sandbox.create_identity(IDENTITY);

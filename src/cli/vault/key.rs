@@ -323,9 +323,16 @@ fn public_pem(n: &[u8], e: &[u8]) -> Option<String> {
 
 fn restore(args: RestoreArgs) -> Result<()> {
     let client = connect(&args.target)?;
-    let value = std::fs::read_to_string(&args.file)
-        .context(|| format!("cannot read {}", args.file.display()))?;
-    let bundle = client.post("/keys/restore", &json!({ "value": value.trim() }))?;
+    let bytes =
+        std::fs::read(&args.file).context(|| format!("cannot read {}", args.file.display()))?;
+    // As `backup` writes it; or the bytes themselves, as `az` and `byokfs escrow` write them.
+    let is_text = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_\r\n".contains(byte);
+    let value = if bytes.iter().all(is_text) {
+        String::from_utf8_lossy(&bytes).trim().to_owned()
+    } else {
+        URL_SAFE_NO_PAD.encode(&bytes)
+    };
+    let bundle = client.post("/keys/restore", &json!({ "value": value }))?;
     show_bundle(args.target.json, &bundle)
 }
 

@@ -229,6 +229,20 @@ impl Session for AzureSession<'_> {
             base64url::decode_secret(result.value)?.ok_or_else(|| unreadable("unwrapped value"))
         })
     }
+
+    fn back_up(&mut self, kid: &str) -> ProviderResult<Vec<u8>> {
+        let key = KeyUrl { version: None, ..self.key(kid)? };
+        let response = self.call(Method::POST, &key.endpoint("/backup"), Vec::new())?;
+        if response.status != 200 {
+            return Err(classify(&response, "backup"));
+        }
+        let backup: Backup<'_> = parse(&response)?;
+        if backup.value.is_empty() {
+            return Err(unreadable("backup"));
+        }
+        // As `az keyvault key backup` writes it.
+        base64url::decode(backup.value).ok_or_else(|| unreadable("backup"))
+    }
 }
 
 impl AzureSession<'_> {
@@ -334,6 +348,12 @@ fn operation_body(algorithm: Algorithm, value: &[u8]) -> ProviderResult<Vec<u8>>
 struct OperationResult<'a> {
     #[serde(borrow)]
     kid: &'a str,
+    #[serde(borrow)]
+    value: &'a str,
+}
+
+#[derive(Deserialize)]
+struct Backup<'a> {
     #[serde(borrow)]
     value: &'a str,
 }

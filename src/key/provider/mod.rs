@@ -63,6 +63,13 @@ pub trait Session {
         algorithm: Algorithm,
         wrapped: &[u8],
     ) -> ProviderResult<SecretBytes>;
+    /// A backup of the key with all of its versions, which only its service can restore.
+    fn back_up(&mut self, kid: &str) -> ProviderResult<Vec<u8>> {
+        Err(ProviderError::new(
+            Class::Denied(Reason::PermissionRevoked),
+            format!("the key service of {kid} hands out no backups of keys"),
+        ))
+    }
     /// What a volume key is best wrapped with by this key; `wish`, if the key can.
     fn algorithm(&mut self, info: &KeyInfo, wish: Option<Algorithm>) -> ProviderResult<Algorithm> {
         Ok(match (info.key_type.starts_with("oct"), wish) {
@@ -118,6 +125,9 @@ pub fn for_key(kid: &str, settings: &Settings) -> Result<Arc<dyn Provider>> {
 
 /// The name of a version's key, which stands for its current version.
 pub fn without_version(kid: &str) -> Result<String> {
+    if kid.starts_with(pkcs11::SCHEME) {
+        return pkcs11::without_version(kid);
+    }
     azure::KeyUrl::parse(kid).map(|key| key.without_version())
 }
 
@@ -373,6 +383,16 @@ mod tests {
         assert_eq!(kind(Class::Transient(Reason::Unreachable)), Kind::Unreachable);
         assert_eq!(kind(Class::Denied(Reason::NetworkDenied)), Kind::Denied);
         assert_eq!(kind(Class::Revoked(Reason::KeyDeleted)), Kind::Denied);
+    }
+
+    #[test]
+    fn versions_are_of_keys() {
+        let key = |kid: &str| without_version(kid).ok();
+        let token = "pkcs11:token=t;object=kek";
+        assert_eq!(key(&format!("{token};id=%01")).as_deref(), Some(token));
+        assert_eq!(key("pkcs11:token=t;id=%01"), None);
+        let vault = "https://kv1.vault.azure.net/keys/kek";
+        assert_eq!(key(&format!("{vault}/01")).as_deref(), Some(vault));
     }
 
     #[test]

@@ -44,6 +44,13 @@ use crate::key::reason::Reason;
 /// The verb of this program that loads the library.
 pub const VERB: &str = "__pkcs11";
 
+/// The name of the key that `kid` is a version of.
+pub(super) fn without_version(kid: &str) -> Result<String> {
+    let key = KeyUri::parse(kid)?.without_version();
+    let message = || Error::usage(format!("{kid} has no label: name the new key with --to"));
+    key.map(|key| key.to_string()).ok_or_else(message)
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     /// The vendor's shared library.

@@ -66,6 +66,11 @@ impl KeyUri {
         self.token == other.token && self.serial == other.serial
     }
 
+    /// The name of its key; None where a key has only its id.
+    pub(super) fn without_version(self) -> Option<KeyUri> {
+        self.object.is_some().then_some(KeyUri { id: None, ..self })
+    }
+
     /// Whether `kid`, as the token's process names a key, is this one.
     pub(super) fn is(&self, kid: &str) -> bool {
         KeyUri::parse(kid).is_ok_and(|other| {
