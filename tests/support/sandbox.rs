@@ -135,7 +135,7 @@ impl Sandbox {
     }
 
     pub fn init(&self) -> Answer {
-        self.byokfs(&["init", path(&self.back()), "--kek", &self.kek(), "--log-size", "32M"])
+        self.byokfs(&["init", path(&self.back()), "--kek", &self.kek(), "--log-size", "32MiB"])
     }
 
     #[track_caller]
