@@ -191,7 +191,8 @@ pub(super) fn recover(volume: &Volume) -> Result<()> {
     if volume.recovery.set(recovery.clone()).is_err() {
         return Ok(());
     }
-    if recovery.records > 0 || recovery.incomplete > 0 || recovery.of_removed_files > 0 {
+    let of_files = recovery.records + recovery.incomplete + recovery.of_removed_files;
+    if of_files + recovery.unborn > 0 {
         log::info!(
             "recovered: {} changes of {} files, in {:.1} s",
             recovery.records,
@@ -203,6 +204,7 @@ pub(super) fn recover(volume: &Volume) -> Result<()> {
             .with("files", recovery.files)
             .with("records_of_removed_files", recovery.of_removed_files)
             .with("records_incomplete", recovery.incomplete)
+            .with("files_never_flushed", recovery.unborn)
             .with("milliseconds", u64::try_from(recovery.duration.as_millis()).unwrap_or(u64::MAX));
         emit(event.status(Status::Succeeded));
     }

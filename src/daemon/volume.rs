@@ -366,7 +366,7 @@ impl Volume {
         // So that the next mount, and whoever copies the volume, finds the log empty. What cannot go
         // home now is in it.
         if self.gate.check().is_ok()
-            && let Err(error) = self.store.checkpoint()
+            && let Err(error) = self.store.close()
         {
             log::warn!("the log keeps what the next mount will bring home: {error}");
         }
@@ -450,6 +450,7 @@ fn recovery_json(recovery: &Recovery) -> Value {
         "files": recovery.files,
         "records_of_removed_files": recovery.of_removed_files,
         "records_incomplete": recovery.incomplete,
+        "files_never_flushed": recovery.unborn,
         "milliseconds": u64::try_from(recovery.duration.as_millis()).unwrap_or(u64::MAX),
     })
 }

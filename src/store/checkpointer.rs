@@ -151,8 +151,13 @@ impl Shared {
 
     /// Brings everything home that is in the log now.
     pub(super) fn checkpoint(&self) -> FsResult<()> {
+        self.checkpoint_and(false)
+    }
+
+    /// With `last`, notes that the volume is closed, if everything is home.
+    pub(super) fn checkpoint_and(&self, last: bool) -> FsResult<()> {
         let _one = self.checkpointer.running.lock();
-        let done = self.checkpoint_locked();
+        let done = self.checkpoint_locked(last);
         if let Err(error) = &done {
             log::warn!("a checkpoint failed: {error}");
         }
@@ -167,7 +172,7 @@ impl Shared {
         done
     }
 
-    fn checkpoint_locked(&self) -> FsResult<()> {
+    fn checkpoint_locked(&self, last: bool) -> FsResult<()> {
         let log = self.log()?.clone();
         // First of all: a record that is appended from here on is not of those that go.
         let next = log.next_seqs();
@@ -230,7 +235,12 @@ impl Shared {
         self.forget_clean(&home);
         self.forget_clean(&clean);
         let tails = self.dirty.lowest(next);
-        log.trim(tails, |anchor| {
+        let clean = last && self.dirty.len() == 0;
+        if clean {
+            // Of files that were never written to, names and headers.
+            self.backing.sync_fs()?;
+        }
+        log.trim(tails, clean, |anchor| {
             let lease = self.gate.lease()?;
             let key = self.keys.anchor_mac(&lease)?;
             let sealed = anchor.seal(&key);
@@ -268,6 +278,12 @@ impl Shared {
             let Some(log) = self.log.get() else { continue };
             if flushed.elapsed() >= FLUSH_EVERY {
                 flushed = Instant::now();
+                if self.new_files.swap(false, Ordering::AcqRel)
+                    && let Err(error) = self.backing.sync_fs()
+                {
+                    log::error!("new files could not be flushed: {error}");
+                    self.new_files.store(true, Ordering::Release);
+                }
                 // Failing, it poisons the log, which tells everyone.
                 drop(log.flush());
             }

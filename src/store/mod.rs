@@ -26,7 +26,7 @@ mod times;
 mod volume;
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
@@ -126,6 +126,8 @@ struct Shared {
     dirty: DirtyFiles,
     checkpointer: Checkpointer,
     settled_times: SettledTimes,
+    /// Files were made that nobody has flushed yet.
+    new_files: AtomicBool,
     registry: Registry,
     cache_ids: AtomicU64,
 }
@@ -294,6 +296,7 @@ impl Store {
             dirty: DirtyFiles::default(),
             checkpointer: Checkpointer::default(),
             settled_times: SettledTimes::default(),
+            new_files: AtomicBool::new(false),
             registry: Registry::default(),
             cache_ids: AtomicU64::new(0),
         });
@@ -440,6 +443,12 @@ impl Store {
         if self.shared.read_only { Ok(()) } else { self.shared.checkpoint() }
     }
 
+    /// The last checkpoint: nobody can reach the volume any more. The next mount has nothing to look
+    /// for then.
+    pub fn close(&self) -> FsResult<()> {
+        if self.shared.read_only { Ok(()) } else { self.shared.checkpoint_and(true) }
+    }
+
     pub fn log_status(&self) -> Option<LogStatus> {
         let log = self.shared.log.get()?;
         let fills =
@@ -551,8 +560,7 @@ impl Store {
             Header::new(id, self.header.volume_key_id, dek, mac_key)
         };
         file::write_header(&self.shared, &file, &header)?;
-        // Before it can have a name: a name without a header behind it would be a damaged file.
-        file.sync_data()?;
+        self.shared.new_files.store(true, Ordering::Release);
         let node = file.metadata()?.id;
         self.shared.registry.get_or_insert(node, || {
             Ok(File::new(self.shared.clone(), file.clone(), node, header, true))

@@ -19,9 +19,9 @@ use super::block::Opener;
 use super::file::File;
 use super::intent_log::{Found, Record, STREAMS};
 use super::keys::hex;
-use super::layout::{BLOCK_LEN, block_at};
+use super::layout::{BLOCK_LEN, HEADERS_LEN, block_at};
 use super::page::Entry;
-use crate::backing::{Access, FileKind, FileRef, NodeId, NodeRef};
+use crate::backing::{Access, FileKind, FileRef, NodeId, NodeRef, RenameMode};
 use crate::error::{Context, Error, FsError, FsResult, Kind, Result};
 
 type FileId = [u8; 16];
@@ -36,8 +36,13 @@ pub struct Recovery {
     pub of_removed_files: u64,
     /// Records that were not durable, whose blocks are not there.
     pub incomplete: u64,
+    /// Files of which the crash left a name and nothing else.
+    pub unborn: u64,
     pub duration: Duration,
 }
+
+/// Beside the tree: what recovery has moved out of the way.
+const LOST: &[u8] = b"lost";
 
 /// An interval after which a long recovery says how far it is.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -47,12 +52,16 @@ impl Store {
     pub(super) fn replay(&self, found: &Found) -> Result<Recovery> {
         let start = Instant::now();
         let mut report = Recovery::default();
-        if found.records.is_empty() {
+        if found.clean && found.records.is_empty() {
             return Ok(report);
         }
         let wanted: HashSet<FileId> =
             found.records.iter().map(|record| record.draft.file_id).collect();
-        let homes = self.find_homes(&wanted)?;
+        let (homes, unborn) = self.find_homes(&wanted)?;
+        if !self.shared.read_only {
+            report.unborn = unborn.len() as u64;
+            self.put_aside(unborn)?;
+        }
         let mut files: HashMap<FileId, Arc<File>> = HashMap::new();
         for (id, home) in homes {
             let file = self.open_home(home).map_err(|error| cannot_replay(&id, &error))?;
@@ -83,8 +92,13 @@ impl Store {
         Ok(report)
     }
 
-    /// The backing files with these ids. Two with the same one: nobody can tell which is meant.
-    fn find_homes(&self, wanted: &HashSet<FileId>) -> Result<HashMap<FileId, FileRef>> {
+    /// The backing files with these ids, and those that have nothing where their header should be.
+    /// Two with the same id: nobody can tell which is meant.
+    fn find_homes(
+        &self,
+        wanted: &HashSet<FileId>,
+    ) -> Result<(HashMap<FileId, FileRef>, Vec<Unborn>)> {
+        let mut unborn = Vec::new();
         let mut found: HashMap<FileId, (NodeId, FileRef, String)> = HashMap::new();
         let access = if self.shared.read_only { Access::Read } else { Access::ReadWrite };
         let shown = self.backing.display_path();
@@ -103,7 +117,13 @@ impl Store {
                     FileKind::Directory => directories.push((node, here)),
                     FileKind::Regular => {
                         let file = node.open(Access::Peek).context(cannot)?;
-                        let Some(id) = self.id_of(&file)? else { continue };
+                        let Some(id) = self.id_of(&file)? else {
+                            if has_no_header(&file).context(cannot)? {
+                                let directory = directory.clone();
+                                unborn.push(Unborn { directory, name: entry.name, path: here });
+                            }
+                            continue;
+                        };
                         if !wanted.contains(&id) {
                             continue;
                         }
@@ -123,7 +143,40 @@ impl Store {
                 }
             }
         }
-        Ok(found.into_iter().map(|(id, (_, file, _))| (id, file)).collect())
+        let homes = found.into_iter().map(|(id, (_, file, _))| (id, file)).collect();
+        Ok((homes, unborn))
+    }
+
+    /// A new file is flushed with its first `fsync`, or a few seconds later. A crash before that
+    /// may leave its name without it: then it was never made, as far as anybody was promised. What
+    /// there is of it is moved, not removed.
+    fn put_aside(&self, unborn: Vec<Unborn>) -> Result<()> {
+        if unborn.is_empty() {
+            return Ok(());
+        }
+        let cannot = || format!("cannot move a file to {}/lost", self.backing.display_path());
+        let lost = match self.root.lookup(LOST) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                self.root.mkdir(LOST, 0o700).context(cannot)?
+            }
+            found => found.context(cannot)?,
+        };
+        let mut number = 0_u32;
+        for Unborn { directory, name, path } in unborn {
+            loop {
+                let aside = format!("{number:08}");
+                number += 1;
+                match directory.rename(&name, &*lost, aside.as_bytes(), RenameMode::NoReplace) {
+                    Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                    done => {
+                        done.context(cannot)?;
+                        log::warn!("{path} was never flushed and is empty: moved to lost/{aside}");
+                        break;
+                    }
+                }
+            }
+        }
+        self.backing.sync_fs().context(cannot)
     }
 
     /// None for what is no file of this volume.
@@ -172,6 +225,19 @@ impl Store {
         }
         Ok(missing)
     }
+}
+
+/// A name of the disk without a file behind it.
+struct Unborn {
+    directory: NodeRef,
+    name: Vec<u8>,
+    path: String,
+}
+
+fn has_no_header(file: &FileRef) -> std::io::Result<bool> {
+    let mut pages = [0; HEADERS_LEN as usize];
+    file.read_at(&mut pages, 0)?;
+    Ok(pages.iter().all(|&byte| byte == 0))
 }
 
 /// What later records do to blocks.

@@ -5,6 +5,7 @@
 //! 28   4  stream                         32  8  generation    40 16  log id
 //! 56   8  length of the ring
 //! 64  16  tail of the hot stream: seq, position    80  16  tail of the bulk stream
+//! 96   4  1 where the volume was closed after this, 0 while it may be written to
 //! ```
 //!
 //! The record is 512 bytes, the rest of it and of its page zero. The higher generation counts. The
@@ -35,6 +36,8 @@ pub struct Anchor {
     pub generation: u64,
     pub ring_len: u64,
     pub(crate) tails: [Spot; STREAMS],
+    /// Everything was brought home and nobody has written since.
+    pub clean: bool,
 }
 
 impl Anchor {
@@ -55,6 +58,7 @@ impl Anchor {
             put_u64(&mut bytes, at, tail.seq);
             put_u64(&mut bytes, at + 8, tail.at);
         }
+        put_u32(&mut bytes, 96, u32::from(self.clean));
         let mac = key.mac(&[DOMAIN, &bytes[MAC_LEN..]]);
         bytes[..MAC_LEN].copy_from_slice(&mac);
         bytes
@@ -75,6 +79,7 @@ impl Anchor {
             generation: get_u64(bytes, 32),
             ring_len: get_u64(bytes, 56),
             tails: [64, 80].map(|at| Spot { seq: get_u64(bytes, at), at: get_u64(bytes, at + 8) }),
+            clean: get_u32(bytes, 96) == 1,
         })
     }
 

@@ -125,6 +125,8 @@ pub struct Found {
     pub records: Vec<Record>,
     /// One anchor copy of a stream is damaged; the other serves.
     pub damaged_copy: bool,
+    /// The volume was closed, and nothing has been written since.
+    pub clean: bool,
     /// The last record of each stream that a later one says was durable.
     pub durable: [u64; STREAMS],
     files: [FileRef; STREAMS],
@@ -158,6 +160,7 @@ impl Log {
                 generation: 1,
                 ring_len: len,
                 tails: [Spot { seq: 1, at: ANCHORS_LEN }; STREAMS],
+                clean: true,
             };
             let make = || -> io::Result<()> {
                 let file = dir.create_unnamed()?;
@@ -228,7 +231,8 @@ impl Log {
         });
         let records = scan::merge(scans);
         let damaged_copy = hot_damaged || bulk_damaged;
-        Ok(Found { records, damaged_copy, durable, files, anchors, live, ends, next_order })
+        let clean = anchors[0].clean;
+        Ok(Found { records, damaged_copy, clean, durable, files, anchors, live, ends, next_order })
     }
 
     /// A record in the writers' hands. The caller holds the lease that `key` came from. `home` is
@@ -277,15 +281,18 @@ impl Log {
 
     /// Gives back the space of the records of each stream before its seq in `seqs`: all of them
     /// are durable at home, and of each file, all that is older than one of them. Writes the
-    /// anchor that `seal` has sealed, and flushes it, first.
+    /// anchor that `seal` has sealed, and flushes it, first. `clean` says that nothing will be
+    /// written any more.
     pub fn trim(
         &self,
         seqs: [u64; STREAMS],
+        clean: bool,
         seal: impl FnOnce(&Anchor) -> FsResult<[u8; anchor::RECORD_LEN]>,
     ) -> FsResult<()> {
         let mut anchor = self.anchor.lock();
         let mut next = *anchor;
         next.generation += 1;
+        next.clean = clean;
         {
             let streams = self.streams.lock();
             streams.check()?;

@@ -48,7 +48,7 @@ fn start(backing: &dyn Backing) -> Arc<Log> {
 /// As if everything in it had gone home.
 fn empty(found: Found) -> Arc<Log> {
     let log = found.resume();
-    log.trim(log.next_seqs(), seal).unwrap();
+    log.trim(log.next_seqs(), false, seal).unwrap();
     log
 }
 
@@ -130,7 +130,7 @@ fn laps_come_and_go() {
             None => {
                 let keep = random.below(live.len() as u64) as usize;
                 let seq = live[keep].1.seq;
-                log.trim([0, seq], seal).unwrap();
+                log.trim([0, seq], false, seal).unwrap();
                 live.drain(..keep);
                 let mut body = vec![0; PAGE];
                 log.wait_written(&live[0].1).unwrap();
@@ -162,7 +162,7 @@ fn a_full_stream_makes_writers_wait_until_space_comes() {
         let waiting = scope.spawn(|| log.reserve(Stream::Hot, 101, || Ok(())));
         std::thread::sleep(Duration::from_millis(20));
         assert!(!waiting.is_finished());
-        log.trim([last.unwrap().seq, 0], seal).unwrap();
+        log.trim([last.unwrap().seq, 0], false, seal).unwrap();
         waiting.join().unwrap().unwrap();
     });
     assert!(try_append(&log, Stream::Hot, draft(2, 100, 2)).unwrap().is_some());
@@ -277,7 +277,7 @@ fn a_failed_write_or_flush_poisons_for_good() {
         assert_eq!(errno(log.wait_durable(&second)), Errno::IO);
         assert_eq!(errno(log.wait_durable(&second)), Errno::IO, "not tried again");
         assert_eq!(errno(try_append(&log, Stream::Bulk, draft(3, 1, 3))), Errno::IO);
-        assert_eq!(errno(log.trim([1, 1], seal)), Errno::IO);
+        assert_eq!(errno(log.trim([1, 1], false, seal)), Errno::IO);
         assert!(log.poisoned().unwrap().contains("log.hot"));
         log.wait_durable(&first).unwrap();
         let kept = numbers(&find(&*memory).unwrap());
@@ -385,7 +385,7 @@ fn every_crash_leaves_a_prefix_with_all_that_was_durable() {
                     durable.push((backing.position(), number));
                     let upto = random.below(number) + 1;
                     trims.push((backing.position(), upto));
-                    log.trim([all[upto as usize - 1].seq, 0], seal).unwrap();
+                    log.trim([all[upto as usize - 1].seq, 0], false, seal).unwrap();
                 }
             }
         }
