@@ -192,6 +192,48 @@ fn read(stream: &mut impl Read) -> Option<Request> {
     }
 }
 
+/// Counts as under way until its answer begins: after that the client may start the next one.
+struct Conversation<'a> {
+    open: &'a AtomicUsize,
+    ended: bool,
+}
+
+impl Conversation<'_> {
+    fn end(&mut self) {
+        if !std::mem::replace(&mut self.ended, true) {
+            self.open.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Drop for Conversation<'_> {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+struct Answered<'a, 'b, S> {
+    stream: S,
+    conversation: &'a mut Conversation<'b>,
+}
+
+impl<S: Read> Read for Answered<'_, '_, S> {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        self.stream.read(buf)
+    }
+}
+
+impl<S: Write> Write for Answered<'_, '_, S> {
+    fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+        self.conversation.end();
+        self.stream.write(buf)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.stream.flush()
+    }
+}
+
 impl State {
     fn vault(&self, stream: TcpStream, address: SocketAddr) {
         let fault = self.fault.lock().clone();
@@ -201,8 +243,10 @@ impl State {
             Fault::Untrusted => Arc::clone(&self.untrusted),
             _ => Arc::clone(&self.trusted),
         };
+        let mut conversation = Conversation { open: &self.open, ended: false };
         if let Ok(connection) = ServerConnection::new(tls) {
-            let mut stream = StreamOwned::new(connection, stream);
+            let stream = StreamOwned::new(connection, stream);
+            let mut stream = Answered { stream, conversation: &mut conversation };
             // Several requests may come over one connection.
             if let Some(request) = read(&mut stream) {
                 self.requests.fetch_add(1, Ordering::SeqCst);
@@ -210,7 +254,6 @@ impl State {
                 self.serve(&mut stream, &request, &fault, address);
             }
         }
-        self.open.fetch_sub(1, Ordering::SeqCst);
     }
 
     fn serve(
