@@ -100,6 +100,8 @@ pub(super) struct Checkpointer {
     /// Why the last one failed, if it did.
     failure: Mutex<Option<(Errno, String)>>,
     background: AtomicBool,
+    /// Come to an end, well or not.
+    attempts: AtomicU64,
     /// Completed, for status.
     pub count: AtomicU64,
 }
@@ -128,7 +130,8 @@ impl Shared {
     /// Room for a record of `pages`. The caller holds no lock that a checkpoint needs.
     pub(super) fn reserve(&self, stream: Stream, pages: u64) -> FsResult<Room> {
         let log = self.log()?;
-        let room = log.reserve(stream, pages, || self.make_room())?;
+        let before = self.checkpointer.attempts.load(Ordering::Acquire);
+        let room = log.reserve(stream, pages, || self.make_room(before))?;
         let (used, capacity) = log.fill(stream);
         if used > capacity / 2 || self.dirty.many.load(Ordering::Relaxed) {
             self.checkpointer.ask();
@@ -136,13 +139,15 @@ impl Shared {
         Ok(room)
     }
 
-    /// Has a checkpoint made, or says why there can be none.
-    fn make_room(&self) -> FsResult<()> {
+    /// Has a checkpoint made, or says why there can be none. What failed before the caller came,
+    /// when there had been `before` attempts, may succeed now.
+    fn make_room(&self, before: u64) -> FsResult<()> {
         self.gate.check()?;
         if !self.checkpointer.background.load(Ordering::Acquire) {
             return self.checkpoint();
         }
-        if let Some((errno, _)) = *self.checkpointer.failure.lock() {
+        let tried = self.checkpointer.attempts.load(Ordering::Acquire) > before;
+        if tried && let Some((errno, _)) = *self.checkpointer.failure.lock() {
             return Err(errno.into());
         }
         self.checkpointer.ask();
@@ -162,10 +167,12 @@ impl Shared {
             log::warn!("a checkpoint failed: {error}");
         }
         *self.checkpointer.failure.lock() = match &done {
-            Ok(()) => None,
+            // The next one comes when the keys are back.
+            Ok(()) | Err(FsError::CutOff(_)) => None,
             Err(error @ FsError::Os(errno)) => Some((*errno, error.to_string())),
             Err(error) => Some((Errno::IO, error.to_string())),
         };
+        self.checkpointer.attempts.fetch_add(1, Ordering::AcqRel);
         if let Some(log) = self.log.get() {
             log.wake();
         }
@@ -294,8 +301,9 @@ impl Shared {
             let due = brought.elapsed() >= CHECKPOINT_EVERY;
             if (asked || due) && log.poisoned().is_none() && self.gate.check().is_ok() {
                 brought = Instant::now();
-                if self.checkpoint().is_err() {
-                    std::thread::sleep(RETRY_AFTER);
+                match self.checkpoint() {
+                    Ok(()) | Err(FsError::CutOff(_)) => {}
+                    Err(_) => std::thread::sleep(RETRY_AFTER),
                 }
             }
         }
