@@ -68,7 +68,11 @@ fn every_algorithm_works_and_they_do_not_mix() {
                 if other == algorithm {
                     assert_eq!(answer.ok()["value"], b64(&DEK).as_str());
                 } else {
-                    assert_eq!(answer.status, 400, "{algorithm} opened as {other}");
+                    // RSA1_5 has so little redundancy that chance may open something; not the key.
+                    let by_chance = other == "RSA1_5" && answer.status == 200;
+                    let refused = answer.status == 400
+                        || (by_chance && answer.ok()["value"] != b64(&DEK).as_str());
+                    assert!(refused, "{algorithm} opened as {other}");
                 }
             }
         }
