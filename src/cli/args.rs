@@ -95,7 +95,7 @@ pub struct InitArgs {
     #[arg(long)]
     pub plaintext_names: bool,
     /// Space of the intent log, in which every change is durable before it goes to its file
-    /// [default: 256M, or an eighth of the free space if that is less]
+    /// [default: 256MiB, or an eighth of the free space if that is less]
     #[arg(long, value_name = "SIZE", value_parser = crate::config::units::parse_size)]
     pub log_size: Option<u64>,
     /// Do not refuse a key that misses a requirement that byokfs could do without

@@ -64,7 +64,7 @@ fn describe_log(log: &Map<String, Value>) -> String {
     let percent = (number("used") * 100).checked_div(number("capacity")).unwrap_or(0);
     let mut text = format!("{percent}% full, {} files to bring home", number("dirty_files"));
     for (field, what) in [
-        ("failure", "FAILED, the volume is read-only until it is mounted again"),
+        ("failure", "FAILED, writes fail until it is mounted again"),
         ("checkpoint_failure", "the last checkpoint failed"),
     ] {
         if let Some(reason) = log.get(field).and_then(Value::as_str) {
@@ -102,7 +102,7 @@ mod tests {
              since:             2026-01-02T03:04:05Z\n\
              last probe:        2026-01-02T03:04:05Z, Revoked\n\
              daemon:            7\n\
-             log:               25% full, 3 files to bring home; FAILED, the volume is read-only until it is mounted again: log.hot: no\n\
+             log:               25% full, 3 files to bring home; FAILED, writes fail until it is mounted again: log.hot: no\n\
              integrity failures: 2\n"
         );
     }

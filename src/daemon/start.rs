@@ -209,7 +209,7 @@ pub(super) fn recover(volume: &Volume) -> Result<()> {
         emit(event.status(Status::Succeeded));
     }
     volume.store.start_background(|reason| {
-        notify::status(&format!("read-only: {reason}"));
+        notify::status(&format!("writes fail: {reason}"));
         emit(Event::new(Name::LogFailed).with("error", reason));
     })
 }

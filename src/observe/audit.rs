@@ -34,7 +34,7 @@ pub enum Name {
     VolumeUnmounted,
     /// A mount found changes in the log that no checkpoint had brought home.
     Recovered,
-    /// A write or flush of the log failed: the volume is read-only until it is mounted again.
+    /// A write or flush of the log failed: writes fail until the volume is mounted again.
     LogFailed,
     /// The volume is being cut off, or was.
     MakeInaccessible,

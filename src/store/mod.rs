@@ -54,8 +54,7 @@ use crate::error::{Context, Error, FsError, FsResult, Kind, Result};
 use crate::key::gate::{Gate, Keyring, Wipe};
 
 pub const FORMAT_VERSION: u32 = 1;
-/// Names are stored as they are, not encrypted. Reserved: this version makes and opens no such
-/// volume.
+/// Names are stored as they are, not encrypted.
 pub const FEATURE_PLAINTEXT_NAMES: u64 = 1 << 0;
 
 const TREE: &[u8] = b"tree";

@@ -323,7 +323,7 @@ impl Log {
     fn poison_locked(&self, streams: &mut Streams, index: usize, what: &str, error: &io::Error) {
         let file = String::from_utf8_lossy(super::FILES[index]);
         let reason = format!("{file}: {what}: {error}");
-        log::error!("{reason}; the volume is read-only until it is mounted again");
+        log::error!("{reason}; writes fail until the volume is mounted again");
         streams.poison.get_or_insert(reason);
         for waiting in [&self.written, &self.durable, &self.space].into_iter().flatten() {
             waiting.notify_all();

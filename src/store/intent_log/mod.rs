@@ -208,8 +208,7 @@ impl Log {
             if scan.damaged {
                 return Err(Error::corrupt(format!(
                     "the log {} is damaged: record {} was on stable storage and is not there; \
-                     restore the volume from a backup, or give up what the log holds with \
-                     `--discard-log`",
+                     restore the volume from a backup",
                     path(stream, shown),
                     scan.next_seq
                 )));
@@ -409,8 +408,8 @@ fn open_stream(
 ) -> Result<Opened> {
     let foreign = |what: &str| {
         Error::corrupt(format!(
-            "the log {} is {what}; put this volume's own log back, or give up what it holds with \
-             `--discard-log`",
+            "the log {} is {what}; put this volume's own log back, or restore the volume from a \
+             backup",
             path(stream, shown)
         ))
     };
