@@ -130,11 +130,14 @@ mounting_two() { # DIR
     expect_refusal 9 'mounted already|not empty' byokfs mount "$BYOKFS_BACK" "$1/mnt2"
     [[ $(cat "$1/mnt2/file") == second ]]
     umount "$1/mnt2"
-    # An envelope of the other volume opens nothing.
+    # A copy opens nothing before it is confirmed, and never with an envelope of another volume.
     cp -a "$1/back2" "$1/forged"
     cp "$BYOKFS_BACK/envelope.json" "$1/forged/envelope.json"
-    expect_refusal - '.' byokfs mount "$1/forged" "$1/mnt3"
-    ! is_mounted "$1/mnt3"
+    byokfs mount "$1/forged" "$1/mnt3" 2>/dev/null
+    ! ls "$1/mnt3" >/dev/null 2>&1
+    expect_refusal - 'belongs to volume' byokfs revalidate "$1/mnt3"
+    ! ls "$1/mnt3" >/dev/null 2>&1
+    umount "$1/mnt3"
     rm -r "$1/back2" "$1/forged"
     say "two volumes: ok"
 }
