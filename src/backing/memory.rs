@@ -14,6 +14,7 @@ mod tests;
 mod trace;
 
 use std::any::Any;
+use std::collections::HashSet;
 use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
@@ -52,6 +53,8 @@ struct State {
     ops: Vec<Op>,
     next_ino: u64,
     clock: i64,
+    /// Unnamed files that may still be named.
+    nameless: HashSet<u64>,
 }
 
 impl State {
@@ -136,7 +139,14 @@ impl MemoryBacking {
 
     fn from_image(image: Image) -> Arc<MemoryBacking> {
         let next_ino = image.last_ino() + 1;
-        let state = State { initial: image.clone(), image, ops: Vec::new(), next_ino, clock: 0 };
+        let state = State {
+            initial: image.clone(),
+            image,
+            ops: Vec::new(),
+            next_ino,
+            clock: 0,
+            nameless: HashSet::new(),
+        };
         let disk = Disk { state: Mutex::new(state), locked: Arc::default() };
         Arc::new(MemoryBacking(Arc::new(disk)))
     }
@@ -244,6 +254,7 @@ impl MemoryNode {
         if state.is_dir(ino) {
             return Err(Errno::PERM.into());
         }
+        state.nameless.remove(&ino);
         state.run(Op::Link { dir: self.ino, name: name.to_vec(), ino });
         Ok(())
     }
@@ -322,6 +333,7 @@ impl Node for MemoryNode {
         let mut state = self.disk.state.lock();
         state.dir(self.ino)?;
         let ino = state.create(Inode::new(FileKind::Regular, 0o600, 0));
+        state.nameless.insert(ino);
         let node = MemoryNode { disk: self.disk.clone(), ino };
         Ok(Arc::new(MemoryFile { node, access: Access::ReadWrite }))
     }
@@ -332,8 +344,11 @@ impl Node for MemoryNode {
 
     fn link_node(&self, target: &dyn Node, name: &[u8]) -> io::Result<()> {
         let ino = same_disk(target.as_any(), &self.disk)?.ino;
-        if self.disk.state.lock().image.nlink(ino) == 0 {
-            return Err(Errno::NOENT.into());
+        {
+            let state = self.disk.state.lock();
+            if state.image.nlink(ino) == 0 && !state.nameless.contains(&ino) {
+                return Err(Errno::NOENT.into());
+            }
         }
         self.link(ino, name)
     }

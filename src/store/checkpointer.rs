@@ -154,6 +154,16 @@ impl Shared {
         Ok(())
     }
 
+    /// Everything at home, and every name, is on stable storage afterwards.
+    pub(super) fn sync_fs(&self) -> FsResult<()> {
+        let mark = self.newborn.mark();
+        self.backing.sync_fs()?;
+        if let Some(mark) = mark {
+            self.newborn.flushed(mark);
+        }
+        Ok(())
+    }
+
     /// Brings everything home that is in the log now.
     pub(super) fn checkpoint(&self) -> FsResult<()> {
         self.checkpoint_and(false)
@@ -200,7 +210,7 @@ impl Shared {
             };
             all(&|snapshot, file| file.write_home(snapshot))?;
             if work.len() > FEW_FILES || graves > 0 {
-                self.backing.sync_fs()?;
+                self.sync_fs()?;
             } else {
                 all(&|_, file| file.sync_home())?;
             }
@@ -208,13 +218,13 @@ impl Shared {
                 work.iter().filter(|(snapshot, file)| file.has_new_regions(snapshot)).collect();
             new.iter().try_for_each(|(snapshot, file)| file.write_new_regions(snapshot))?;
             if new.len() > FEW_FILES {
-                self.backing.sync_fs()?;
+                self.sync_fs()?;
             } else {
                 new.iter().try_for_each(|(_, file)| file.sync_home())?;
             }
             all(&|snapshot, file| file.write_header(snapshot))?;
             if work.len() > FEW_FILES {
-                self.backing.sync_fs()?;
+                self.sync_fs()?;
             } else {
                 all(&|_, file| file.sync_home())?;
             }
@@ -245,7 +255,7 @@ impl Shared {
         let clean = last && self.dirty.len() == 0;
         if clean {
             // Of files that were never written to, names and headers.
-            self.backing.sync_fs()?;
+            self.sync_fs()?;
         }
         log.trim(tails, clean, |anchor| {
             let lease = self.gate.lease()?;
@@ -285,11 +295,10 @@ impl Shared {
             let Some(log) = self.log.get() else { continue };
             if flushed.elapsed() >= FLUSH_EVERY {
                 flushed = Instant::now();
-                if self.new_files.swap(false, Ordering::AcqRel)
-                    && let Err(error) = self.backing.sync_fs()
+                if self.newborn.mark().is_some()
+                    && let Err(error) = self.sync_fs()
                 {
                     log::error!("new files could not be flushed: {error}");
-                    self.new_files.store(true, Ordering::Release);
                 }
                 // Failing, it poisons the log, which tells everyone.
                 drop(log.flush());

@@ -73,7 +73,7 @@ pub struct File {
     clean: AtomicBool,
     /// That of the header in `state`.
     size: AtomicU64,
-    /// Nothing of this file is known to be on stable storage yet, not even its inode.
+    /// Nothing of this file is known to be on stable storage yet, neither its inode nor its name.
     unsynced: AtomicBool,
     /// A write-back of the inode failed: what is on the disk is no longer known.
     failed: AtomicBool,
@@ -187,19 +187,25 @@ impl File {
         self.unsynced.load(Ordering::Acquire)
     }
 
+    pub(super) fn name_is_new(&self) {
+        self.unsynced.store(true, Ordering::Release);
+    }
+
+    /// The file was flushed, and before that its name was: to be called by who knows of names.
+    pub fn name_is_durable(&self) {
+        self.unsynced.store(false, Ordering::Release);
+        self.shared.newborn.remove(self.node);
+    }
+
     /// What was written is on stable storage afterwards; with `attributes`, those of the backing
-    /// file are too. A failure is final.
+    /// file are too. The name is the caller's business. A failure is final.
     pub fn sync(&self, attributes: bool) -> FsResult<()> {
         self.check_usable()?;
         self.since_sync.store(0, Ordering::Relaxed);
-        let first = self.is_unsynced();
-        if first || attributes {
-            if let Err(error) = self.backing.sync_all() {
-                return Err(self.fail(error));
-            }
-            if first {
-                self.unsynced.store(false, Ordering::Release);
-            }
+        if (attributes || self.is_unsynced())
+            && let Err(error) = self.backing.sync_all()
+        {
+            return Err(self.fail(error));
         }
         if self.shared.read_only {
             return Ok(());

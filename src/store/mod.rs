@@ -17,6 +17,7 @@ mod header;
 pub mod intent_log;
 mod keys;
 mod layout;
+mod newborn;
 mod page;
 mod range_lock;
 mod recovery;
@@ -26,7 +27,7 @@ mod times;
 mod volume;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
@@ -43,6 +44,7 @@ use self::header::{DekSlot, Header, HeaderError};
 use self::intent_log::{Log, Size as LogSize};
 use self::keys::{Keys, hex};
 use self::layout::HEADERS_LEN;
+use self::newborn::Newborn;
 use self::registry::Registry;
 use self::session::{Salt, SessionTable};
 use self::times::SettledTimes;
@@ -125,8 +127,7 @@ struct Shared {
     dirty: DirtyFiles,
     checkpointer: Checkpointer,
     settled_times: SettledTimes,
-    /// Files were made that nobody has flushed yet.
-    new_files: AtomicBool,
+    newborn: Newborn,
     registry: Registry,
     cache_ids: AtomicU64,
 }
@@ -295,7 +296,7 @@ impl Store {
             dirty: DirtyFiles::default(),
             checkpointer: Checkpointer::default(),
             settled_times: SettledTimes::default(),
-            new_files: AtomicBool::new(false),
+            newborn: Newborn::default(),
             registry: Registry::default(),
             cache_ids: AtomicU64::new(0),
         });
@@ -494,6 +495,14 @@ impl Store {
         }
     }
 
+    /// A file that had no name was given one: its next flush owes that too.
+    pub fn named(&self, node: NodeId) {
+        self.shared.newborn.add(node);
+        if let Some(file) = self.shared.registry.get(node) {
+            file.name_is_new();
+        }
+    }
+
     /// What was written to a file is on stable storage afterwards, if the log has anything of it.
     pub fn flush_file(&self, node: NodeId) -> FsResult<()> {
         match self.shared.registry.get(node) {
@@ -559,8 +568,8 @@ impl Store {
             Header::new(id, self.header.volume_key_id, dek, mac_key)
         };
         file::write_header(&self.shared, &file, &header)?;
-        self.shared.new_files.store(true, Ordering::Release);
         let node = file.metadata()?.id;
+        self.shared.newborn.add(node);
         self.shared.registry.get_or_insert(node, || {
             Ok(File::new(self.shared.clone(), file.clone(), node, header, true))
         })
@@ -577,7 +586,8 @@ impl Store {
         let node = file.metadata()?.id;
         self.shared.registry.get_or_insert(node, || {
             let header = self.shared.read_header(&file)?;
-            Ok(File::new(self.shared.clone(), file.clone(), node, header, false))
+            let newborn = self.shared.newborn.contains(node);
+            Ok(File::new(self.shared.clone(), file.clone(), node, header, newborn))
         })
     }
 
@@ -611,7 +621,7 @@ impl Store {
     /// Everything written so far, names too, is on stable storage afterwards. Needs no keys.
     pub fn sync_all(&self) -> FsResult<()> {
         self.flush_log()?;
-        Ok(self.backing.sync_fs()?)
+        self.shared.sync_fs()
     }
 }
 

@@ -142,8 +142,12 @@ impl Filesystem {
         let inode = self.inodes.get(node)?;
         let dir = self.directory(parent)?;
         let disk = self.seal_name(name)?;
+        let nameless = inode.node.metadata()?.nlink == 0;
         self.named(&dir, &disk, || Ok(dir.node.link_node(&*inode.node, &disk.entry)?))?;
         self.inodes.named(&inode);
+        if nameless {
+            self.store.named(inode.key);
+        }
         self.touched(&inode, None)?;
         self.entry(&dir, &disk.entry, Arc::clone(&inode.node))
     }

@@ -65,10 +65,12 @@ impl Filesystem {
             self.drop_set_id(&open.inode)?;
         }
         let mode = write_mode(request);
-        if mode.durability == Durability::Flushed && open.file.is_unsynced() {
-            self.sync_names(&open.inode)?;
-        }
-        self.audited(&open.inode, open.file.write_at(request.data, request.offset, mode))?;
+        let write = || open.file.write_at(request.data, request.offset, mode);
+        let done = match mode.durability {
+            Durability::Flushed => self.with_name(&open, write),
+            Durability::Handed | Durability::OnDevice => write(),
+        };
+        self.audited(&open.inode, done)?;
         Ok(request.data.len())
     }
 
@@ -77,15 +79,24 @@ impl Filesystem {
     pub fn fsync(&self, handle: u64, data_only: bool) -> FsResult<()> {
         self.gate.check()?;
         let open = self.handles.file(handle)?;
-        if open.file.is_unsynced() {
-            self.sync_names(&open.inode)?;
-        }
         let attributes = !data_only && open.inode.take_attributes();
-        let done = self.audited(&open.inode, open.file.sync(attributes));
+        let done = self.with_name(&open, || open.file.sync(attributes));
+        let done = self.audited(&open.inode, done);
         if done.is_err() && attributes {
             open.inode.note_attributes();
         }
         done
+    }
+
+    /// Before what `flush` makes durable counts as that, the name of a new file is.
+    fn with_name<T>(&self, open: &OpenFile, flush: impl FnOnce() -> FsResult<T>) -> FsResult<T> {
+        if !open.file.is_unsynced() {
+            return flush();
+        }
+        self.sync_names(&open.inode)?;
+        let done = flush()?;
+        open.file.name_is_durable();
+        Ok(done)
     }
 
     /// Closes a file or directory handle. Never fails, also while cut off.

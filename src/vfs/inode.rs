@@ -257,7 +257,8 @@ fn new_inode(id: u64, node: NodeRef, kind: FileKind) -> Inode {
         lookups: AtomicU64::new(1),
         place: Mutex::new(None),
         set_id: AtomicU8::new(0),
-        attributes_changed: AtomicBool::new(false),
+        // Before it was forgotten, perhaps.
+        attributes_changed: AtomicBool::new(true),
         fresh: AtomicBool::new(true),
     }
 }

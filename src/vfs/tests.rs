@@ -1,5 +1,7 @@
 //! The operations over a real directory and store, without FUSE.
 
+mod power_cut;
+
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -136,6 +136,7 @@ fn run(ops: &[Op]) -> Run {
             Op::Sync => {
                 promise(&file);
                 file.sync(false).unwrap();
+                file.name_is_durable();
                 durable = true;
             }
             Op::Checkpoint => mounted.store.checkpoint().unwrap(),

@@ -1,0 +1,123 @@
+//! What fsync of a new file promises, whatever happened to it between creation and that.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Events, ME, keyring, write};
+use crate::backing::memory::{MemoryBacking, Options};
+use crate::backing::{Backing, RenameMode};
+use crate::error::FsError;
+use crate::key::gate::{BootTime, Gate};
+use crate::store::{FormatOptions, Store};
+use crate::vfs::types::ROOT;
+use crate::vfs::{AuditSink, Filesystem, FilesystemOptions};
+
+const READ_WRITE: u32 = libc::O_RDWR as u32;
+const TEXT: &[u8] = b"acknowledged";
+
+struct Machine {
+    fs: Arc<Filesystem>,
+    store: Arc<Store>,
+}
+
+fn mount(backing: Arc<MemoryBacking>) -> Machine {
+    let backing: Arc<dyn Backing> = backing;
+    let gate = Gate::new();
+    let store = Store::open(Arc::clone(&backing), Arc::clone(&gate), false).unwrap();
+    store.start_session(&keyring()).unwrap();
+    assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(600)));
+    store.recover().unwrap();
+    let sink: Arc<dyn AuditSink> = Arc::new(Events::default());
+    let options = FilesystemOptions::default();
+    let fs = Filesystem::new(Arc::clone(&store), backing, gate, sink, options);
+    Machine { fs, store }
+}
+
+impl Machine {
+    fn content(&self, name: &str) -> Option<Vec<u8>> {
+        let entry = match self.fs.lookup(ROOT, name.as_bytes()) {
+            Err(FsError::Os(rustix::io::Errno::NOENT)) => return None,
+            entry => entry.unwrap(),
+        };
+        let handle = self.fs.open(entry.node, libc::O_RDONLY as u32, false).unwrap();
+        let mut bytes = [0; 64];
+        let count = self.fs.read(handle, 0, &mut bytes).unwrap();
+        self.fs.release(handle);
+        Some(bytes[..count].to_vec())
+    }
+
+    fn flush(&self, name: &str) {
+        let entry = self.fs.lookup(ROOT, name.as_bytes()).unwrap();
+        let handle = self.fs.open(entry.node, READ_WRITE, false).unwrap();
+        self.fs.fsync(handle, false).unwrap();
+        self.fs.release(handle);
+    }
+}
+
+/// Runs `work`, cuts the power the moment it has returned, and expects `name` with TEXT in it in
+/// every state that this may leave.
+fn survives(name: &str, work: impl Fn(&Machine)) {
+    let backing = MemoryBacking::new();
+    let options = FormatOptions { log_size: Some(8 << 20), ..FormatOptions::default() };
+    Store::format(&*backing, &keyring(), options).unwrap();
+    let machine = mount(backing.clone());
+    backing.settle();
+    work(&machine);
+    let trace = backing.trace();
+    let mut states = 0;
+    let options = Options { budget: 200, ..Options::default() };
+    for crash in trace.crashes(trace.len(), &options) {
+        let after = mount(trace.materialise(&crash));
+        assert_eq!(after.content(name).as_deref(), Some(TEXT), "{crash:?}");
+        states += 1;
+    }
+    assert!(states > 0);
+}
+
+#[test]
+fn a_file_that_was_closed_before_it_was_flushed() {
+    survives("a", |machine| {
+        let created = machine.fs.create(ME, ROOT, b"a", 0o644, 0).unwrap();
+        machine.fs.write(created.handle, &write(TEXT)).unwrap();
+        machine.fs.release(created.handle);
+        machine.fs.forget(created.entry.node, 1);
+        machine.flush("a");
+    });
+}
+
+#[test]
+fn a_file_that_a_checkpoint_brought_home_before_it_was_flushed() {
+    survives("a", |machine| {
+        let created = machine.fs.create(ME, ROOT, b"a", 0o644, 0).unwrap();
+        machine.fs.write(created.handle, &write(TEXT)).unwrap();
+        machine.fs.release(created.handle);
+        machine.fs.forget(created.entry.node, 1);
+        machine.store.checkpoint().unwrap();
+        machine.flush("a");
+    });
+}
+
+#[test]
+fn a_file_that_replaced_another_before_it_was_flushed() {
+    survives("a", |machine| {
+        for name in [&b"a"[..], b"b"] {
+            let created = machine.fs.create(ME, ROOT, name, 0o644, 0).unwrap();
+            machine.fs.write(created.handle, &write(TEXT)).unwrap();
+            machine.fs.release(created.handle);
+        }
+        machine.flush("a");
+        machine.fs.rename(ROOT, b"b", ROOT, b"a", RenameMode::Replace).unwrap();
+        machine.flush("a");
+    });
+}
+
+#[test]
+fn a_file_that_got_its_name_after_its_first_flush() {
+    survives("a", |machine| {
+        let created = machine.fs.create_unnamed(ME, ROOT, 0o644, 0).unwrap();
+        machine.fs.write(created.handle, &write(TEXT)).unwrap();
+        machine.fs.fsync(created.handle, true).unwrap();
+        machine.fs.link(created.entry.node, ROOT, b"a").unwrap();
+        machine.fs.fsync(created.handle, true).unwrap();
+    });
+}
