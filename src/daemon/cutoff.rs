@@ -274,7 +274,7 @@ mod tests {
 
     fn open_volume(slow: Duration) -> (Arc<CutOff>, Recorder) {
         let gate = Gate::new();
-        let keyring = Keyring::new(Secret::random().unwrap());
+        let keyring = Keyring::new(1, Secret::random().unwrap());
         gate.open(keyring, BootTime::now() + Duration::from_secs(60));
         let recorder = Recorder { gate: Arc::clone(&gate), steps: Arc::default(), slow };
         let syncer = recorder.clone();
@@ -314,7 +314,7 @@ mod tests {
     #[test]
     fn before_the_mount_there_is_only_the_gate() {
         let gate = Gate::new();
-        let keyring = Keyring::new(Secret::random().unwrap());
+        let keyring = Keyring::new(1, Secret::random().unwrap());
         gate.open(keyring, BootTime::now() + Duration::from_secs(60));
         let cut_off = CutOff::new(Arc::clone(&gate), Arc::new(|| Ok(())));
         cut_off.run(Reason::KeyDisabled, None);

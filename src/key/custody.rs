@@ -22,6 +22,9 @@ use crate::crypto::secret::{Secret, SecretBytes};
 use crate::error::{Error, Kind};
 use crate::sys::stack;
 
+/// The number of a volume's first volume key.
+const FIRST_VOLUME_KEY: u32 = 1;
+
 /// Why a key was not accepted: for status the reason, for a person the error and the table.
 #[derive(Debug)]
 pub struct Refusal {
@@ -115,7 +118,7 @@ pub fn enrol(
     let volume_key = Secret::<32>::random()?;
     let wrapped_volume_key = wrap_and_compare(session, kid, algorithm, &volume_key)?;
     let canary = new_canary(session, kid, algorithm)?;
-    let keyring = Keyring::new(volume_key);
+    let keyring = Keyring::new(FIRST_VOLUME_KEY, volume_key);
     let fingerprint = keyring.fingerprint()?;
     let envelope = Envelope {
         volume: [0; 16],
@@ -123,7 +126,7 @@ pub fn enrol(
         kid: kid.clone(),
         algorithm,
         follow_versions: !provider.names_version(key_url),
-        volume_key_id: 1,
+        volume_key_id: FIRST_VOLUME_KEY,
         wrapped_volume_key,
         fingerprint,
         canary,
@@ -150,7 +153,8 @@ pub fn revalidate(
         let (info, report) = checked(session, kid, *algorithm, settings)?;
         unwrap_canary(session, envelope)?;
         let unwrapped = session.unwrap(kid, *algorithm, &envelope.wrapped_volume_key)?;
-        let keyring = Keyring::new(to_key(&unwrapped).ok_or_else(foreign_envelope)?);
+        let key = to_key(&unwrapped).ok_or_else(foreign_envelope)?;
+        let keyring = Keyring::new(envelope.volume_key_id, key);
         if keyring.fingerprint()? != *pinned {
             return Err(foreign_envelope());
         }

@@ -431,7 +431,7 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(20);
 
     fn keyring(byte: u8) -> Keyring {
-        Keyring::new(Secret::new_with(|key| key.fill(byte)).unwrap())
+        Keyring::new(1, Secret::new_with(|key| key.fill(byte)).unwrap())
     }
 
     fn in_(time: Duration) -> BootTime {

@@ -14,7 +14,7 @@ use super::custody::{
     Refusal, checked, foreign_envelope, new_canary, to_key, unwrap_canary, wrap_and_compare,
 };
 use super::envelope::{Envelope, now_text};
-use super::keyring::Keyring;
+use super::keyring::fingerprint;
 use super::policy::{OnExpired, Validity};
 use super::provider::{Algorithm, Class, KeyInfo, Provider, ProviderError};
 use super::reason::Reason;
@@ -89,11 +89,11 @@ pub fn rewrap(
             usable(&session.get_key(kid)?, settings.on_expired)?;
             unwrap_canary(session, envelope)?;
             let unwrapped = session.unwrap(kid, *algorithm, &envelope.wrapped_volume_key)?;
-            let keyring = Keyring::new(to_key(&unwrapped).ok_or_else(foreign_envelope)?);
-            if keyring.fingerprint()? != *pinned {
+            let volume_key = to_key(&unwrapped).ok_or_else(foreign_envelope)?;
+            if fingerprint(&volume_key)? != *pinned {
                 return Err(foreign_envelope());
             }
-            to_key(&unwrapped).ok_or_else(foreign_envelope)?
+            volume_key
         };
 
         let now = now_text();

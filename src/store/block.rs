@@ -94,7 +94,8 @@ impl<'a> Sealer<'a> {
     ) -> FsResult<Sealer<'a>> {
         let session = shared.session()?;
         let number = session.counter.session();
-        let cipher = shared.keys.cipher(lease, keys, keys.active_dek, number, &session.salt)?;
+        let cipher =
+            shared.keys.cipher(lease, keys, keys.active_dek, number, &session.entry.salt)?;
         Ok(Sealer { keys, cipher, nonces: session.counter.take(count), session: number })
     }
 

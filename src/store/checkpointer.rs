@@ -259,8 +259,8 @@ impl Shared {
         }
         log.trim(tails, clean, |anchor| {
             let lease = self.gate.lease()?;
-            let key = self.keys.anchor_mac(&lease)?;
-            let sealed = anchor.seal(&key);
+            let keys = self.keys.anchor_macs(&lease)?;
+            let sealed = anchor.seal(&keys);
             lease.still_open()?;
             Ok(sealed)
         })?;

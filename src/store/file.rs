@@ -293,10 +293,11 @@ impl Drop for File {
 pub(super) fn write_header(shared: &Shared, backing: &FileRef, header: &Header) -> FsResult<()> {
     let pages = {
         let lease = shared.gate.lease()?;
-        let key = shared.keys.header_mac(&lease)?;
-        let pages = header.encode(&shared.volume, &key);
+        let keys = shared.keys.header_macs(&lease)?;
+        let pages = header.encode(&shared.volume, &keys);
         lease.still_open()?;
-        pages
+        // Whoever has read it has checked that.
+        pages.ok_or(Errno::IO)?
     };
     Ok(backing.write_at(&pages, 0)?)
 }

@@ -5,9 +5,10 @@
 //! are what every disk writes whole. The record with the higher generation counts.
 
 use super::FORMAT_VERSION;
+use super::keys::MacKeys;
 use super::layout::{BLOCK_LEN, HEADERS_LEN};
 use super::page::{u16_at, u32_at, u64_at};
-use crate::crypto::mac::{MAC_LEN, MacKey};
+use crate::crypto::mac::MAC_LEN;
 use crate::crypto::wrap::WRAPPED_LEN;
 
 pub(super) const RECORD_LEN: usize = 512;
@@ -27,6 +28,8 @@ const RESERVED_AT: usize = SLOTS_AT + DEK_SLOTS * SLOT_LEN;
 pub(super) struct DekSlot {
     pub id: u16,
     pub wrapped: [u8; WRAPPED_LEN],
+    /// When, in seconds since the epoch.
+    pub made: u64,
 }
 
 /// Regions `start..start + len` have generation pages.
@@ -132,7 +135,9 @@ impl Header {
     }
 
     /// Both pages, as one piece of the file.
-    pub(super) fn encode(&self, volume: &[u8; 16], key: &MacKey) -> Vec<u8> {
+    /// None where the volume key that the header names is not there.
+    pub(super) fn encode(&self, volume: &[u8; 16], keys: &MacKeys) -> Option<Vec<u8>> {
+        let key = keys.get(self.volume_key_id)?;
         let mut record = [0; RECORD_LEN];
         record[16..24].copy_from_slice(MAGIC);
         record[24..28].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
@@ -152,6 +157,7 @@ impl Header {
             bytes[..2].copy_from_slice(&slot.id.to_le_bytes());
             bytes[2..4].copy_from_slice(&1_u16.to_le_bytes());
             bytes[8..8 + WRAPPED_LEN].copy_from_slice(&slot.wrapped);
+            bytes[48..56].copy_from_slice(&slot.made.to_le_bytes());
         }
         let mac = key.mac(&[DOMAIN, volume, &record[MAC_LEN..]]);
         record[..MAC_LEN].copy_from_slice(&mac);
@@ -159,17 +165,17 @@ impl Header {
         let mut pages = vec![0; HEADERS_LEN as usize];
         pages[..RECORD_LEN].copy_from_slice(&record);
         pages[BLOCK_LEN..][..RECORD_LEN].copy_from_slice(&record);
-        pages
+        Some(pages)
     }
 
     /// `pages` is the start of the backing file; what is missing of it is damaged.
     pub(super) fn decode(
         pages: &[u8; HEADERS_LEN as usize],
         volume: &[u8; 16],
-        key: &MacKey,
+        keys: &MacKeys,
     ) -> Result<Decoded, HeaderError> {
         let (a, b) = pages.split_at(BLOCK_LEN);
-        let copies = [authentic(a, volume, key), authentic(b, volume, key)];
+        let copies = [authentic(a, volume, keys), authentic(b, volume, keys)];
         let damaged_copy = copies.iter().any(Option::is_none);
         let record = copies
             .into_iter()
@@ -181,8 +187,9 @@ impl Header {
     }
 }
 
-fn authentic<'a>(page: &'a [u8], volume: &[u8; 16], key: &MacKey) -> Option<&'a [u8]> {
+fn authentic<'a>(page: &'a [u8], volume: &[u8; 16], keys: &MacKeys) -> Option<&'a [u8]> {
     let (record, rest) = page.split_at(RECORD_LEN);
+    let key = keys.get(u32_at(record, 28))?;
     let mut mac = [0; MAC_LEN];
     mac.copy_from_slice(&record[..MAC_LEN]);
     let right = key.verify(&[DOMAIN, volume, &record[MAC_LEN..]], &mac)
@@ -210,7 +217,11 @@ fn parse(record: &[u8]) -> Option<Header> {
     for bytes in record[SLOTS_AT..RESERVED_AT].chunks_exact(SLOT_LEN) {
         match u16_at(bytes, 2) {
             0 => {}
-            1 => deks.push(DekSlot { id: u16_at(bytes, 0), wrapped: wrapped_at(bytes, 8) }),
+            1 => deks.push(DekSlot {
+                id: u16_at(bytes, 0),
+                wrapped: wrapped_at(bytes, 8),
+                made: u64_at(bytes, 48),
+            }),
             _ => return None,
         }
     }
@@ -237,15 +248,17 @@ fn wrapped_at(bytes: &[u8], at: usize) -> [u8; WRAPPED_LEN] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::crypto::mac::MacKey;
     use crate::crypto::secret::Secret;
     use proptest::prelude::*;
 
-    fn key() -> MacKey {
-        MacKey::new(&Secret::new_with(|key| key.fill(4)).unwrap()).unwrap()
+    fn key() -> MacKeys {
+        let key = MacKey::new(&Secret::new_with(|key| key.fill(4)).unwrap()).unwrap();
+        MacKeys::of_one(1, key)
     }
 
     fn sample() -> Header {
-        let dek = DekSlot { id: 0, wrapped: [5; WRAPPED_LEN] };
+        let dek = DekSlot { id: 0, wrapped: [5; WRAPPED_LEN], made: 1_700_000_000 };
         let mut header = Header::new([9; 16], 1, dek, [6; WRAPPED_LEN]);
         header.size = 123_456_789;
         header.generation = 77;
@@ -256,7 +269,7 @@ mod tests {
 
     fn pages(header: &Header) -> [u8; HEADERS_LEN as usize] {
         let mut pages = [0; HEADERS_LEN as usize];
-        let encoded = header.encode(&[1; 16], &key());
+        let encoded = header.encode(&[1; 16], &key()).unwrap();
         pages[..encoded.len()].copy_from_slice(&encoded);
         pages
     }

@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use super::Session;
 use super::header::Header;
 use super::intent_log::SessionKey;
-use super::session::Salt;
+use super::session::{Salt, SessionEntry};
 use crate::crypto::aead::BlockCipher;
 use crate::crypto::mac::MacKey;
 use crate::crypto::secret::Secret;
@@ -35,6 +35,7 @@ const LABEL_ANCHOR: &str = "byokfs log anchor mac v1";
 const LABEL_LOG: &str = "byokfs log record mac v1";
 const LABEL_DEK_WRAP: &str = "byokfs dek wrap v1";
 const LABEL_MAC_WRAP: &str = "byokfs file mac wrap v1";
+const LABEL_METADATA_WRAP: &str = "byokfs metadata key wrap v1";
 const LABEL_BLOCK: &str = "byokfs block key v1";
 
 /// Block keys kept; each takes 1 KiB of locked memory.
@@ -43,34 +44,87 @@ const MAX_CIPHERS: usize = 4096;
 const MAX_MACS: usize = 4096;
 
 type FileId = [u8; 16];
+pub(super) type Wrapped = [u8; wrap::WRAPPED_LEN];
 
-pub(super) fn volume_mac(keyring: &Keyring) -> Result<MacKey> {
-    MacKey::new(&keyring.derive(LABEL_VOLUME, &[])?)
+/// MAC keys of one purpose, each by the volume key that it comes from: what is authenticated names
+/// that. The current one first.
+#[derive(Debug)]
+pub(super) struct MacKeys(Vec<(u32, MacKey)>);
+
+impl MacKeys {
+    fn derive(keyring: &Keyring, label: &str) -> Result<MacKeys> {
+        let mut keys = Vec::with_capacity(1);
+        for id in keyring.ids() {
+            if let Some(key) = keyring.derive_by(id, label, &[])? {
+                keys.push((id, MacKey::new(&key)?));
+            }
+        }
+        Ok(MacKeys(keys))
+    }
+
+    /// None where that volume key is not here.
+    pub(super) fn get(&self, id: u32) -> Option<&MacKey> {
+        self.0.iter().find(|(known, _)| *known == id).map(|(_, key)| key)
+    }
+
+    /// What new things are made with.
+    pub(super) fn current(&self) -> (u32, &MacKey) {
+        (self.0[0].0, &self.0[0].1)
+    }
+
+    #[cfg(test)]
+    pub(super) fn of_one(id: u32, key: MacKey) -> MacKeys {
+        MacKeys(vec![(id, key)])
+    }
 }
 
-pub(super) fn sessions_mac(keyring: &Keyring) -> Result<MacKey> {
-    MacKey::new(&keyring.derive(LABEL_SESSIONS, &[])?)
+pub(super) fn volume_macs(keyring: &Keyring) -> Result<MacKeys> {
+    MacKeys::derive(keyring, LABEL_VOLUME)
 }
 
-pub(super) fn anchor_mac(keyring: &Keyring) -> Result<MacKey> {
-    MacKey::new(&keyring.derive(LABEL_ANCHOR, &[])?)
+pub(super) fn sessions_macs(keyring: &Keyring) -> Result<MacKeys> {
+    MacKeys::derive(keyring, LABEL_SESSIONS)
 }
 
-/// Of the records of the session with this salt.
-pub(super) fn log_mac(keyring: &Keyring, salt: &Salt) -> Result<MacKey> {
-    MacKey::new(&keyring.derive(LABEL_LOG, salt)?)
+pub(super) fn anchor_macs(keyring: &Keyring) -> Result<MacKeys> {
+    MacKeys::derive(keyring, LABEL_ANCHOR)
+}
+
+/// Of the records of a session; None where its volume key is not here.
+pub(super) fn log_mac(keyring: &Keyring, session: &SessionEntry) -> Result<Option<MacKey>> {
+    let key = keyring.derive_by(session.volume_key_id, LABEL_LOG, &session.salt)?;
+    key.map(|key| MacKey::new(&key)).transpose()
+}
+
+/// A new key for the volume's names and small values, wrapped, for the volume header.
+pub(super) fn new_metadata_key(keyring: &Keyring, volume: &[u8; 16]) -> Result<Wrapped> {
+    let kek = keyring.derive(LABEL_METADATA_WRAP, volume)?;
+    Ok(wrap::wrap(&kek, &Secret::random()?))
+}
+
+/// None where it was not wrapped with that volume key.
+pub(super) fn metadata_key(
+    keyring: &Keyring,
+    volume_key_id: u32,
+    volume: &[u8; 16],
+    wrapped: &Wrapped,
+) -> Result<Option<Secret<32>>> {
+    match keyring.derive_by(volume_key_id, LABEL_METADATA_WRAP, volume)? {
+        Some(kek) => wrap::unwrap(&kek, wrapped),
+        None => Ok(None),
+    }
 }
 
 /// A new key of a file, wrapped, for its header.
-pub(super) fn new_dek(keyring: &Keyring, file: &FileId) -> FsResult<[u8; wrap::WRAPPED_LEN]> {
+pub(super) fn new_dek(keyring: &Keyring, file: &FileId) -> FsResult<Wrapped> {
     new_wrapped(keyring, LABEL_DEK_WRAP, file)
 }
 
-pub(super) fn new_mac_key(keyring: &Keyring, file: &FileId) -> FsResult<[u8; wrap::WRAPPED_LEN]> {
+pub(super) fn new_mac_key(keyring: &Keyring, file: &FileId) -> FsResult<Wrapped> {
     new_wrapped(keyring, LABEL_MAC_WRAP, file)
 }
 
-fn new_wrapped(keyring: &Keyring, label: &str, file: &FileId) -> FsResult<[u8; 40]> {
+fn new_wrapped(keyring: &Keyring, label: &str, file: &FileId) -> FsResult<Wrapped> {
     let kek = keyring.derive(label, file).map_err(no_memory)?;
     Ok(wrap::wrap(&kek, &Secret::random().map_err(no_memory)?))
 }
@@ -115,8 +169,8 @@ impl<K: Eq + Hash + Copy, V> Bounded<K, V> {
 #[derive(Debug)]
 struct Derived {
     epoch: u64,
-    header: Option<Arc<MacKey>>,
-    anchor: Option<Arc<MacKey>>,
+    headers: Option<Arc<MacKeys>>,
+    anchors: Option<Arc<MacKeys>>,
     log: Option<SessionKey>,
     macs: Bounded<FileId, MacKey>,
     ciphers: Bounded<(FileId, u16, u32), BlockCipher>,
@@ -126,8 +180,8 @@ impl Derived {
     fn new(epoch: u64) -> Derived {
         Derived {
             epoch,
-            header: None,
-            anchor: None,
+            headers: None,
+            anchors: None,
             log: None,
             macs: Bounded::new(MAX_MACS),
             ciphers: Bounded::new(MAX_CIPHERS),
@@ -175,21 +229,20 @@ impl Keys {
         value
     }
 
-    pub(super) fn header_mac(&self, lease: &Lease<'_>) -> FsResult<Arc<MacKey>> {
-        if let Some(key) = self.cached(lease, |derived| derived.header.clone()) {
-            return Ok(key);
+    pub(super) fn header_macs(&self, lease: &Lease<'_>) -> FsResult<Arc<MacKeys>> {
+        if let Some(keys) = self.cached(lease, |derived| derived.headers.clone()) {
+            return Ok(keys);
         }
-        let key = lease.keyring().derive(LABEL_HEADER, &[]).map_err(no_memory)?;
-        let key = MacKey::new(&key).map_err(no_memory)?;
-        Ok(self.keep(lease, key, |derived, key| derived.header = Some(key)))
+        let keys = MacKeys::derive(lease.keyring(), LABEL_HEADER).map_err(no_memory)?;
+        Ok(self.keep(lease, keys, |derived, keys| derived.headers = Some(keys)))
     }
 
-    pub(super) fn anchor_mac(&self, lease: &Lease<'_>) -> FsResult<Arc<MacKey>> {
-        if let Some(key) = self.cached(lease, |derived| derived.anchor.clone()) {
-            return Ok(key);
+    pub(super) fn anchor_macs(&self, lease: &Lease<'_>) -> FsResult<Arc<MacKeys>> {
+        if let Some(keys) = self.cached(lease, |derived| derived.anchors.clone()) {
+            return Ok(keys);
         }
-        let key = anchor_mac(lease.keyring()).map_err(no_memory)?;
-        Ok(self.keep(lease, key, |derived, key| derived.anchor = Some(key)))
+        let keys = anchor_macs(lease.keyring()).map_err(no_memory)?;
+        Ok(self.keep(lease, keys, |derived, keys| derived.anchors = Some(keys)))
     }
 
     /// The key of the records that this session appends.
@@ -202,7 +255,9 @@ impl Keys {
         if let Some(key) = known {
             return Ok(SessionKey { session: number, key });
         }
-        let key = log_mac(lease.keyring(), &session.salt).map_err(no_memory)?;
+        let key = log_mac(lease.keyring(), &session.entry).map_err(no_memory)?;
+        // A session is begun with the keyring that the gate is opened with.
+        let key = key.ok_or(Errno::IO)?;
         let key = self.keep(lease, key, |derived, key| {
             derived.log = Some(SessionKey { session: number, key });
         });
@@ -215,8 +270,7 @@ impl Keys {
         if let Some(key) = self.cached(lease, |derived| derived.macs.get(&file)) {
             return Ok(key);
         }
-        let kek = lease.keyring().derive(LABEL_MAC_WRAP, &file).map_err(no_memory)?;
-        let key = unwrap(&kek, &header.wrapped_mac_key, &file)?;
+        let key = unwrap(lease, header, LABEL_MAC_WRAP, &header.wrapped_mac_key)?;
         let key = MacKey::new(&key).map_err(no_memory)?;
         Ok(self.keep(lease, key, |derived, key| derived.macs.insert(file, key)))
     }
@@ -239,8 +293,7 @@ impl Keys {
             let detail = format!("a block names DEK slot {dek_slot}, the header has none");
             FsError::integrity("header", hex(&file), None, detail)
         })?;
-        let kek = lease.keyring().derive(LABEL_DEK_WRAP, &file).map_err(no_memory)?;
-        let dek = unwrap(&kek, &wrapped.1, &file)?;
+        let dek = unwrap(lease, header, LABEL_DEK_WRAP, &wrapped.1)?;
         let key = kdf::derive(&dek, salt, LABEL_BLOCK, &file).map_err(no_memory)?;
         let cipher = BlockCipher::new(&key).map_err(no_memory)?;
         Ok(self.keep(lease, cipher, |derived, key| derived.ciphers.insert(index, key)))
@@ -252,8 +305,9 @@ impl Keys {
 pub(super) struct FileKeys {
     pub file_id: FileId,
     pub active_dek: u16,
-    deks: Vec<(u16, [u8; wrap::WRAPPED_LEN])>,
-    wrapped_mac_key: [u8; wrap::WRAPPED_LEN],
+    volume_key_id: u32,
+    deks: Vec<(u16, Wrapped)>,
+    wrapped_mac_key: Wrapped,
 }
 
 impl FileKeys {
@@ -261,16 +315,25 @@ impl FileKeys {
         FileKeys {
             file_id: header.file_id,
             active_dek: header.active_dek,
+            volume_key_id: header.volume_key_id,
             deks: header.deks.iter().map(|slot| (slot.id, slot.wrapped)).collect(),
             wrapped_mac_key: header.wrapped_mac_key,
         }
     }
 }
 
-fn unwrap(kek: &Secret<32>, wrapped: &[u8; 40], file: &FileId) -> FsResult<Secret<32>> {
-    wrap::unwrap(kek, wrapped).map_err(no_memory)?.ok_or_else(|| {
-        FsError::integrity("header", hex(file), None, "a wrapped key does not unwrap")
-    })
+fn unwrap(
+    lease: &Lease<'_>,
+    keys: &FileKeys,
+    label: &str,
+    wrapped: &Wrapped,
+) -> FsResult<Secret<32>> {
+    let damaged = |detail| FsError::integrity("header", hex(&keys.file_id), None, detail);
+    let kek = lease.keyring().derive_by(keys.volume_key_id, label, &keys.file_id);
+    let kek = kek.map_err(no_memory)?;
+    let kek = kek.ok_or_else(|| damaged("it names a volume key that is not this volume's"))?;
+    let key = wrap::unwrap(&kek, wrapped).map_err(no_memory)?;
+    key.ok_or_else(|| damaged("a wrapped key does not unwrap"))
 }
 
 pub(super) fn hex(bytes: &[u8]) -> String {

@@ -46,12 +46,13 @@ use self::keys::{Keys, hex};
 use self::layout::HEADERS_LEN;
 use self::newborn::Newborn;
 use self::registry::Registry;
-use self::session::{Salt, SessionTable};
+use self::session::{Salt, SessionEntry, SessionTable};
 use self::times::SettledTimes;
 use self::volume::VolumeHeader;
 use crate::backing::{Access, Backing, FileKind, FileRef, Metadata, NodeId, NodeRef, Timestamp};
 use crate::crypto::nonce::Counter;
 use crate::crypto::random;
+use crate::crypto::secret::Secret;
 use crate::error::{Context, Error, FsError, FsResult, Kind, Result};
 use crate::key::gate::{Gate, Keyring, Wipe};
 
@@ -109,7 +110,7 @@ pub struct LogStatus {
 #[derive(Debug)]
 struct Session {
     counter: Counter,
-    salt: Salt,
+    entry: SessionEntry,
 }
 
 /// What the files of a volume have in common.
@@ -138,7 +139,7 @@ impl Shared {
     }
 
     fn salt(&self, session: u32) -> Option<Salt> {
-        self.sessions.read().salt(session).copied()
+        self.sessions.read().get(session).map(|entry| entry.salt)
     }
 
     fn session(&self) -> FsResult<Arc<Session>> {
@@ -157,8 +158,8 @@ impl Shared {
         let mut pages = [0; HEADERS_LEN as usize];
         file.read_at(&mut pages, 0)?;
         let lease = self.gate.lease()?;
-        let key = self.keys.header_mac(&lease)?;
-        let decoded = Header::decode(&pages, &self.volume, &key).map_err(|error| {
+        let keys = self.keys.header_macs(&lease)?;
+        let decoded = Header::decode(&pages, &self.volume, &keys).map_err(|error| {
             let detail = match error {
                 HeaderError::Damaged => "neither copy of the file header is authentic",
                 HeaderError::Unsupported => "the file header is of a format not known here",
@@ -228,16 +229,13 @@ impl Store {
                 ));
             }
         }
-        let created = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs());
         let features = if options.plaintext_names { FEATURE_PLAINTEXT_NAMES } else { 0 };
-        let mut header = VolumeHeader::new(random::bytes()?, random::bytes()?, features, created);
-        let pages = header.encode(&keys::volume_mac(keyring)?);
+        let mut header = VolumeHeader::new(keyring, features, seconds_since_epoch())?;
+        let pages = header.encode(keys::volume_macs(keyring)?.current().1);
         SessionTable::default().store(
             &root,
             &header.uuid,
-            &keys::sessions_mac(keyring)?,
+            &keys::sessions_macs(keyring)?,
             [true, true],
             &shown,
         )?;
@@ -245,8 +243,8 @@ impl Store {
             Some(total) => total,
             None => default_log_size(backing).context(|| format!("cannot examine {shown}"))?,
         };
-        let key = keys::anchor_mac(keyring)?;
-        Log::format(&root, LogSize::of_total(total), header.log_id, &key, &shown)?;
+        let macs = keys::anchor_macs(keyring)?;
+        Log::format(&root, LogSize::of_total(total), header.log_id, &macs, &shown)?;
         // The header last: a directory without it is not a volume.
         let write = || -> std::io::Result<()> {
             // Its mode is that of the mount's root directory: open to its users, as any new file system.
@@ -321,15 +319,15 @@ impl Store {
     /// key, and, unless read-only, draws the salt of a new session and makes it durable.
     pub fn start_session(&self, keyring: &Keyring) -> Result<()> {
         let shown = self.backing.display_path();
-        if !self.header.is_authentic(&keys::volume_mac(keyring)?) {
+        if !self.header.is_authentic(&keys::volume_macs(keyring)?) {
             return Err(Error::corrupt(format!(
                 "{shown}/volume was not written with this volume key; it belongs to another \
                  volume, or was changed"
             )));
         }
-        let key = keys::sessions_mac(keyring)?;
+        let macs = keys::sessions_macs(keyring)?;
         let uuid = &self.header.uuid;
-        let (mut table, damaged) = SessionTable::load(&self.root, uuid, &key, &shown)?;
+        let (mut table, damaged) = SessionTable::load(&self.root, uuid, &macs, &shown)?;
         if damaged.contains(&true) {
             log::warn!("one copy of the session table in {shown} is damaged; the other serves");
         }
@@ -338,10 +336,10 @@ impl Store {
         }
         let mut session = None;
         if !self.shared.read_only {
-            let salt = random::bytes()?;
-            let number = table.add(salt)?;
-            table.store(&self.root, uuid, &key, damaged, &shown)?;
-            session = Some(Arc::new(Session { counter: Counter::new(number), salt }));
+            let entry = SessionEntry { salt: random::bytes()?, volume_key_id: keyring.id() };
+            let number = table.add(entry)?;
+            table.store(&self.root, uuid, &macs, damaged, &shown)?;
+            session = Some(Arc::new(Session { counter: Counter::new(number), entry }));
         }
         *self.shared.sessions.write() = table;
         *self.shared.session.write() = session;
@@ -361,15 +359,15 @@ impl Store {
             if let Some(key) = made.get(&session) {
                 return Some(Arc::clone(key));
             }
-            let key = keys::log_mac(keyring, table.salt(session)?);
-            let key = key.map(Arc::new).map_err(|error| log::error!("{error}")).ok()?;
+            let key = keys::log_mac(keyring, table.get(session)?);
+            let key = Arc::new(key.map_err(|error| log::error!("{error}")).ok()??);
             made.insert(session, Arc::clone(&key));
             Some(key)
         };
         let access = if self.shared.read_only { Access::Read } else { Access::ReadWrite };
-        let anchor_key = keys::anchor_mac(keyring)?;
+        let macs = keys::anchor_macs(keyring)?;
         let id = &self.header.log_id;
-        let found = Log::find(&self.root, id, &anchor_key, &session_key, access, &shown)?;
+        let found = Log::find(&self.root, id, &macs, &session_key, access, &shown)?;
         if found.damaged_copy {
             log::warn!("one copy of a log's anchor in {shown} is damaged; the other serves");
         }
@@ -542,6 +540,16 @@ impl Store {
         &self.shared.gate
     }
 
+    /// The key of names and small values.
+    pub fn metadata_key(&self, keyring: &Keyring) -> Result<Secret<32>> {
+        let VolumeHeader { uuid, volume_key_id, wrapped_metadata_key, .. } = &self.header;
+        let key = keys::metadata_key(keyring, *volume_key_id, uuid, wrapped_metadata_key)?;
+        key.ok_or_else(|| {
+            let shown = self.backing.display_path();
+            Error::corrupt(format!("the key of names in {shown}/volume does not unwrap"))
+        })
+    }
+
     /// The backing directory of the logical root.
     pub fn tree(&self) -> NodeRef {
         self.tree.clone()
@@ -562,10 +570,12 @@ impl Store {
         random::fill(&mut id).map_err(|_| Errno::IO)?;
         let header = {
             let lease = self.shared.gate.lease()?;
-            let dek = DekSlot { id: 0, wrapped: keys::new_dek(lease.keyring(), &id)? };
-            let mac_key = keys::new_mac_key(lease.keyring(), &id)?;
+            let keyring = lease.keyring();
+            let wrapped = keys::new_dek(keyring, &id)?;
+            let dek = DekSlot { id: 0, wrapped, made: seconds_since_epoch() };
+            let mac_key = keys::new_mac_key(keyring, &id)?;
             lease.still_open()?;
-            Header::new(id, self.header.volume_key_id, dek, mac_key)
+            Header::new(id, keyring.id(), dek, mac_key)
         };
         file::write_header(&self.shared, &file, &header)?;
         let node = file.metadata()?.id;
@@ -631,6 +641,10 @@ impl Drop for Store {
         // They hold what holds them.
         self.shared.dirty.clear();
     }
+}
+
+fn seconds_since_epoch() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 fn is_read_only_fs(error: &Error) -> bool {

@@ -6,13 +6,14 @@
 //! stable storage before its first block is sealed. No session is ever removed while the format
 //! has no count of the blocks that name it.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use super::FORMAT_VERSION;
+use super::keys::MacKeys;
 use super::layout::BLOCK_LEN;
 use super::page::{u32_at, u64_at};
 use crate::backing::{Access, FileRef, NodeRef};
-use crate::crypto::mac::{MAC_LEN, MacKey};
+use crate::crypto::mac::MAC_LEN;
 use crate::error::{Context, Error, Kind, Result};
 
 pub(super) const FILES: [&[u8]; 2] = [b"sessions.a", b"sessions.b"];
@@ -29,49 +30,58 @@ pub(super) type Salt = [u8; SALT_LEN];
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct SessionTable {
     generation: u64,
-    salts: HashMap<u32, Salt>,
+    sessions: BTreeMap<u32, SessionEntry>,
+}
+
+/// One session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SessionEntry {
+    pub salt: Salt,
+    /// Of the volume key that the MACs of its log records come from.
+    pub volume_key_id: u32,
 }
 
 impl SessionTable {
-    pub(super) fn salt(&self, session: u32) -> Option<&Salt> {
-        self.salts.get(&session)
+    pub(super) fn get(&self, session: u32) -> Option<&SessionEntry> {
+        self.sessions.get(&session)
     }
 
     /// Adds a session and returns its number. Numbers start at 1 and are never used again.
-    pub(super) fn add(&mut self, salt: Salt) -> Result<u32> {
-        let last = self.salts.keys().max().copied().unwrap_or(0);
+    pub(super) fn add(&mut self, entry: SessionEntry) -> Result<u32> {
+        let last = self.sessions.keys().next_back().copied().unwrap_or(0);
         let session = last.checked_add(1).ok_or_else(|| {
             Error::new(Kind::Unsupported, "this volume has used up its 2^32 sessions")
         })?;
-        self.salts.insert(session, salt);
+        self.sessions.insert(session, entry);
         self.generation += 1;
         Ok(session)
     }
 
-    fn encode(&self, volume: &[u8; 16], key: &MacKey) -> Vec<u8> {
+    fn encode(&self, volume: &[u8; 16], keys: &MacKeys) -> Vec<u8> {
+        let (volume_key_id, key) = keys.current();
         let mut bytes = vec![0; HEAD_LEN];
         bytes[16..24].copy_from_slice(MAGIC);
         bytes[24..28].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
-        bytes[28..32].copy_from_slice(&(self.salts.len() as u32).to_le_bytes());
+        bytes[28..32].copy_from_slice(&(self.sessions.len() as u32).to_le_bytes());
         bytes[32..40].copy_from_slice(&self.generation.to_le_bytes());
-        let mut sessions: Vec<_> = self.salts.iter().collect();
-        sessions.sort_unstable();
-        for (session, salt) in sessions {
+        bytes[40..44].copy_from_slice(&volume_key_id.to_le_bytes());
+        for (session, entry) in &self.sessions {
             bytes.extend_from_slice(&session.to_le_bytes());
-            bytes.extend_from_slice(&[0; 4]);
-            bytes.extend_from_slice(salt);
+            bytes.extend_from_slice(&entry.volume_key_id.to_le_bytes());
+            bytes.extend_from_slice(&entry.salt);
         }
         let mac = key.mac(&[DOMAIN, volume, &bytes[MAC_LEN..]]);
         bytes[..MAC_LEN].copy_from_slice(&mac);
         bytes
     }
 
-    fn decode(bytes: &[u8], volume: &[u8; 16], key: &MacKey) -> Option<SessionTable> {
+    fn decode(bytes: &[u8], volume: &[u8; 16], keys: &MacKeys) -> Option<SessionTable> {
         if bytes.len() < HEAD_LEN || &bytes[16..24] != MAGIC {
             return None;
         }
         let count = u32_at(bytes, 28) as usize;
         let bytes = bytes.get(..count.checked_mul(ENTRY_LEN)?.checked_add(HEAD_LEN)?)?;
+        let key = keys.get(u32_at(bytes, 40))?;
         let mut mac = [0; MAC_LEN];
         mac.copy_from_slice(&bytes[..MAC_LEN]);
         if !key.verify(&[DOMAIN, volume, &bytes[MAC_LEN..]], &mac)
@@ -79,22 +89,22 @@ impl SessionTable {
         {
             return None;
         }
-        let salts = bytes[HEAD_LEN..]
+        let sessions = bytes[HEAD_LEN..]
             .chunks_exact(ENTRY_LEN)
             .map(|entry| {
                 let mut salt = [0; SALT_LEN];
                 salt.copy_from_slice(&entry[8..]);
-                (u32_at(entry, 0), salt)
+                (u32_at(entry, 0), SessionEntry { salt, volume_key_id: u32_at(entry, 4) })
             })
             .collect();
-        Some(SessionTable { generation: u64_at(bytes, 32), salts })
+        Some(SessionTable { generation: u64_at(bytes, 32), sessions })
     }
 
     /// Reads both copies; the flags say which of them are damaged.
     pub(super) fn load(
         root: &NodeRef,
         volume: &[u8; 16],
-        key: &MacKey,
+        keys: &MacKeys,
         shown: &str,
     ) -> Result<(SessionTable, [bool; 2])> {
         let mut found: [Option<SessionTable>; 2] = [None, None];
@@ -105,7 +115,7 @@ impl SessionTable {
                 Err(error) => Err(error),
             };
             let bytes = bytes.context(|| cannot("read", name, shown))?;
-            *found = SessionTable::decode(&bytes, volume, key);
+            *found = SessionTable::decode(&bytes, volume, keys);
         }
         let damaged = [found[0].is_none(), found[1].is_none()];
         let newest = found.into_iter().flatten().max_by_key(|table| table.generation);
@@ -122,11 +132,11 @@ impl SessionTable {
         &self,
         root: &NodeRef,
         volume: &[u8; 16],
-        key: &MacKey,
+        keys: &MacKeys,
         damaged: [bool; 2],
         shown: &str,
     ) -> Result<()> {
-        let bytes = self.encode(volume, key);
+        let bytes = self.encode(volume, keys);
         let order = if damaged[1] { [FILES[1], FILES[0]] } else { FILES };
         for name in order {
             let write = || -> std::io::Result<()> {
@@ -175,6 +185,7 @@ mod tests {
     use super::*;
     use crate::backing::Backing;
     use crate::backing::linux::LinuxBacking;
+    use crate::crypto::mac::MacKey;
     use crate::crypto::secret::Secret;
 
     #[test]
@@ -182,14 +193,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = LinuxBacking::open(dir.path()).unwrap().root();
         let key = MacKey::new(&Secret::new_with(|key| key.fill(8)).unwrap()).unwrap();
+        let key = MacKeys::of_one(5, key);
+        let entry = |i| SessionEntry { salt: [i; SALT_LEN], volume_key_id: u32::from(i) % 7 };
         let load = || SessionTable::load(&root, &[1; 16], &key, "v");
         let mut table = SessionTable::default();
         for i in 1..=200 {
-            assert_eq!(table.add([i; SALT_LEN]).unwrap(), u32::from(i));
+            assert_eq!(table.add(entry(i)).unwrap(), u32::from(i));
         }
         table.store(&root, &[1; 16], &key, [true, true], "v").unwrap();
         assert_eq!(load().unwrap(), (table.clone(), [false, false]));
-        assert_eq!(table.salt(200), Some(&[200; SALT_LEN]));
+        assert_eq!(table.get(200), Some(&entry(200)));
         assert!(SessionTable::load(&root, &[2; 16], &key, "v").is_err());
 
         let flip = |name: &str, at: usize| {
@@ -201,7 +214,7 @@ mod tests {
         flip("sessions.a", 5000);
         assert_eq!(load().unwrap(), (table.clone(), [true, false]));
         // A copy that lags behind does not count.
-        table.add([9; SALT_LEN]).unwrap();
+        table.add(entry(9)).unwrap();
         table.store(&root, &[1; 16], &key, [true, false], "v").unwrap();
         std::fs::remove_file(dir.path().join("sessions.b")).unwrap();
         assert_eq!(load().unwrap(), (table.clone(), [false, true]));

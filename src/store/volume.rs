@@ -5,19 +5,24 @@
 
 use ring::digest::{SHA256, digest};
 
+use super::keys::{self, MacKeys, Wrapped};
 use super::layout::BLOCK_LEN;
 use super::page::{u32_at, u64_at};
 use super::{FEATURE_PLAINTEXT_NAMES, FORMAT_VERSION, VolumeInfo};
 use crate::backing::{FileRef, NodeRef};
 use crate::crypto::mac::{MAC_LEN, MacKey};
+use crate::crypto::random;
+use crate::crypto::wrap::WRAPPED_LEN;
 use crate::error::{Context, Error, Kind, Result};
+use crate::key::gate::Keyring;
 
 pub(super) const FILE: &[u8] = b"volume";
 const MAGIC: &[u8; 8] = b"BYOKFSVL";
 const DOMAIN: &[u8; 16] = b"byokfs volume 1\0";
 const RECORD_LEN: usize = 512;
 const SUM_LEN: usize = 32;
-const MAC_AT: usize = 128;
+const METADATA_KEY_AT: usize = 112;
+const MAC_AT: usize = RECORD_LEN - MAC_LEN;
 const KNOWN_FEATURES: u64 = FEATURE_PLAINTEXT_NAMES;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,25 +35,24 @@ pub(super) struct VolumeHeader {
     pub volume_key_id: u32,
     /// Of the intent log that belongs to the volume; a new log has a new one.
     pub log_id: [u8; 16],
+    pub wrapped_metadata_key: Wrapped,
     mac: [u8; MAC_LEN],
 }
 
 impl VolumeHeader {
-    pub(super) fn new(
-        uuid: [u8; 16],
-        log_id: [u8; 16],
-        features: u64,
-        created: u64,
-    ) -> VolumeHeader {
-        VolumeHeader {
+    /// Of a new volume.
+    pub(super) fn new(keyring: &Keyring, features: u64, created: u64) -> Result<VolumeHeader> {
+        let uuid = random::bytes()?;
+        Ok(VolumeHeader {
             uuid,
             features,
             generation: 1,
             created,
-            volume_key_id: 1,
-            log_id,
+            volume_key_id: keyring.id(),
+            log_id: random::bytes()?,
+            wrapped_metadata_key: keys::new_metadata_key(keyring, &uuid)?,
             mac: [0; MAC_LEN],
-        }
+        })
     }
 
     fn record(&self) -> [u8; RECORD_LEN] {
@@ -62,13 +66,15 @@ impl VolumeHeader {
         record[80..88].copy_from_slice(&self.created.to_le_bytes());
         record[88..92].copy_from_slice(&self.volume_key_id.to_le_bytes());
         record[96..112].copy_from_slice(&self.log_id);
+        record[METADATA_KEY_AT..][..WRAPPED_LEN].copy_from_slice(&self.wrapped_metadata_key);
         record
     }
 
+    /// Both pages. `key` is that of the volume key that the header names.
     pub(super) fn encode(&mut self, key: &MacKey) -> Vec<u8> {
         let mut record = self.record();
         self.mac = key.mac(&[DOMAIN, &record[SUM_LEN..MAC_AT]]);
-        record[MAC_AT..MAC_AT + MAC_LEN].copy_from_slice(&self.mac);
+        record[MAC_AT..].copy_from_slice(&self.mac);
         let sum = digest(&SHA256, &record[SUM_LEN..]);
         record[..SUM_LEN].copy_from_slice(sum.as_ref());
         let mut pages = vec![0; 2 * BLOCK_LEN];
@@ -77,9 +83,10 @@ impl VolumeHeader {
         pages
     }
 
-    /// False for a header that was not written with this volume key.
-    pub(super) fn is_authentic(&self, key: &MacKey) -> bool {
-        key.verify(&[DOMAIN, &self.record()[SUM_LEN..MAC_AT]], &self.mac)
+    /// False for a header that was not written with a volume key that is here.
+    pub(super) fn is_authentic(&self, keys: &MacKeys) -> bool {
+        let key = keys.get(self.volume_key_id);
+        key.is_some_and(|key| key.verify(&[DOMAIN, &self.record()[SUM_LEN..MAC_AT]], &self.mac))
     }
 
     pub(super) fn info(&self, damaged_copy: bool) -> VolumeInfo {
@@ -162,13 +169,23 @@ fn decode(pages: &[u8], shown: &str) -> Result<(VolumeHeader, bool)> {
             ),
         ));
     }
-    let mut header = VolumeHeader::new([0; 16], [0; 16], features, u64_at(record, 80));
-    header.log_id.copy_from_slice(&record[96..112]);
-    header.uuid.copy_from_slice(&record[64..80]);
-    header.generation = u64_at(record, 56);
-    header.volume_key_id = u32_at(record, 88);
-    header.mac.copy_from_slice(&record[MAC_AT..MAC_AT + MAC_LEN]);
+    let header = VolumeHeader {
+        uuid: array_at(record, 64),
+        features,
+        generation: u64_at(record, 56),
+        created: u64_at(record, 80),
+        volume_key_id: u32_at(record, 88),
+        log_id: array_at(record, 96),
+        wrapped_metadata_key: array_at(record, METADATA_KEY_AT),
+        mac: array_at(record, MAC_AT),
+    };
     Ok((header, intact.len() < copies.len()))
+}
+
+fn array_at<const LEN: usize>(bytes: &[u8], at: usize) -> [u8; LEN] {
+    let mut array = [0; LEN];
+    array.copy_from_slice(&bytes[at..at + LEN]);
+    array
 }
 
 fn is_newer(page: &[u8]) -> bool {
@@ -194,8 +211,22 @@ mod tests {
         MacKey::new(&Secret::new_with(|key| key.fill(byte)).unwrap()).unwrap()
     }
 
+    fn keys(byte: u8) -> MacKeys {
+        MacKeys::of_one(7, key(byte))
+    }
+
     fn pages() -> Vec<u8> {
-        VolumeHeader::new([3; 16], [4; 16], 0, 1_700_000_000).encode(&key(1))
+        let mut header = VolumeHeader {
+            uuid: [3; 16],
+            features: 0,
+            generation: 1,
+            created: 1_700_000_000,
+            volume_key_id: 7,
+            log_id: [4; 16],
+            wrapped_metadata_key: [5; WRAPPED_LEN],
+            mac: [0; MAC_LEN],
+        };
+        header.encode(&key(1))
     }
 
     fn reseal(page: &mut [u8]) {
@@ -206,10 +237,10 @@ mod tests {
     #[test]
     fn either_copy_serves() {
         let (header, damaged) = decode(&pages(), "v").unwrap();
-        assert!(!damaged && header.is_authentic(&key(1)) && !header.is_authentic(&key(2)));
+        assert!(!damaged && header.is_authentic(&keys(1)) && !header.is_authentic(&keys(2)));
         assert_eq!(header.uuid, [3; 16]);
         for copy in [0, BLOCK_LEN] {
-            for at in [0, 33, 41, 50, 70, 100, 300, 511, 4095] {
+            for at in [0, 33, 41, 50, 70, 100, 120, 300, 511, 4095] {
                 let mut pages = pages();
                 pages[copy + at] ^= 0x10;
                 assert_eq!(decode(&pages, "v").unwrap(), (header.clone(), true), "byte {at}");
@@ -239,6 +270,6 @@ mod tests {
         assert_eq!(kind(&change(50, 2, true)), Kind::Unsupported);
         assert_eq!(kind(&change(70, 9, false)), Kind::Corrupt);
         let forged = decode(&change(70, 9, true), "v").unwrap().0;
-        assert!(!forged.is_authentic(&key(1)));
+        assert!(!forged.is_authentic(&keys(1)));
     }
 }

@@ -53,7 +53,7 @@ impl Filesystem {
         audit: Arc<dyn AuditSink>,
         options: FilesystemOptions,
     ) -> Arc<Filesystem> {
-        let keys = Keys::new(Arc::clone(&gate));
+        let keys = Keys::new(Arc::clone(&gate), Arc::clone(&store));
         let inodes = InodeTable::new(store.tree());
         let plain_names = store.info().features & FEATURE_PLAINTEXT_NAMES != 0;
         Arc::new(Filesystem {

@@ -1,4 +1,5 @@
-//! The ciphers of names and small values, made from the keyring once per opening of the gate.
+//! The ciphers of names and small values, made from the volume's metadata key once per opening of
+//! the gate.
 
 use std::fmt;
 use std::sync::Arc;
@@ -6,9 +7,12 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 use rustix::io::Errno;
 
+use crate::crypto::kdf;
+use crate::crypto::secret::Secret;
 use crate::crypto::siv::Siv;
 use crate::error::{FsError, FsResult, Result};
-use crate::key::gate::{Gate, Keyring, Wipe};
+use crate::key::gate::{Gate, Wipe};
+use crate::store::Store;
 
 /// Everything in `vfs` that needs a key.
 pub(super) struct Ciphers {
@@ -19,10 +23,10 @@ pub(super) struct Ciphers {
 }
 
 impl Ciphers {
-    fn new(keyring: &Keyring) -> Result<Ciphers> {
+    fn new(metadata_key: &Secret<32>) -> Result<Ciphers> {
         let siv = |purpose: &str| -> Result<Siv> {
-            let s2v = keyring.derive(purpose, b"s2v")?;
-            let ctr = keyring.derive(purpose, b"ctr")?;
+            let s2v = kdf::derive(metadata_key, &[], purpose, b"s2v")?;
+            let ctr = kdf::derive(metadata_key, &[], purpose, b"ctr")?;
             Siv::new(&s2v, &ctr)
         };
         Ok(Ciphers { names: siv("byokfs names v1")?, values: siv("byokfs values v1")? })
@@ -32,13 +36,14 @@ impl Ciphers {
 /// Gives the ciphers out for the length of a lease.
 pub(super) struct Keys {
     gate: Arc<Gate>,
+    store: Arc<Store>,
     /// With the epoch they belong to.
     ciphers: RwLock<Option<(u64, Ciphers)>>,
 }
 
 impl Keys {
-    pub(super) fn new(gate: Arc<Gate>) -> Arc<Keys> {
-        let keys = Arc::new(Keys { gate, ciphers: RwLock::new(None) });
+    pub(super) fn new(gate: Arc<Gate>, store: Arc<Store>) -> Arc<Keys> {
+        let keys = Arc::new(Keys { gate, store, ciphers: RwLock::new(None) });
         let holder: Arc<dyn Wipe> = Arc::clone(&keys) as Arc<dyn Wipe>;
         keys.gate.register(Arc::downgrade(&holder));
         keys
@@ -53,9 +58,10 @@ impl Keys {
             Some((epoch, ciphers)) if *epoch == lease.epoch() => work(ciphers),
             _ => {
                 drop(ciphers);
-                let made = Ciphers::new(lease.keyring()).map_err(|error| {
+                let key = self.store.metadata_key(lease.keyring());
+                let made = key.and_then(|key| Ciphers::new(&key)).map_err(|error| {
                     log::error!("cannot derive the name keys: {error}");
-                    FsError::Os(Errno::NOMEM)
+                    FsError::Os(Errno::IO)
                 })?;
                 let mut slot = self.ciphers.write();
                 let (_, ciphers) = slot.insert((lease.epoch(), made));

@@ -43,7 +43,7 @@ struct Volume {
 }
 
 fn keyring() -> Keyring {
-    Keyring::new(Secret::new_with(|key| key.fill(3)).unwrap())
+    Keyring::new(1, Secret::new_with(|key| key.fill(3)).unwrap())
 }
 
 impl Volume {

@@ -29,7 +29,7 @@ fn keys(sandbox: &Sandbox) -> Vec<Needle> {
     };
     let volume_key = volume_key(sandbox);
     add("volume key".to_owned(), &volume_key);
-    let keyring = Keyring::new(volume_key.try_clone().unwrap());
+    let keyring = Keyring::new(1, volume_key.try_clone().unwrap());
     for label in ["volume mac", "session table mac", "file header mac", "pending write mac"] {
         add(label.to_owned(), &keyring.derive(&format!("byokfs {label} v1"), &[]).unwrap());
     }

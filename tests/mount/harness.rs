@@ -163,7 +163,7 @@ fn serve_from(dir: &Path, options: &str) -> (Child, ChildStdin, BufReader<ChildS
 }
 
 fn keyring() -> Keyring {
-    Keyring::new(Secret::new_with(|key| key.fill(7)).unwrap())
+    Keyring::new(1, Secret::new_with(|key| key.fill(7)).unwrap())
 }
 
 fn soon() -> BootTime {

@@ -1,11 +1,12 @@
 //! Where the live records begin: two pages at the start of a stream's file, written in turn.
 //!
 //! ```text
-//!  0  16  MAC, by a key of the volume    16  8  "BYOKLOGA"    24  4  1, the format
+//!  0  16  MAC, by a key of the volume key that is named    16  8  "BYOKLOGA"    24  4  1, the format
 //! 28   4  stream                         32  8  generation    40 16  log id
 //! 56   8  length of the ring
 //! 64  16  tail of the hot stream: seq, position    80  16  tail of the bulk stream
 //! 96   4  1 where the volume was closed after this, 0 while it may be written to
+//! 100  4  id of the volume key
 //! ```
 //!
 //! The record is 512 bytes, the rest of it and of its page zero. The higher generation counts. The
@@ -19,7 +20,8 @@ use super::record::{get_u32, get_u64, put_u32, put_u64};
 use super::ring::Spot;
 use super::{PAGE, STREAMS};
 use crate::backing::FileRef;
-use crate::crypto::mac::{MAC_LEN, MacKey};
+use crate::crypto::mac::MAC_LEN;
+use crate::store::keys::MacKeys;
 
 const MAGIC: &[u8; 8] = b"BYOKLOGA";
 const DOMAIN: &[u8; 16] = b"byokfs log anch\0";
@@ -45,8 +47,9 @@ impl Anchor {
         ANCHORS_LEN + self.ring_len
     }
 
-    /// The record with its MAC.
-    pub fn seal(&self, key: &MacKey) -> [u8; RECORD_LEN] {
+    /// The record with its MAC, by the current volume key.
+    pub(in crate::store) fn seal(&self, keys: &MacKeys) -> [u8; RECORD_LEN] {
+        let (volume_key_id, key) = keys.current();
         let mut bytes = [0; RECORD_LEN];
         bytes[16..24].copy_from_slice(MAGIC);
         put_u32(&mut bytes, 24, FORMAT);
@@ -59,12 +62,14 @@ impl Anchor {
             put_u64(&mut bytes, at + 8, tail.at);
         }
         put_u32(&mut bytes, 96, u32::from(self.clean));
+        put_u32(&mut bytes, 100, volume_key_id);
         let mac = key.mac(&[DOMAIN, &bytes[MAC_LEN..]]);
         bytes[..MAC_LEN].copy_from_slice(&mac);
         bytes
     }
 
-    fn decode(bytes: &[u8], stream: u8, key: &MacKey) -> Option<Anchor> {
+    fn decode(bytes: &[u8], stream: u8, keys: &MacKeys) -> Option<Anchor> {
+        let key = keys.get(get_u32(bytes, 100))?;
         let mut mac = [0; MAC_LEN];
         mac.copy_from_slice(&bytes[..MAC_LEN]);
         let authentic = key.verify(&[DOMAIN, &bytes[MAC_LEN..RECORD_LEN]], &mac);
@@ -84,16 +89,16 @@ impl Anchor {
     }
 
     /// The newer of the two that prove themselves, and whether one does not.
-    pub(crate) fn read(
+    pub(in crate::store) fn read(
         file: &FileRef,
         stream: u8,
-        key: &MacKey,
+        keys: &MacKeys,
     ) -> io::Result<Option<(Anchor, bool)>> {
         let mut pages = vec![0; ANCHORS_LEN as usize];
         file.read_at(&mut pages, 0)?;
         let copies = [
-            Anchor::decode(&pages[..PAGE], stream, key),
-            Anchor::decode(&pages[PAGE..], stream, key),
+            Anchor::decode(&pages[..PAGE], stream, keys),
+            Anchor::decode(&pages[PAGE..], stream, keys),
         ];
         let damaged = copies.iter().any(Option::is_none);
         let newest = copies.into_iter().flatten().max_by_key(|anchor| anchor.generation);
@@ -107,8 +112,8 @@ impl Anchor {
     }
 
     /// Both copies, for a new file; the caller syncs.
-    pub(crate) fn write_first(&self, file: &FileRef, key: &MacKey) -> io::Result<()> {
-        let bytes = self.seal(key);
+    pub(in crate::store) fn write_first(&self, file: &FileRef, keys: &MacKeys) -> io::Result<()> {
+        let bytes = self.seal(keys);
         file.write_at(&bytes, 0)?;
         file.write_at(&bytes, PAGE as u64)
     }

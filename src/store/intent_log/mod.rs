@@ -38,6 +38,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::backing::{Access, FileRef, NodeRef};
 use crate::crypto::mac::MacKey;
 use crate::error::{Context, Error, FsResult, Result};
+use crate::store::keys::MacKeys;
 use anchor::ANCHORS_LEN;
 pub use anchor::Anchor;
 use commit::{Queue, Streams};
@@ -140,11 +141,11 @@ pub struct Found {
 impl Log {
     /// Makes the files of an empty log in `dir`, durable when this returns. `shown` is the
     /// directory's path, for messages.
-    pub fn format(
+    pub(super) fn format(
         dir: &NodeRef,
         size: Size,
         log_id: [u8; 16],
-        key: &MacKey,
+        keys: &MacKeys,
         shown: &str,
     ) -> Result<()> {
         for (stream, len) in [size.hot, size.bulk].into_iter().enumerate() {
@@ -172,7 +173,7 @@ impl Log {
                     file.write_at(&zeros[..take as usize], at)?;
                     at += take;
                 }
-                anchor.write_first(&file, key)?;
+                anchor.write_first(&file, keys)?;
                 file.sync_all()?;
                 dir.link_file(&*file, FILES[stream])
             };
@@ -183,16 +184,16 @@ impl Log {
 
     /// Reads what is there and changes nothing. Fails where a log is missing, foreign, or damaged
     /// in a part that was durable.
-    pub fn find(
+    pub(super) fn find(
         dir: &NodeRef,
         log_id: &[u8; 16],
-        key: &MacKey,
+        keys: &MacKeys,
         sessions: &SessionKeys<'_>,
         access: Access,
         shown: &str,
     ) -> Result<Found> {
-        let (hot, hot_damaged) = open_stream(dir, 0, log_id, key, access, shown)?;
-        let (bulk, bulk_damaged) = open_stream(dir, 1, log_id, key, access, shown)?;
+        let (hot, hot_damaged) = open_stream(dir, 0, log_id, keys, access, shown)?;
+        let (bulk, bulk_damaged) = open_stream(dir, 1, log_id, keys, access, shown)?;
         let files = [hot.0, bulk.0];
         let anchors = [hot.1, bulk.1];
         for (stream, tail) in anchors[0].tails.iter().enumerate() {
@@ -402,7 +403,7 @@ fn open_stream(
     dir: &NodeRef,
     stream: usize,
     log_id: &[u8; 16],
-    key: &MacKey,
+    keys: &MacKeys,
     access: Access,
     shown: &str,
 ) -> Result<Opened> {
@@ -418,7 +419,7 @@ fn open_stream(
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(foreign("missing")),
         opened => opened.context(|| cannot("open", stream, shown))?,
     };
-    let read = Anchor::read(&file, stream as u8, key).context(|| cannot("read", stream, shown))?;
+    let read = Anchor::read(&file, stream as u8, keys).context(|| cannot("read", stream, shown))?;
     let (anchor, damaged) = read.ok_or_else(|| foreign("damaged, or not of this volume"))?;
     if anchor.log_id != *log_id {
         return Err(foreign("not this volume's"));

@@ -60,11 +60,13 @@ pub enum Kind {
     Zero = 4,
     /// Nothing but the time of modification.
     Times = 5,
+    /// The same content under another key; for the rest a write.
+    Reseal = 6,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Kind> {
-        let all = [Kind::Write, Kind::Truncate, Kind::Punch, Kind::Zero, Kind::Times];
+        let all = [Kind::Write, Kind::Truncate, Kind::Punch, Kind::Zero, Kind::Times, Kind::Reseal];
         all.into_iter().find(|&kind| kind as u8 == byte)
     }
 }
@@ -326,7 +328,7 @@ mod tests {
     proptest! {
         #[test]
         fn comes_back_as_it_was(
-            kind in 1_u8..=5, size: u64, start in 0..u64::MAX / 2, len in 0_u64..1000,
+            kind in 1_u8..=6, size: u64, start in 0..u64::MAX / 2, len in 0_u64..1000,
             blocks in 0_u64..300, body in 0_u64..300, sec: i64, nsec: u32,
         ) {
             let blocks = blocks.min(MAX_BLOCKS as u64);

@@ -25,8 +25,13 @@ fn sessions(session: u32) -> Option<Arc<MacKey>> {
     [1, 2].contains(&session).then(|| mac_key(session as u8))
 }
 
-fn anchor_key() -> Arc<MacKey> {
-    mac_key(200)
+fn anchor_key() -> MacKeys {
+    anchor_key_of(200)
+}
+
+fn anchor_key_of(byte: u8) -> MacKeys {
+    let key = MacKey::new(&Secret::new_with(|key| key.fill(byte)).unwrap()).unwrap();
+    MacKeys::of_one(1, key)
 }
 
 fn small() -> Size {
@@ -309,7 +314,7 @@ fn a_missing_foreign_or_damaged_log_is_refused() {
     let other =
         Log::find(&root, &[4; 16], &anchor_key(), &sessions, Access::Read, "v").unwrap_err();
     assert_eq!(other.kind, crate::Kind::Corrupt);
-    assert!(Log::find(&root, &ID, &mac_key(9), &sessions, Access::Read, "v").is_err());
+    assert!(Log::find(&root, &ID, &anchor_key_of(9), &sessions, Access::Read, "v").is_err());
 
     let log = start(&*backing);
     let positions: Vec<Position> =

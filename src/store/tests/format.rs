@@ -38,8 +38,10 @@ fn a_volume_is_what_the_format_says() {
     assert_eq!(&header[32..40], b"BYOKFSVL");
     assert_eq!((le(&header, 40, 4), le(&header, 44, 4), le(&header, 48, 8)), (1, 4096, 0));
     let uuid = header[64..80].to_vec();
-    let made = mac("byokfs volume mac v1").mac(&[b"byokfs volume 1\0", &header[32..128]]);
-    assert_eq!(header[128..144], made);
+    assert_eq!(le(&header, 88, 4), 1, "volume key");
+    let made = mac("byokfs volume mac v1").mac(&[b"byokfs volume 1\0", &header[32..496]]);
+    assert_eq!(header[496..512], made);
+    drop(unwrapped("byokfs metadata key wrap v1", &uuid, &header[112..152]));
     let sum = ring::digest::digest(&ring::digest::SHA256, &header[32..512]);
     assert_eq!(header[..32], *sum.as_ref());
 
@@ -49,7 +51,9 @@ fn a_volume_is_what_the_format_says() {
         mac("byokfs session table mac v1").mac(&[b"byokfs sessions1", &uuid, &sessions[16..]]);
     assert_eq!(sessions[..16], made);
     assert_eq!((&sessions[16..24], le(&sessions, 28, 4)), (&b"BYOKSESS"[..], 1));
+    assert_eq!(le(&sessions, 40, 4), 1, "volume key");
     assert_eq!((sessions.len(), le(&sessions, 64, 4)), (64 + 40, 1));
+    assert_eq!(le(&sessions, 68, 4), 1, "volume key of its log records");
     let salt = &sessions[72..104];
 
     let disk = std::fs::read(volume.path("f")).unwrap();
@@ -64,6 +68,8 @@ fn a_volume_is_what_the_format_says() {
     assert_eq!((le(&disk, 76, 2), le(&disk, 78, 2)), (0, 1));
     assert_eq!((le(&disk, 80, 4), le(&disk, 84, 4)), (0, 1), "one run: region 0");
     assert_eq!((le(&disk, 192, 2), le(&disk, 194, 2)), (0, 1), "DEK slot 0 is in use");
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs();
+    assert!((now - 60..=now).contains(&le(&disk, 240, 8)), "when it was made");
     let mac_key = unwrapped("byokfs file mac wrap v1", file_id, &disk[144..184]);
     let mac_key = MacKey::new(&mac_key).unwrap();
     let dek = unwrapped("byokfs dek wrap v1", file_id, &disk[200..240]);

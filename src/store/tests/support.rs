@@ -19,7 +19,7 @@ pub(super) struct Volume {
 }
 
 pub(super) fn keyring() -> Keyring {
-    Keyring::new(Secret::new_with(|key| key.fill(0x42)).unwrap())
+    Keyring::new(1, Secret::new_with(|key| key.fill(0x42)).unwrap())
 }
 
 pub(super) fn options() -> FormatOptions {

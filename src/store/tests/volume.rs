@@ -48,7 +48,7 @@ fn another_volume_key_opens_nothing_and_changes_nothing() {
     drop(file);
     let sessions = || std::fs::read(volume.root().join("sessions.a")).unwrap();
     let before = sessions();
-    let other = Keyring::new(Secret::new_with(|key| key.fill(0x43)).unwrap());
+    let other = Keyring::new(1, Secret::new_with(|key| key.fill(0x43)).unwrap());
     assert_eq!(volume.store.start_session(&other).unwrap_err().kind, Kind::Corrupt);
     assert_eq!(sessions(), before);
     volume = volume.reopen();
