@@ -14,6 +14,7 @@ mod checkpoint;
 mod overlay;
 mod pages;
 mod read;
+mod reseal;
 mod resize;
 mod seek;
 mod space;
@@ -22,7 +23,7 @@ mod write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
 
 use self::change::Change;
@@ -64,7 +65,8 @@ pub struct File {
     me: Weak<File>,
     backing: FileRef,
     node: NodeId,
-    keys: FileKeys,
+    file_id: [u8; 16],
+    keys: RwLock<Arc<FileKeys>>,
     /// Names this file's pages in the cache. A new number forgets them all.
     cache_id: AtomicU64,
     locks: RangeLock,
@@ -92,7 +94,8 @@ impl File {
         unsynced: bool,
     ) -> File {
         File {
-            keys: FileKeys::of(&header),
+            file_id: header.file_id,
+            keys: RwLock::new(Arc::new(FileKeys::of(&header))),
             me: Weak::new(),
             cache_id: AtomicU64::new(shared.next_cache_id()),
             locks: RangeLock::default(),
@@ -118,8 +121,10 @@ impl File {
         &self.shared
     }
 
-    pub(super) fn keys(&self) -> &FileKeys {
-        &self.keys
+    /// Those that everything is sealed and opened with now. Who holds a range of groups may keep
+    /// them for as long: no key is forgotten that a block in it needs.
+    pub(super) fn keys(&self) -> Arc<FileKeys> {
+        self.keys.read().clone()
     }
 
     /// The lowest seqs that anything of this file may need; None where the log has nothing of it.
@@ -137,7 +142,7 @@ impl File {
     }
 
     pub fn file_id(&self) -> [u8; 16] {
-        self.keys.file_id
+        self.file_id
     }
 
     pub fn backing(&self) -> &FileRef {
@@ -220,6 +225,16 @@ impl File {
         Ok(())
     }
 
+    /// The times that the file shows.
+    fn shown_times(&self) -> FsResult<Times> {
+        if let Some(times) = self.times() {
+            return Ok(times);
+        }
+        let home = self.backing.metadata()?;
+        let settled = self.shared.settled_times.get(self.node, home.ctime);
+        Ok(Times { mtime: Some(home.mtime), ctime: settled.unwrap_or(home.ctime) })
+    }
+
     /// Puts a record of the log into force, at recovery.
     pub(super) fn replay(&self, record: &Record) -> FsResult<()> {
         self.recovering.store(true, Ordering::Release);
@@ -267,7 +282,7 @@ impl File {
     }
 
     fn fail(&self, error: std::io::Error) -> FsError {
-        let file = hex(&self.keys.file_id);
+        let file = hex(&self.file_id);
         log::error!("file {file}: write-back failed ({error}); it takes no more writes");
         self.failed.store(true, Ordering::Release);
         error.into()

@@ -115,17 +115,28 @@ pub(super) fn metadata_key(
     }
 }
 
-/// A new key of a file, wrapped, for its header.
-pub(super) fn new_dek(keyring: &Keyring, file: &FileId) -> FsResult<Wrapped> {
-    new_wrapped(keyring, LABEL_DEK_WRAP, file)
+/// A new key of a file, wrapped, for a header that names that volume key.
+pub(super) fn new_dek(keyring: &Keyring, volume_key_id: u32, file: &FileId) -> FsResult<Wrapped> {
+    new_wrapped(keyring, volume_key_id, LABEL_DEK_WRAP, file)
 }
 
-pub(super) fn new_mac_key(keyring: &Keyring, file: &FileId) -> FsResult<Wrapped> {
-    new_wrapped(keyring, LABEL_MAC_WRAP, file)
+pub(super) fn new_mac_key(
+    keyring: &Keyring,
+    volume_key_id: u32,
+    file: &FileId,
+) -> FsResult<Wrapped> {
+    new_wrapped(keyring, volume_key_id, LABEL_MAC_WRAP, file)
 }
 
-fn new_wrapped(keyring: &Keyring, label: &str, file: &FileId) -> FsResult<Wrapped> {
-    let kek = keyring.derive(label, file).map_err(no_memory)?;
+fn new_wrapped(
+    keyring: &Keyring,
+    volume_key_id: u32,
+    label: &str,
+    file: &FileId,
+) -> FsResult<Wrapped> {
+    let kek = keyring.derive_by(volume_key_id, label, file).map_err(no_memory)?;
+    // A header that names another one does not get this far.
+    let kek = kek.ok_or(Errno::IO)?;
     Ok(wrap::wrap(&kek, &Secret::random().map_err(no_memory)?))
 }
 
@@ -273,6 +284,12 @@ impl Keys {
         let key = unwrap(lease, header, LABEL_MAC_WRAP, &header.wrapped_mac_key)?;
         let key = MacKey::new(&key).map_err(no_memory)?;
         Ok(self.keep(lease, key, |derived, key| derived.macs.insert(file, key)))
+    }
+
+    /// Forgets the block keys of DEK slots that a file has no more.
+    pub(super) fn forget_slots(&self, file: &FileId, slots: &[u16]) {
+        let gone = |key: &(FileId, u16, u32)| key.0 == *file && slots.contains(&key.1);
+        self.0.lock().ciphers.map.retain(|key, _| !gone(key));
     }
 
     /// The block key of a DEK slot and a session; `salt` is that session's.

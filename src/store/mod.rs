@@ -22,6 +22,7 @@ mod page;
 mod range_lock;
 mod recovery;
 mod registry;
+mod rotation;
 mod session;
 mod times;
 mod volume;
@@ -37,6 +38,7 @@ use rustix::io::Errno;
 pub use file::{Durability, File, Times, WriteMode};
 pub use layout::{BLOCK_LEN, MAX_SIZE};
 pub use recovery::Recovery;
+pub use rotation::{Pace, Rotated};
 
 use self::cache::{BufferPool, PageCache};
 use self::checkpointer::{Background, Checkpointer, DirtyFiles};
@@ -571,9 +573,9 @@ impl Store {
         let header = {
             let lease = self.shared.gate.lease()?;
             let keyring = lease.keyring();
-            let wrapped = keys::new_dek(keyring, &id)?;
+            let wrapped = keys::new_dek(keyring, keyring.id(), &id)?;
             let dek = DekSlot { id: 0, wrapped, made: seconds_since_epoch() };
-            let mac_key = keys::new_mac_key(keyring, &id)?;
+            let mac_key = keys::new_mac_key(keyring, keyring.id(), &id)?;
             lease.still_open()?;
             Header::new(id, keyring.id(), dek, mac_key)
         };

@@ -277,7 +277,8 @@ impl File {
             return Ok(false);
         }
         let lease = self.shared().gate.lease()?;
-        let opened = Opener::new(self.shared(), self.keys(), &lease).open(block, entry, &mut bytes);
+        let opened =
+            Opener::new(self.shared(), &self.keys(), &lease).open(block, entry, &mut bytes);
         match opened {
             Ok(()) => Ok(true),
             Err(FsError::Integrity(_)) => Ok(false),

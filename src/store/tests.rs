@@ -6,6 +6,7 @@ mod cutoff;
 mod fault;
 mod format;
 mod model;
+mod rotation;
 mod support;
 mod tamper;
 mod volume;

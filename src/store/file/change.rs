@@ -54,6 +54,8 @@ pub(super) struct Change<'a> {
     /// Blocks that become holes, about.
     freed: u64,
     mtime: Option<Timestamp>,
+    /// What the file showed before, for a change that nobody is to see.
+    unseen: Option<Times>,
 }
 
 /// Blocks with their content: plaintext, and after [`Change::seal`] ciphertext.
@@ -106,6 +108,7 @@ impl<'a> Change<'a> {
             unreserved: Vec::new(),
             freed: 0,
             mtime: None,
+            unseen: None,
         }
     }
 
@@ -129,6 +132,14 @@ impl<'a> Change<'a> {
 
     pub(super) fn set_mtime(&mut self, mtime: Timestamp) {
         self.mtime = Some(mtime);
+    }
+
+    /// The file shows the times it has shown.
+    pub(super) fn keep_times(&mut self) -> FsResult<()> {
+        let times = self.file.shown_times()?;
+        self.mtime = times.mtime;
+        self.unseen = Some(times);
+        Ok(())
     }
 
     /// Makes sure that the generation page of the group's region can be changed.
@@ -207,8 +218,11 @@ impl<'a> Change<'a> {
         let entry = if old { self.current(block)? } else { None };
         let at = self.logged.bytes.len();
         self.logged.bytes.resize(at + BLOCK_LEN, 0);
-        if let Some(entry) = entry {
-            self.file.read_block(block, &entry, &mut self.logged.bytes[at..])?;
+        if let Some(entry) = entry
+            && let Err(error) = self.file.read_block(block, &entry, &mut self.logged.bytes[at..])
+        {
+            self.logged.bytes.truncate(at);
+            return Err(error);
         }
         fill(&mut self.logged.bytes[at..]);
         self.logged.numbers.push(block);
@@ -296,7 +310,8 @@ impl<'a> Change<'a> {
         {
             let shared = &self.file.shared;
             let lease = shared.gate.lease()?;
-            let mut sealer = Sealer::new(shared, &self.file.keys, &lease, count as u64)?;
+            let keys = self.file.keys();
+            let mut sealer = Sealer::new(shared, &keys, &lease, count as u64)?;
             for blocks in [&mut self.logged, &mut self.direct] {
                 let contents = blocks.bytes.chunks_exact_mut(BLOCK_LEN);
                 for (&block, bytes) in blocks.numbers.iter().zip(contents) {
@@ -446,6 +461,10 @@ impl<'a> Change<'a> {
         if draft.size != SAME_SIZE {
             change.size = Some(draft.size);
         }
+        if draft.kind == Kind::Reseal {
+            let shown = file.shown_times()?;
+            change.unseen = Some(Times { mtime: Some(draft.mtime), ..shown });
+        }
         change.make_holes(draft.holes.0..draft.holes.1, blocks_for(size))?;
         let entries: Vec<(u64, Entry)> = draft
             .entries
@@ -522,7 +541,10 @@ impl<'a> Change<'a> {
             Kind::Times => crate::backing::now(),
             _ => mtime,
         };
-        state.times = Some(Times { mtime: Some(mtime), ctime });
+        state.times = match self.unseen {
+            Some(times) => state.times.or(Some(times)),
+            None => Some(Times { mtime: Some(mtime), ctime }),
+        };
         state.dirty.changed = true;
         self.file.set_clean(false);
     }

@@ -133,7 +133,7 @@ impl File {
 
     fn sealed(&self, pages: Vec<Arc<Page>>, generation: u64) -> FsResult<Vec<Arc<Page>>> {
         let lease = self.shared.gate.lease()?;
-        let key = self.shared.keys.file_mac(&lease, &self.keys)?;
+        let key = self.shared.keys.file_mac(&lease, &self.keys())?;
         let mac = self.page_mac(&key);
         let seal = |page: Arc<Page>| {
             let mut page = Arc::unwrap_or_clone(page);

@@ -106,7 +106,7 @@ impl File {
             return Ok(());
         }
         let lease = self.shared.gate.lease()?;
-        let key = self.shared.keys.file_mac(&lease, &self.keys)?;
+        let key = self.shared.keys.file_mac(&lease, &self.keys())?;
         let mac = self.page_mac(&key);
         match (first..=last).find(|&sector| !page.verify(sector, &mac)) {
             Some(sector) => Err(self.damaged_sector(page.id(), sector)),
@@ -121,7 +121,7 @@ impl File {
             return Ok(());
         }
         let lease = self.shared.gate.lease()?;
-        let key = self.shared.keys.file_mac(&lease, &self.keys)?;
+        let key = self.shared.keys.file_mac(&lease, &self.keys())?;
         let mac = self.page_mac(&key);
         (0..SECTORS_PER_PAGE).for_each(|sector| _ = page.verify(sector, &mac));
         Ok(())
@@ -140,11 +140,11 @@ impl File {
         let index = index * SECTORS_PER_PAGE as u64 + sector as u64;
         let position = position(id) + (sector * SECTOR_LEN) as u64;
         let detail = format!("at byte {position} of the backing file");
-        FsError::integrity(id.what(), hex(&self.keys.file_id), Some(index), detail)
+        FsError::integrity(id.what(), hex(&self.file_id), Some(index), detail)
     }
 
     pub(super) fn page_mac<'a>(&'a self, key: &'a MacKey) -> PageMac<'a> {
-        PageMac { key, volume: &self.shared.volume, file: &self.keys.file_id }
+        PageMac { key, volume: &self.shared.volume, file: &self.file_id }
     }
 
     /// Whether the blocks, of one group, may be written home at once: they are holes in what is

@@ -91,7 +91,8 @@ impl File {
         }
 
         let lease = self.shared.gate.lease()?;
-        let mut opener = Opener::new(&self.shared, &self.keys, &lease);
+        let keys = self.keys();
+        let mut opener = Opener::new(&self.shared, &keys, &lease);
         let mut open = |block: u64, bytes: &mut [u8]| match page.entry(slot_of_block(block)) {
             Some(entry) => opener.open(block, &entry, bytes),
             None => {
@@ -174,7 +175,7 @@ impl File {
             }
         }
         let lease = self.shared.gate.lease()?;
-        Opener::new(&self.shared, &self.keys, &lease).open(block, entry, buf)?;
+        Opener::new(&self.shared, &self.keys(), &lease).open(block, entry, buf)?;
         Ok(lease.still_open()?)
     }
 }

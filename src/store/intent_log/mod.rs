@@ -321,6 +321,11 @@ impl Log {
         (ring.used(), ring.capacity())
     }
 
+    /// The seqs before which nothing is in the log any more, as far as a mount would look.
+    pub fn tails(&self) -> [u64; STREAMS] {
+        self.anchor.lock().tails.map(|tail| tail.seq)
+    }
+
     /// The seqs that the streams' next records will have.
     pub fn next_seqs(&self) -> [u64; STREAMS] {
         let streams = self.streams.lock();

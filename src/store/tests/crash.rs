@@ -6,6 +6,7 @@
 //! after one of the operations: no earlier one than the last that promised, no later one than the
 //! last that was begun. Nothing may read as an error.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,17 +15,36 @@ use crate::backing::Access;
 use crate::backing::memory::{Crash, MemoryBacking, Options, Random, Trace};
 use crate::key::gate::{BootTime, Gate};
 use crate::store::layout::GROUP_PLAIN;
-use crate::store::{Durability, File, Store, WriteMode};
+use crate::store::{Durability, File, Rotated, Store, WriteMode};
 
 #[derive(Clone, Debug)]
-enum Op {
-    Write { offset: u64, len: usize, seed: u8, durability: Durability },
+pub(super) enum Op {
+    Write {
+        offset: u64,
+        len: usize,
+        seed: u8,
+        durability: Durability,
+    },
     Truncate(u64),
-    Punch { offset: u64, len: u64 },
-    Zero { offset: u64, len: u64 },
-    Allocate { offset: u64, len: u64 },
+    Punch {
+        offset: u64,
+        len: u64,
+    },
+    Zero {
+        offset: u64,
+        len: u64,
+    },
+    Allocate {
+        offset: u64,
+        len: u64,
+    },
     Sync,
     Checkpoint,
+    /// Of everything that was sealed with keys made by then; ended after so many groups.
+    Rotate {
+        before: u64,
+        groups: usize,
+    },
 }
 
 /// What there was after an operation.
@@ -35,18 +55,18 @@ struct Step {
     durable: bool,
 }
 
-struct Run {
-    trace: Trace,
+pub(super) struct Run {
+    pub(super) trace: Trace,
     /// The first is the empty file before its first operation.
     steps: Vec<Step>,
 }
 
-struct Mounted {
-    store: Arc<Store>,
+pub(super) struct Mounted {
+    pub(super) store: Arc<Store>,
     _gate: Arc<Gate>,
 }
 
-fn mount(backing: Arc<MemoryBacking>) -> crate::Result<Mounted> {
+pub(super) fn mount(backing: Arc<MemoryBacking>) -> crate::Result<Mounted> {
     let gate = Gate::new();
     let store = Store::open(backing, gate.clone(), false)?;
     store.start_session(&keyring())?;
@@ -56,13 +76,13 @@ fn mount(backing: Arc<MemoryBacking>) -> crate::Result<Mounted> {
 }
 
 impl Mounted {
-    fn file(&self) -> Option<crate::error::FsResult<Arc<File>>> {
+    pub(super) fn file(&self) -> Option<crate::error::FsResult<Arc<File>>> {
         let node = self.store.tree().lookup(b"f").ok()?;
         Some(self.store.open_file(node.open(Access::ReadWrite).unwrap()))
     }
 
     /// None where the file is not there.
-    fn content(&self) -> Option<Result<Vec<u8>, String>> {
+    pub(super) fn content(&self) -> Option<Result<Vec<u8>, String>> {
         let file = match self.file()? {
             Ok(file) => file,
             Err(error) => return Some(Err(error.to_string())),
@@ -76,13 +96,31 @@ impl Mounted {
     }
 }
 
+/// None where it was ended.
+pub(super) fn rotate(
+    store: &Store,
+    file: &Arc<File>,
+    before: u64,
+    groups: usize,
+) -> Option<Rotated> {
+    let mut left = groups;
+    let mut pace = |_| {
+        let goes_on = left > 0;
+        left = left.saturating_sub(1);
+        if goes_on { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    };
+    let files = [file.clone()];
+    let rotated = store.rotate_deks(&files, before, &mut pace).unwrap()?;
+    rotated.into_iter().next()
+}
+
 fn grown(content: &mut Vec<u8>, to: u64) {
     if content.len() < to as usize {
         content.resize(to as usize, 0);
     }
 }
 
-fn run(ops: &[Op]) -> Run {
+pub(super) fn run(ops: &[Op]) -> Run {
     let backing = MemoryBacking::new();
     Store::format(&*backing, &keyring(), options()).unwrap();
     let mounted = mount(backing.clone()).unwrap();
@@ -140,6 +178,9 @@ fn run(ops: &[Op]) -> Run {
                 durable = true;
             }
             Op::Checkpoint => mounted.store.checkpoint().unwrap(),
+            Op::Rotate { before, groups } => {
+                rotate(&mounted.store, &file, before, groups);
+            }
         }
         let content = Arc::new(content.clone());
         steps.push(Step { position: backing.position(), content, durable });
@@ -158,7 +199,7 @@ impl Run {
         (&self.steps[promised.unwrap_or(0)..last], promised.is_some())
     }
 
-    fn judge(&self, cut: usize, mounted: &Mounted) -> Result<(), String> {
+    pub(super) fn judge(&self, cut: usize, mounted: &Mounted) -> Result<(), String> {
         let (allowed, promised) = self.allowed(cut);
         match mounted.content() {
             None if promised => Err("the file is not there".into()),
@@ -217,11 +258,11 @@ impl Run {
     }
 }
 
-fn write(offset: u64, len: usize, seed: u8) -> Op {
+pub(super) fn write(offset: u64, len: usize, seed: u8) -> Op {
     Op::Write { offset, len, seed, durability: Durability::Handed }
 }
 
-fn checked(name: &str, ops: &[Op], budget: usize) {
+pub(super) fn checked(name: &str, ops: &[Op], budget: usize) {
     let run = run(ops);
     let states = run.check(&run.trace, budget, 1).unwrap_or_else(|error| panic!("{name}: {error}"));
     assert!(states > run.trace.len(), "{name}: {states} states of {} calls", run.trace.len());

@@ -1,0 +1,125 @@
+//! Rotating data encryption keys: many files at once, in use or not.
+//!
+//! Each step is one checkpoint for all of the files, so that a thousand small ones cost no more
+//! than three. A DEK is destroyed only when neither home nor log hold anything that it sealed, and
+//! the header without it is on stable storage when this says that it is gone.
+//!
+//! What this does not do: it finds no files, keeps no list and chooses no speed; `maintenance` does.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use super::file::File;
+use super::layout::GROUP_PLAIN;
+use super::{Store, seconds_since_epoch};
+use crate::error::{FsError, FsResult};
+
+/// Asked before each group of blocks with the bytes of plaintext done since the last time: it may
+/// take its time, and may end the rotation, which then can be gone on with later.
+pub type Pace<'a> = dyn FnMut(u64) -> ControlFlow<()> + 'a;
+
+/// What became of one file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rotated {
+    /// Blocks that were sealed again.
+    pub blocks: u64,
+    /// Blocks that cannot be read, and sectors of tags: while there are any, the keys that they may
+    /// need stay.
+    pub damaged: u64,
+    /// Keys that are gone for good.
+    pub destroyed: u64,
+}
+
+/// A checkpoint leaves room in the log for the next; what is in its way goes with one more.
+const CHECKPOINTS: usize = 3;
+
+impl Store {
+    /// Whether a rotation of everything that was sealed with keys made by `before` (seconds since
+    /// the epoch) has something to do for the file.
+    pub fn needs_rotation(&self, file: &File, before: u64) -> bool {
+        file.is_between_deks() || file.dek_is_older(before)
+    }
+
+    /// Seals everything in the files with keys made after `before`, and destroys the others. None
+    /// where `pace` has ended it.
+    pub fn rotate_deks(
+        &self,
+        files: &[Arc<File>],
+        before: u64,
+        pace: &mut Pace<'_>,
+    ) -> FsResult<Option<Vec<Rotated>>> {
+        let mut done = vec![Rotated::default(); files.len()];
+        // One whose slots are all taken by rotations that came to no end is finished first.
+        let full: Vec<usize> = (0..files.len())
+            .filter(|&i| files[i].dek_is_older(before) && !files[i].has_free_slot())
+            .collect();
+        if !full.is_empty() && self.finish(files, &full, &mut done, pace)?.is_break() {
+            return Ok(None);
+        }
+        let made = seconds_since_epoch().max(before.saturating_add(1));
+        for file in files.iter().filter(|file| file.dek_is_older(before) && file.has_free_slot()) {
+            file.add_dek(made)?;
+        }
+        // Also where an earlier try came as far as that, and its checkpoint failed.
+        if files.iter().any(|file| file.has_newer_dek()) {
+            self.checkpoint()?;
+            files.iter().for_each(|file| file.use_newest_dek());
+        }
+        let all: Vec<usize> = (0..files.len()).collect();
+        match self.finish(files, &all, &mut done, pace)? {
+            ControlFlow::Continue(()) => Ok(Some(done)),
+            ControlFlow::Break(()) => Ok(None),
+        }
+    }
+
+    /// Brings the chosen files to the one DEK that each seals with now.
+    fn finish(
+        &self,
+        files: &[Arc<File>],
+        chosen: &[usize],
+        done: &mut [Rotated],
+        pace: &mut Pace<'_>,
+    ) -> FsResult<ControlFlow<()>> {
+        for &i in chosen {
+            done[i].damaged = 0;
+            let mut group = 0;
+            // What is appended meanwhile is sealed with the right key.
+            while group < files[i].groups() {
+                if pace(GROUP_PLAIN).is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+                let resealed = files[i].reseal(group)?;
+                done[i].blocks += resealed.blocks;
+                done[i].damaged += resealed.damaged;
+                group += 1;
+            }
+        }
+        let whole = chosen.iter().filter(|&&i| done[i].damaged == 0 && files[i].is_between_deks());
+        let whole: Vec<usize> = whole.copied().collect();
+        if whole.is_empty() {
+            return Ok(ControlFlow::Continue(()));
+        }
+        self.clear_log_of(files, &whole)?;
+        for &i in &whole {
+            done[i].destroyed += files[i].retire_deks()?;
+        }
+        self.checkpoint()?;
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Home has everything of the files, and the log no record of theirs from before now.
+    fn clear_log_of(&self, files: &[Arc<File>], chosen: &[usize]) -> FsResult<()> {
+        let log = self.shared.log()?;
+        let last = chosen.iter().map(|&i| files[i].last_records());
+        let last = last.fold([0; 2], |max: [u64; 2], of| [max[0].max(of[0]), max[1].max(of[1])]);
+        for _ in 0..CHECKPOINTS {
+            self.checkpoint()?;
+            let tails = log.tails();
+            if tails[0] > last[0] && tails[1] > last[1] {
+                return Ok(());
+            }
+        }
+        log::warn!("the log still holds records from before a rotation; its old keys stay");
+        Err(FsError::Os(rustix::io::Errno::AGAIN))
+    }
+}
