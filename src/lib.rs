@@ -6,6 +6,7 @@
 //! cli         one file per verb; exit codes
 //! daemon      start order, readiness, control socket, cut-off, fence, guard
 //! fuse        decode -> call -> reply; the one place that picks an errno
+//! maintenance work on a volume as a whole: rotation of its keys
 //! vfs         POSIX semantics: inodes, handles, names, directories, xattrs
 //! store       file format: layout, headers, tags, blocks, sessions
 //! backing     the one I/O seam
@@ -29,6 +30,7 @@ pub mod daemon;
 pub mod error;
 pub mod fuse;
 pub mod key;
+pub mod maintenance;
 pub mod observe;
 pub mod store;
 #[allow(unsafe_code)]

@@ -11,6 +11,7 @@
 pub mod fault;
 pub mod linux;
 pub mod memory;
+pub mod small_file;
 
 use std::any::Any;
 use std::fmt::Debug;

@@ -183,6 +183,8 @@ pub struct RevalidateArgs {
 pub enum RotateVerb {
     /// The key that wraps the volume key: rewraps one small file
     Kek(RotateKekArgs),
+    /// The keys that files are encrypted with: encrypts them anew, while they are used
+    Dek(RotateDekArgs),
 }
 
 #[derive(Debug, Args)]
@@ -196,6 +198,24 @@ pub struct RotateKekArgs {
     /// How it wraps: RSA-OAEP-256, RSA-OAEP or A256KW [default: as before, if the key can]
     #[arg(long, value_name = "NAME")]
     pub algorithm: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct RotateDekArgs {
+    #[command(flatten)]
+    pub report: ReportArgs,
+    /// Files and directories of the mount [default: all, or what is unfinished]
+    #[arg(value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// So much a second, of what the files hold; 0B: as much as goes [default: 64MiB]
+    #[arg(long, value_name = "SIZE", value_parser = crate::config::units::parse_size)]
+    pub rate: Option<u64>,
+    /// Return when it has begun; `byokfs status` shows how far it is
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Stop it where it is; `byokfs rotate dek` goes on with it
+    #[arg(long, conflicts_with_all = ["paths", "rate", "no_wait"])]
+    pub pause: bool,
 }
 
 #[derive(Debug, Args)]

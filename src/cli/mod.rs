@@ -12,6 +12,7 @@ pub mod output;
 mod remount;
 mod revalidate;
 mod rotate;
+mod rotate_dek;
 mod status;
 mod sync;
 mod target;
@@ -64,6 +65,7 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Revalidate(args) => revalidate::run(args),
         Verb::CheckKey(args) => check_key::run(args),
         Verb::Rotate(RotateVerb::Kek(args)) => rotate::kek(args),
+        Verb::Rotate(RotateVerb::Dek(args)) => rotate_dek::run(args),
         Verb::Rekey(args) => rotate::rekey(args),
         Verb::Escrow(args) => escrow::run(args),
         Verb::ForgetKey(args) => rotate::forget(args),

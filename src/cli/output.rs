@@ -19,6 +19,16 @@ pub fn warning(message: &str) {
     let _ = io::stderr().write_all(line.as_bytes());
 }
 
+/// Replaces the line of standard error, which is a terminal, by this one.
+pub fn progress(line: &str) {
+    let _ = write!(io::stderr(), "\r\x1b[K{line}");
+}
+
+/// Ends such a line.
+pub fn end_progress() {
+    let _ = io::stderr().write_all(b"\r\x1b[K");
+}
+
 pub fn line(line: &str) -> Result<()> {
     text(&format!("{line}\n"))
 }

@@ -50,6 +50,9 @@ pub(super) fn render(status: &Value) -> String {
     if let Some(log) = status["log"].as_object() {
         let _ = writeln!(text, "{:<18} {}", "log:", describe_log(log));
     }
+    if let Some(rotation) = status["rotation"].as_object() {
+        let _ = writeln!(text, "{:<18} {}", "rotation:", describe_rotation(rotation));
+    }
     if let Some(counters) = status["counters"].as_object() {
         for (name, value) in counters {
             let _ = writeln!(text, "{:<18} {value}", format!("{}:", name.replace('_', " ")));
@@ -70,6 +73,27 @@ fn describe_log(log: &Map<String, Value>) -> String {
         if let Some(reason) = log.get(field).and_then(Value::as_str) {
             let _ = write!(text, "; {what}: {reason}");
         }
+    }
+    text
+}
+
+/// How far a rotation of data encryption keys is.
+pub(super) fn describe_rotation(rotation: &Map<String, Value>) -> String {
+    let number = |field: &str| rotation.get(field).and_then(Value::as_u64);
+    let state = rotation.get("state").and_then(Value::as_str).unwrap_or("?");
+    let mut text = state.to_owned();
+    if let (Some(files), Some(done)) = (number("files"), number("files_done")) {
+        let _ = write!(text, ", {done} of {files} files");
+    }
+    if let (Some(bytes), Some(done)) = (number("bytes"), number("bytes_done")) {
+        let percent = (done * 100).checked_div(bytes).unwrap_or(100);
+        let _ = write!(text, ", {percent}% of {} MiB", bytes >> 20);
+    }
+    if let Some(damaged) = number("damaged_files").filter(|&damaged| damaged > 0) {
+        let _ = write!(text, ", {damaged} damaged files keep an old key");
+    }
+    if let Some(failure) = rotation.get("failure").and_then(Value::as_str) {
+        let _ = write!(text, ": {failure}");
     }
     text
 }

@@ -51,7 +51,8 @@ fn is_alert(name: Name) -> bool {
         | Name::Recovered
         | Name::Fence
         | Name::FenceStep
-        | Name::DekRotated => false,
+        | Name::DekRotated
+        | Name::DekDestroyed => false,
     }
 }
 

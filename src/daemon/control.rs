@@ -46,6 +46,15 @@ pub enum Verb {
         #[serde(default)]
         rekey: bool,
     },
+    RotateDek {
+        /// Backing inodes of files and directories; absent: everything, or what is unfinished.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        inodes: Option<Vec<u64>>,
+        /// Bytes a second, 0 for as many as go; absent: as before, or the default.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rate: Option<u64>,
+    },
+    PauseRotation,
     ForgetKey {
         kid: String,
         #[serde(default)]

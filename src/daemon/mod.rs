@@ -4,6 +4,7 @@ pub mod alert;
 pub mod check;
 pub mod control;
 pub mod cutoff;
+pub mod dek_rotation;
 pub mod escrow;
 pub mod fence;
 pub mod guard;

@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use super::alert::Alerts;
 use super::control::{self, Description};
 use super::cutoff::{self, CutOff};
+use super::dek_rotation::DekRotation;
 use super::fence::Fence;
 use super::pins::{self, Standing};
 use super::plan::{Plan, Watch};
@@ -156,6 +157,7 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
         Arc::clone(&gate),
         Arc::clone(&orders) as _,
     )?;
+    let dek_rotation = DekRotation::new(Arc::clone(&store), Arc::clone(&gate));
     let volume = Arc::new(Volume {
         plan,
         info,
@@ -170,6 +172,7 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
         mount: OnceLock::new(),
         guard: AtomicI32::new(parent()),
         recovery: OnceLock::new(),
+        dek_rotation,
     });
     match revalidated {
         Some(revalidated) => {
@@ -211,7 +214,9 @@ pub(super) fn recover(volume: &Volume) -> Result<()> {
     volume.store.start_background(|reason| {
         notify::status(&format!("writes fail: {reason}"));
         emit(Event::new(Name::LogFailed).with("error", reason));
-    })
+    })?;
+    volume.dek_rotation.resume();
+    Ok(())
 }
 
 /// umount(8) returns when the mount is gone, a moment before its daemon has ended: the one who

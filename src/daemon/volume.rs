@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::control::Verb;
 use super::cutoff::{CutOff, Side};
+use super::dek_rotation::DekRotation;
 use super::mountinfo::Device;
 use super::pins::{self, Standing};
 use super::plan::Plan;
@@ -82,6 +83,7 @@ pub struct Volume {
     pub guard: AtomicI32,
     /// What the mount found in the log.
     pub recovery: OnceLock<Recovery>,
+    pub dek_rotation: DekRotation,
 }
 
 impl Volume {
@@ -104,6 +106,8 @@ impl Volume {
                 let algorithm = algorithm.as_deref().map(rotation::algorithm).transpose()?;
                 self.rotate(&rotation::Order { to, algorithm, rekey, followed: false })
             }
+            Verb::RotateDek { inodes, rate } => self.dek_rotation.begin(inodes.as_deref(), rate),
+            Verb::PauseRotation => self.dek_rotation.pause(),
             Verb::ForgetKey { kid, no_copies } => self.forget_key(&kid, no_copies),
             Verb::Sync => self.sync().map_err(sync_error).map(|()| Value::Null),
             Verb::Umount => self.unmount().map(|()| Value::Null),
@@ -352,6 +356,7 @@ impl Volume {
             "pid": std::process::id(),
             "guard_pid": self.guard.load(Ordering::Relaxed),
             "log": self.store.log_status().as_ref().map(log_json),
+            "rotation": self.dek_rotation.status()?,
             "recovery": self.recovery.get().map(recovery_json),
             "counters": {
                 "epochs": gate.epoch,
@@ -363,6 +368,7 @@ impl Volume {
 
     /// Ends the keys' life in this process, after the mount is gone or never was.
     pub fn close(&self) -> Result<()> {
+        self.dek_rotation.close();
         // So that the next mount, and whoever copies the volume, finds the log empty. What cannot go
         // home now is in it.
         if self.gate.check().is_ok()

@@ -18,7 +18,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::provider::Algorithm;
-use crate::backing::{Access, FileKind, Node, NodeRef, RenameMode};
+use crate::backing::{NodeRef, RenameMode, small_file};
 use crate::error::{Context, Error, Kind, Result};
 
 pub const FILE: &str = "envelope.json";
@@ -207,7 +207,7 @@ impl Envelope {
 
     /// The envelope before this one, where there is one that can be read.
     pub fn load_previous(dir: &NodeRef) -> Result<Option<Envelope>> {
-        match read(dir, PREVIOUS_FILE.as_bytes()) {
+        match small_file::read(dir, PREVIOUS_FILE.as_bytes(), SIZE_LIMIT) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             json => {
                 let json = json.context(|| format!("cannot read {PREVIOUS_FILE}"))?;
@@ -219,20 +219,21 @@ impl Envelope {
     /// Removes the predecessor, whose key opens the volume as well as the current one does.
     pub fn remove_previous(dir: &NodeRef) -> Result<()> {
         let message = || format!("cannot remove {PREVIOUS_FILE}");
-        remove_leftover(dir, PREVIOUS_FILE.as_bytes()).context(message)?;
+        small_file::remove_if_there(dir, PREVIOUS_FILE.as_bytes()).context(message)?;
         dir.sync().context(message)
     }
 
     /// Reads the envelope below `dir`; the previous one, with a warning, where there is none.
     pub fn load(dir: &NodeRef) -> Result<Envelope> {
-        match read(dir, FILE.as_bytes()) {
+        match small_file::read(dir, FILE.as_bytes(), SIZE_LIMIT) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let json = read(dir, PREVIOUS_FILE.as_bytes()).map_err(|_| {
-                    Error::new(
-                        Kind::NotAVolume,
-                        format!("{FILE} is missing: its volume cannot be opened without it"),
-                    )
-                })?;
+                let json =
+                    small_file::read(dir, PREVIOUS_FILE.as_bytes(), SIZE_LIMIT).map_err(|_| {
+                        Error::new(
+                            Kind::NotAVolume,
+                            format!("{FILE} is missing: its volume cannot be opened without it"),
+                        )
+                    })?;
                 log::warn!("{FILE} is missing; going on with {PREVIOUS_FILE}");
                 Envelope::from_json(&json)
             }
@@ -256,19 +257,12 @@ impl Envelope {
 
     fn write_new(&self, dir: &NodeRef) -> Result<()> {
         let json = self.to_json()?;
-        let message = || format!("cannot write {FILE}");
-        let file = dir.create_unnamed().context(message)?;
-        file.write_at(&json, 0).context(message)?;
-        file.sync_all().context(message)?;
-        remove_leftover(dir, NEW_FILE).context(message)?;
-        dir.link_file(&*file, NEW_FILE).context(message)
+        small_file::prepare(dir, NEW_FILE, &json).context(|| format!("cannot write {FILE}"))
     }
 }
 
 fn take_new(dir: &NodeRef) -> Result<()> {
-    let message = || format!("cannot write {FILE}");
-    dir.rename(NEW_FILE, &**dir, FILE.as_bytes(), RenameMode::Replace).context(message)?;
-    dir.sync().context(message)
+    small_file::take(dir, NEW_FILE, FILE.as_bytes()).context(|| format!("cannot write {FILE}"))
 }
 
 /// By a second link, so that the current envelope never lacks its own name.
@@ -277,31 +271,11 @@ fn keep_previous(dir: &NodeRef) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         current => current?,
     };
-    remove_leftover(dir, NEW_PREVIOUS_FILE)?;
+    small_file::remove_if_there(dir, NEW_PREVIOUS_FILE)?;
     dir.link_node(&*current, NEW_PREVIOUS_FILE)?;
     dir.rename(NEW_PREVIOUS_FILE, &**dir, PREVIOUS_FILE.as_bytes(), RenameMode::Replace)?;
     // A rename onto another name of the same file does nothing and leaves both.
-    remove_leftover(dir, NEW_PREVIOUS_FILE)
-}
-
-/// Of an update that a crash cut short.
-fn remove_leftover(dir: &NodeRef, name: &[u8]) -> io::Result<()> {
-    match dir.unlink(name) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
-}
-
-fn read(dir: &NodeRef, name: &[u8]) -> io::Result<Vec<u8>> {
-    let node: std::sync::Arc<dyn Node> = dir.lookup(name)?;
-    let metadata = node.metadata()?;
-    if metadata.kind != FileKind::Regular || metadata.size > SIZE_LIMIT {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a small regular file"));
-    }
-    let mut bytes = vec![0; usize::try_from(metadata.size).unwrap_or(0)];
-    let count = node.open(Access::Read)?.read_at(&mut bytes, 0)?;
-    bytes.truncate(count);
-    Ok(bytes)
+    small_file::remove_if_there(dir, NEW_PREVIOUS_FILE)
 }
 
 fn encode(bytes: &[u8]) -> String {

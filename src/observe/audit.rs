@@ -62,7 +62,10 @@ pub enum Name {
     KekRotated,
     /// A key version that copies might have needed was taken off the list.
     KeyForgotten,
+    /// A rotation of data encryption keys began, was ended or came to its end.
     DekRotated,
+    /// Data encryption keys that nothing needs any more are gone for good.
+    DekDestroyed,
     IntegrityFailure,
     UnmountRefused,
 }
@@ -90,6 +93,7 @@ impl Name {
             Name::KekRotated => "KekRotated",
             Name::KeyForgotten => "KeyForgotten",
             Name::DekRotated => "DekRotated",
+            Name::DekDestroyed => "DekDestroyed",
             Name::IntegrityFailure => "IntegrityFailure",
             Name::UnmountRefused => "UnmountRefused",
         }

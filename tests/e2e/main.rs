@@ -21,5 +21,6 @@ mod memory;
 mod pkcs11;
 mod plaintext;
 mod revoke;
+mod rotate_deks;
 mod rotation;
 mod tamper;

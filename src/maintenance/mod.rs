@@ -1,0 +1,6 @@
+//! Work on a volume as a whole: it takes long, can be interrupted, and shows how far it is.
+//!
+//! Here is what finds the files, keeps the list and chooses the speed. What must not go wrong on
+//! the disk is the store's business.
+
+pub mod rotate_deks;
