@@ -185,6 +185,9 @@ pub enum RotateVerb {
     Kek(RotateKekArgs),
     /// The keys that files are encrypted with: encrypts them anew, while they are used
     Dek(RotateDekArgs),
+    /// The key that wraps those of the files, while the volume is not mounted: whoever has had the
+    /// old one in his hands opens nothing of later with it
+    Volume(ReportArgs),
 }
 
 #[derive(Debug, Args)]

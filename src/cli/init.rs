@@ -54,6 +54,7 @@ pub(super) fn run(args: InitArgs) -> Result<()> {
     }
     let pin = Pin {
         fingerprint: enrolment.fingerprint,
+        fingerprint_next: None,
         requirements: !tolerant,
         places: Some(vec![PinnedPlace {
             host: pins::this_host(),

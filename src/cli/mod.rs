@@ -13,6 +13,7 @@ mod remount;
 mod revalidate;
 mod rotate;
 mod rotate_dek;
+mod rotate_volume;
 mod status;
 mod sync;
 mod target;
@@ -66,6 +67,7 @@ fn run(verb: Verb) -> Result<()> {
         Verb::CheckKey(args) => check_key::run(args),
         Verb::Rotate(RotateVerb::Kek(args)) => rotate::kek(args),
         Verb::Rotate(RotateVerb::Dek(args)) => rotate_dek::run(args),
+        Verb::Rotate(RotateVerb::Volume(args)) => rotate_volume::run(args),
         Verb::Rekey(args) => rotate::rekey(args),
         Verb::Escrow(args) => escrow::run(args),
         Verb::ForgetKey(args) => rotate::forget(args),

@@ -43,6 +43,7 @@ fn is_alert(name: Name) -> bool {
         | Name::ReasonChanged
         | Name::HealFailed
         | Name::KekRotated
+        | Name::VolumeKeyRotated
         | Name::KeyForgotten
         | Name::IntegrityFailure
         | Name::LogFailed

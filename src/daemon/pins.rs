@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::hex;
 use crate::error::{Context, Error, Kind, Result};
+use crate::key::custody::Pinned;
 
 const DIR: &str = "volumes.d";
 const MACHINE_ID: &str = "/etc/machine-id";
@@ -27,6 +28,8 @@ const MACHINE_ID: &str = "/etc/machine-id";
 struct Entry {
     /// SHA-256 by way of a key derivation, hex.
     fingerprint: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    fingerprint_next: Option<String>,
     /// False: made with `init --no-requirements`.
     #[serde(default = "yes")]
     requirements: bool,
@@ -43,6 +46,8 @@ fn yes() -> bool {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pin {
     pub fingerprint: [u8; 32],
+    /// Of the volume key that is to replace it, while that is under way.
+    pub fingerprint_next: Option<[u8; 32]>,
     /// Whether the key must meet the requirements that byokfs could do without.
     pub requirements: bool,
     /// None: anywhere, with any version of any key.
@@ -89,6 +94,11 @@ pub enum Standing {
 }
 
 impl Pin {
+    /// The volume keys that are accepted.
+    pub fn pinned(&self) -> Pinned {
+        Pinned { current: self.fingerprint, next: self.fingerprint_next }
+    }
+
     pub fn standing(&self, back: &Path, kid: &str) -> Standing {
         let Some(places) = &self.places else { return Standing::Confirmed };
         let host = this_host();
@@ -120,6 +130,7 @@ impl Pin {
     fn to_text(&self, uuid: &[u8; 16]) -> Result<String> {
         let entry = Entry {
             fingerprint: hex::encode(&self.fingerprint),
+            fingerprint_next: self.fingerprint_next.as_ref().map(|next| hex::encode(next)),
             requirements: self.requirements,
             place: self.places.clone(),
             escrow: self.escrow.clone(),
@@ -177,6 +188,33 @@ pub fn confirm(
     next: Option<&str>,
 ) -> Result<()> {
     update(config_dir, uuid, |pin| pin.with_place(back, kid, next))
+}
+
+/// Another volume key is accepted besides the one that was.
+pub fn begin_volume_key(config_dir: &Path, uuid: &[u8; 16], next: [u8; 32]) -> Result<()> {
+    update(config_dir, uuid, |pin| Pin { fingerprint_next: Some(next), ..pin })
+}
+
+/// Only this volume key is accepted from now on. The pin with the one before it is kept beside it,
+/// for copies of the volume from before.
+pub fn end_volume_key(
+    config_dir: &Path,
+    uuid: &[u8; 16],
+    fingerprint: [u8; 32],
+    old_id: u32,
+) -> Result<()> {
+    let old = read(config_dir, uuid)?;
+    if old.fingerprint != fingerprint {
+        let kept = path(config_dir, uuid).with_extension(format!("toml.volume-key-{old_id}"));
+        let failed = || format!("cannot write {}", kept.display());
+        let text = Pin { fingerprint_next: None, ..old }.to_text(uuid)?;
+        match fs::remove_file(&kept) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => write(&kept, &text),
+        }
+        .context(failed)?;
+    }
+    update(config_dir, uuid, |pin| Pin { fingerprint, fingerprint_next: None, ..pin })
 }
 
 /// Records the backup of the key.
@@ -237,10 +275,12 @@ pub fn read(config_dir: &Path, uuid: &[u8; 16]) -> Result<Pin> {
     };
     let wrong = || Error::new(Kind::Config, format!("{} is not a volume's pin", path.display()));
     let entry: Entry = toml::from_str(&text).map_err(|error| wrong().with_source(error))?;
-    let bytes = hex::decode(&entry.fingerprint).ok_or_else(wrong)?;
-    let fingerprint = bytes.try_into().map_err(|_| wrong())?;
+    let digest = |text: &str| -> Result<[u8; 32]> {
+        hex::decode(text).ok_or_else(wrong)?.try_into().map_err(|_| wrong())
+    };
     Ok(Pin {
-        fingerprint,
+        fingerprint: digest(&entry.fingerprint)?,
+        fingerprint_next: entry.fingerprint_next.as_deref().map(digest).transpose()?,
         requirements: entry.requirements,
         places: entry.place,
         escrow: entry.escrow,
@@ -259,11 +299,17 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     fn one() -> Pin {
-        Pin { fingerprint: [1; 32], requirements: false, places: Some(Vec::new()), escrow: None }
+        Pin {
+            fingerprint: [1; 32],
+            fingerprint_next: None,
+            requirements: false,
+            places: Some(Vec::new()),
+            escrow: None,
+        }
     }
 
     fn other() -> Pin {
-        Pin { fingerprint: [2; 32], requirements: true, places: None, escrow: None }
+        Pin { fingerprint: [2; 32], requirements: true, places: None, ..one() }
     }
 
     #[test]
@@ -316,6 +362,24 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path().join(DIR)).unwrap().count(), 1);
         let mode = fs::metadata(path(dir.path(), &uuid)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_new_volume_key_is_accepted_beside_the_old_one_and_then_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let uuid = [7; 16];
+        create(dir.path(), &uuid, &one()).unwrap();
+        begin_volume_key(dir.path(), &uuid, [5; 32]).unwrap();
+        let pinned = || read(dir.path(), &uuid).unwrap().pinned();
+        assert!(pinned().has(&[1; 32]) && pinned().has(&[5; 32]) && !pinned().has(&[6; 32]));
+        for _ in 0..2 {
+            end_volume_key(dir.path(), &uuid, [5; 32], 1).unwrap();
+            assert_eq!(pinned(), (&[5; 32]).into());
+        }
+        // The old pin is there for who needs it.
+        let kept = path(dir.path(), &uuid).with_extension("toml.volume-key-1");
+        fs::rename(kept, path(dir.path(), &uuid)).unwrap();
+        assert_eq!(pinned(), (&[1; 32]).into());
     }
 
     #[test]

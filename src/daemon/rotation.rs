@@ -114,7 +114,7 @@ fn replace(
         forget_earlier: order.rekey,
     };
     let settings = settings::requirements(site.config, !pin.requirements);
-    let rewrapped = rewrap(&*old, envelope, &pin.fingerprint, &new_key, &settings, LIMIT);
+    let rewrapped = rewrap(&*old, envelope, pin.pinned(), &new_key, &settings, LIMIT);
     let rewrapped = match rewrapped {
         Ok(Some(rewrapped)) => rewrapped,
         Ok(None) => return Ok(None),
@@ -331,6 +331,7 @@ mod tests {
             volume_key_id: 1,
             wrapped_volume_key: vec![1],
             fingerprint: [1; 32],
+            retiring: None,
             canary: Canary { wrapped: vec![1], sha256: [1; 32] },
             created: "2026-03-01T00:00:00Z".into(),
             earlier: earlier.collect(),

@@ -27,7 +27,7 @@ use super::pins::{self, Standing};
 use super::plan::{Plan, Watch};
 use super::report::{self, Report};
 use super::volume::{Integrity, Mount, Orders, Volume, check_key, log_warnings};
-use super::{check, harden, hex, keeper, mountinfo, notify, rotation, settings};
+use super::{check, harden, hex, keeper, mountinfo, notify, rotation, settings, volume_key};
 use crate::backing::Backing;
 use crate::backing::linux::LinuxBacking;
 use crate::crypto;
@@ -136,6 +136,7 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
     let (revalidated, unconfirmed) = if standing == Standing::Confirmed {
         let revalidated = check_key(&*provider, &envelope, &info, &pin, &plan.config)?;
         log_warnings(&revalidated.report);
+        volume_key::settle(&plan.config_dir, &info.uuid, &pin, &envelope, &revalidated.keyring)?;
         store.start_session(&revalidated.keyring)?;
         (Some(revalidated), None)
     } else {

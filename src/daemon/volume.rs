@@ -398,7 +398,7 @@ pub fn check_key(
 ) -> Result<custody::Revalidated> {
     expect_own_envelope(envelope, info)?;
     let settings = settings::requirements(config, !pin.requirements);
-    custody::revalidate(provider, envelope, &pin.fingerprint, &settings, REVALIDATE_LIMIT)
+    custody::revalidate(provider, envelope, pin.pinned(), &settings, REVALIDATE_LIMIT)
         .map_err(|refusal: Refusal| name_the_service(refusal.error, &envelope.kid))
 }
 

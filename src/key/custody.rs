@@ -10,8 +10,8 @@ use std::time::Duration;
 use ring::digest::{SHA256, digest};
 
 use super::clock::BootTime;
-use super::envelope::{Canary, Envelope, now_text};
-use super::keyring::Keyring;
+use super::envelope::{Canary, Envelope, RetiringKey, now_text};
+use super::keyring::{Keyring, fingerprint};
 use super::policy::Validity;
 use super::provider::{
     Algorithm, Class, KeyInfo, Provider, ProviderError, ProviderResult, Session,
@@ -56,6 +56,26 @@ impl From<ProviderError> for Refusal {
 impl From<Error> for Refusal {
     fn from(error: Error) -> Refusal {
         Refusal { reason: Reason::Unreachable, report: None, error }
+    }
+}
+
+/// The volume keys that this host knows of a volume, by their fingerprints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pinned {
+    pub current: [u8; 32],
+    /// Of the one that is to replace it, while that is under way.
+    pub next: Option<[u8; 32]>,
+}
+
+impl Pinned {
+    pub fn has(&self, fingerprint: &[u8; 32]) -> bool {
+        self.current == *fingerprint || self.next.as_ref() == Some(fingerprint)
+    }
+}
+
+impl From<&[u8; 32]> for Pinned {
+    fn from(current: &[u8; 32]) -> Pinned {
+        Pinned { current: *current, next: None }
     }
 }
 
@@ -129,6 +149,7 @@ pub fn enrol(
         volume_key_id: FIRST_VOLUME_KEY,
         wrapped_volume_key,
         fingerprint,
+        retiring: None,
         canary,
         created: now_text(),
         earlier: Vec::new(),
@@ -140,10 +161,11 @@ pub fn enrol(
 pub fn revalidate(
     provider: &dyn Provider,
     envelope: &Envelope,
-    pinned: &[u8; 32],
+    pinned: impl Into<Pinned>,
     settings: &Settings,
     limit: Duration,
 ) -> Result<Revalidated, Refusal> {
+    let pinned = pinned.into();
     let started = BootTime::now();
     // The whole conversation: the key also passes through the frames of HTTP and TLS.
     stack::with_burnt_stack(|| {
@@ -152,14 +174,73 @@ pub fn revalidate(
         let Envelope { kid, algorithm, .. } = envelope;
         let (info, report) = checked(session, kid, *algorithm, settings)?;
         unwrap_canary(session, envelope)?;
-        let unwrapped = session.unwrap(kid, *algorithm, &envelope.wrapped_volume_key)?;
-        let key = to_key(&unwrapped).ok_or_else(foreign_envelope)?;
-        let keyring = Keyring::new(envelope.volume_key_id, key);
-        if keyring.fingerprint()? != *pinned {
-            return Err(foreign_envelope());
-        }
+        let keyring = keyring_of(session, envelope, &pinned)?;
         Ok(Revalidated { keyring, started, info, report })
     })
+}
+
+/// A new volume key for a volume that keeps its KEK: its envelope, with the old one retiring in it,
+/// and both. What is in the envelope has been unwrapped once before this returns.
+pub fn renew(
+    provider: &dyn Provider,
+    envelope: &Envelope,
+    pinned: impl Into<Pinned>,
+    settings: &Settings,
+    limit: Duration,
+) -> Result<(Envelope, Keyring), Refusal> {
+    let pinned = pinned.into();
+    stack::with_burnt_stack(|| {
+        let mut session = provider.session(BootTime::now() + limit)?;
+        let session = &mut *session;
+        let Envelope { kid, algorithm, .. } = envelope;
+        checked(session, kid, *algorithm, settings)?;
+        unwrap_canary(session, envelope)?;
+        let old = pinned_key(session, envelope, &envelope.wrapped_volume_key, &pinned)?;
+        let volume_key = Secret::<32>::random()?;
+        let id = envelope.volume_key_id.checked_add(1).ok_or_else(foreign_envelope)?;
+        let retiring = RetiringKey {
+            id: envelope.volume_key_id,
+            wrapped: envelope.wrapped_volume_key.clone(),
+        };
+        let renewed = Envelope {
+            volume_key_id: id,
+            wrapped_volume_key: wrap_and_compare(session, kid, *algorithm, &volume_key)?,
+            fingerprint: fingerprint(&volume_key)?,
+            retiring: Some(retiring),
+            canary: new_canary(session, kid, *algorithm)?,
+            ..envelope.clone()
+        };
+        let keyring = Keyring::new(id, volume_key).with_retiring(envelope.volume_key_id, old);
+        Ok((renewed, keyring))
+    })
+}
+
+/// Both volume keys, where there are two.
+fn keyring_of(
+    session: &mut dyn Session,
+    envelope: &Envelope,
+    pinned: &Pinned,
+) -> Result<Keyring, Refusal> {
+    let key = pinned_key(session, envelope, &envelope.wrapped_volume_key, pinned)?;
+    let keyring = Keyring::new(envelope.volume_key_id, key);
+    match &envelope.retiring {
+        None => Ok(keyring),
+        Some(old) => {
+            let key = pinned_key(session, envelope, &old.wrapped, pinned)?;
+            Ok(keyring.with_retiring(old.id, key))
+        }
+    }
+}
+
+fn pinned_key(
+    session: &mut dyn Session,
+    envelope: &Envelope,
+    wrapped: &[u8],
+    pinned: &Pinned,
+) -> Result<Secret<32>, Refusal> {
+    let unwrapped = session.unwrap(&envelope.kid, envelope.algorithm, wrapped)?;
+    let key = to_key(&unwrapped).ok_or_else(foreign_envelope)?;
+    if pinned.has(&fingerprint(&key)?) { Ok(key) } else { Err(foreign_envelope()) }
 }
 
 /// Has the canary unwrapped and compares it: what each probe does.

@@ -50,12 +50,21 @@ pub struct Envelope {
     pub wrapped_volume_key: Vec<u8>,
     /// Of the volume key. Public, and as untrusted as all of this: for messages only.
     pub fingerprint: [u8; 32],
+    /// The volume key before it, while something on the disk may still need that.
+    pub retiring: Option<RetiringKey>,
     pub canary: Canary,
     /// RFC 3339, UTC.
     pub created: String,
     /// What the volume key was wrapped with before, oldest first. Copies of the volume that were
     /// made meanwhile have that envelope, and need that key version.
     pub earlier: Vec<EarlierKey>,
+}
+
+/// A volume key that is being replaced.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RetiringKey {
+    pub id: u32,
+    pub wrapped: Vec<u8>,
 }
 
 /// A key version that an envelope of this volume named before.
@@ -90,6 +99,8 @@ struct Document {
     created: String,
     kek: KekPart,
     volume_key: VolumeKeyPart,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    retiring_volume_key: Option<RetiringPart>,
     canary: CanaryPart,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     earlier: Vec<EarlierKey>,
@@ -110,6 +121,13 @@ struct VolumeKeyPart {
     id: u32,
     wrapped: String,
     fingerprint: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RetiringPart {
+    id: u32,
+    wrapped: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -141,6 +159,10 @@ impl Envelope {
                 wrapped: encode(&self.wrapped_volume_key),
                 fingerprint: encode(&self.fingerprint),
             },
+            retiring_volume_key: self
+                .retiring
+                .as_ref()
+                .map(|old| RetiringPart { id: old.id, wrapped: encode(&old.wrapped) }),
             canary: CanaryPart {
                 wrapped: encode(&self.canary.wrapped),
                 sha256: encode(&self.canary.sha256),
@@ -166,6 +188,16 @@ impl Envelope {
         }
         let document: Document = serde_json::from_slice(json).map_err(|error| bad(&error))?;
         let Document { volume, created, kek, volume_key, canary, earlier, .. } = document;
+        let retiring = match document.retiring_volume_key {
+            None => None,
+            Some(old) => Some(RetiringKey {
+                id: old.id,
+                wrapped: wrapped(&old.wrapped).ok_or_else(|| bad(&"malformed retiring key"))?,
+            }),
+        };
+        if retiring.as_ref().is_some_and(|old| old.id == volume_key.id) {
+            return Err(bad(&"two volume keys have one number"));
+        }
         let algorithm = Algorithm::from_name(&kek.algorithm)
             .ok_or_else(|| bad(&format!("unknown algorithm {:?}", kek.algorithm)))?;
         Ok(Envelope {
@@ -179,6 +211,7 @@ impl Envelope {
                 .ok_or_else(|| bad(&"malformed volume key"))?,
             fingerprint: digest(&volume_key.fingerprint)
                 .ok_or_else(|| bad(&"malformed fingerprint"))?,
+            retiring,
             canary: Canary {
                 wrapped: wrapped(&canary.wrapped).ok_or_else(|| bad(&"malformed canary"))?,
                 sha256: digest(&canary.sha256).ok_or_else(|| bad(&"malformed canary"))?,
@@ -328,6 +361,7 @@ mod tests {
             volume_key_id: 1,
             wrapped_volume_key: vec![7; 384],
             fingerprint: [3; 32],
+            retiring: None,
             canary: Canary { wrapped: vec![8; 384], sha256: [4; 32] },
             created: now_text(),
             earlier: Vec::new(),
@@ -347,6 +381,12 @@ mod tests {
         let envelope = sample();
         envelope.save(&root).unwrap();
         assert_eq!(Envelope::load(&root).unwrap(), envelope);
+        let retiring = Some(RetiringKey { id: 1, wrapped: vec![5; 384] });
+        let envelope = Envelope { volume_key_id: 2, retiring, ..sample() };
+        envelope.save(&root).unwrap();
+        assert_eq!(Envelope::load(&root).unwrap(), envelope);
+        let twice = Envelope { volume_key_id: 1, ..envelope };
+        assert!(Envelope::from_json(&twice.to_json().unwrap()).is_err());
     }
 
     #[test]

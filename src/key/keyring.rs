@@ -34,6 +34,12 @@ impl Keyring {
         self
     }
 
+    /// Another one with the same keys.
+    pub fn try_clone(&self) -> Result<Keyring> {
+        let keys = self.volume_keys.iter().map(|(id, key)| Ok((*id, key.try_clone()?)));
+        Ok(Keyring { volume_keys: keys.collect::<Result<_>>()? })
+    }
+
     /// Of the current volume key.
     pub fn id(&self) -> u32 {
         self.volume_keys[0].0

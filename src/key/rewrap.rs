@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::clock::BootTime;
 use super::custody::{
-    Refusal, checked, foreign_envelope, new_canary, to_key, unwrap_canary, wrap_and_compare,
+    Pinned, Refusal, checked, foreign_envelope, new_canary, to_key, unwrap_canary, wrap_and_compare,
 };
 use super::envelope::{Envelope, now_text};
 use super::keyring::fingerprint;
@@ -20,6 +20,7 @@ use super::provider::{Algorithm, Class, KeyInfo, Provider, ProviderError};
 use super::reason::Reason;
 use super::requirement::{Report, Settings, validity};
 use super::wall_clock;
+use crate::error::{Error, Kind};
 use crate::sys::stack;
 
 /// What the volume key is to be wrapped with from now on.
@@ -57,11 +58,16 @@ impl Rewrapped {
 pub fn rewrap(
     old: &dyn Provider,
     envelope: &Envelope,
-    pinned: &[u8; 32],
+    pinned: impl Into<Pinned>,
     new: &NewKey<'_>,
     settings: &Settings,
     limit: Duration,
 ) -> Result<Option<Rewrapped>, Refusal> {
+    let pinned = pinned.into();
+    if envelope.retiring.is_some() {
+        let message = "the volume is between two volume keys: finish `byokfs rotate volume` first";
+        return Err(Error::new(Kind::Busy, message).into());
+    }
     // Both conversations whole: the key also passes through the frames of HTTP and TLS.
     stack::with_burnt_stack(|| {
         let started = BootTime::now();
@@ -90,7 +96,7 @@ pub fn rewrap(
             unwrap_canary(session, envelope)?;
             let unwrapped = session.unwrap(kid, *algorithm, &envelope.wrapped_volume_key)?;
             let volume_key = to_key(&unwrapped).ok_or_else(foreign_envelope)?;
-            if fingerprint(&volume_key)? != *pinned {
+            if !pinned.has(&fingerprint(&volume_key)?) {
                 return Err(foreign_envelope());
             }
             volume_key
@@ -109,7 +115,6 @@ pub fn rewrap(
             wrapped_volume_key: wrap_and_compare(session, &info.kid, algorithm, &volume_key)?,
             canary: new_canary(session, &info.kid, algorithm)?,
             kid: info.kid.clone(),
-            fingerprint: *pinned,
             created: now,
             earlier,
             ..envelope.clone()

@@ -60,6 +60,7 @@ pub enum Name {
     /// The volume could not open by itself although the key is good again.
     HealFailed,
     KekRotated,
+    VolumeKeyRotated,
     /// A key version that copies might have needed was taken off the list.
     KeyForgotten,
     /// A rotation of data encryption keys began, was ended or came to its end.
@@ -91,6 +92,7 @@ impl Name {
             Name::HealFailed => "HealFailed",
             Name::KeyExpiryWarning => "KeyExpiryWarning",
             Name::KekRotated => "KekRotated",
+            Name::VolumeKeyRotated => "VolumeKeyRotated",
             Name::KeyForgotten => "KeyForgotten",
             Name::DekRotated => "DekRotated",
             Name::DekDestroyed => "DekDestroyed",

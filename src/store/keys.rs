@@ -98,8 +98,33 @@ pub(super) fn log_mac(keyring: &Keyring, session: &SessionEntry) -> Result<Optio
 
 /// A new key for the volume's names and small values, wrapped, for the volume header.
 pub(super) fn new_metadata_key(keyring: &Keyring, volume: &[u8; 16]) -> Result<Wrapped> {
-    let kek = keyring.derive(LABEL_METADATA_WRAP, volume)?;
-    Ok(wrap::wrap(&kek, &Secret::random()?))
+    wrap_metadata_key(keyring, volume, &Secret::random()?)
+}
+
+/// With the current volume key.
+pub(super) fn wrap_metadata_key(
+    keyring: &Keyring,
+    volume: &[u8; 16],
+    key: &Secret<32>,
+) -> Result<Wrapped> {
+    Ok(wrap::wrap(&keyring.derive(LABEL_METADATA_WRAP, volume)?, key))
+}
+
+/// The same header with its keys wrapped by the current volume key.
+pub(super) fn rewrap(keyring: &Keyring, header: &Header) -> FsResult<Header> {
+    let file = &header.file_id;
+    let again = |label: &str, wrapped: &Wrapped| -> FsResult<Wrapped> {
+        let key = unwrap(keyring, header.volume_key_id, file, label, wrapped)?;
+        let kek = keyring.derive(label, file).map_err(no_memory)?;
+        Ok(wrap::wrap(&kek, &key))
+    };
+    let mut rewrapped = header.clone();
+    rewrapped.volume_key_id = keyring.id();
+    rewrapped.wrapped_mac_key = again(LABEL_MAC_WRAP, &header.wrapped_mac_key)?;
+    for slot in &mut rewrapped.deks {
+        slot.wrapped = again(LABEL_DEK_WRAP, &slot.wrapped)?;
+    }
+    Ok(rewrapped)
 }
 
 /// None where it was not wrapped with that volume key.
@@ -281,7 +306,7 @@ impl Keys {
         if let Some(key) = self.cached(lease, |derived| derived.macs.get(&file)) {
             return Ok(key);
         }
-        let key = unwrap(lease, header, LABEL_MAC_WRAP, &header.wrapped_mac_key)?;
+        let key = header.unwrap(lease, LABEL_MAC_WRAP, &header.wrapped_mac_key)?;
         let key = MacKey::new(&key).map_err(no_memory)?;
         Ok(self.keep(lease, key, |derived, key| derived.macs.insert(file, key)))
     }
@@ -310,7 +335,7 @@ impl Keys {
             let detail = format!("a block names DEK slot {dek_slot}, the header has none");
             FsError::integrity("header", hex(&file), None, detail)
         })?;
-        let dek = unwrap(lease, header, LABEL_DEK_WRAP, &wrapped.1)?;
+        let dek = header.unwrap(lease, LABEL_DEK_WRAP, &wrapped.1)?;
         let key = kdf::derive(&dek, salt, LABEL_BLOCK, &file).map_err(no_memory)?;
         let cipher = BlockCipher::new(&key).map_err(no_memory)?;
         Ok(self.keep(lease, cipher, |derived, key| derived.ciphers.insert(index, key)))
@@ -337,17 +362,21 @@ impl FileKeys {
             wrapped_mac_key: header.wrapped_mac_key,
         }
     }
+
+    fn unwrap(&self, lease: &Lease<'_>, label: &str, wrapped: &Wrapped) -> FsResult<Secret<32>> {
+        unwrap(lease.keyring(), self.volume_key_id, &self.file_id, label, wrapped)
+    }
 }
 
 fn unwrap(
-    lease: &Lease<'_>,
-    keys: &FileKeys,
+    keyring: &Keyring,
+    volume_key_id: u32,
+    file: &FileId,
     label: &str,
     wrapped: &Wrapped,
 ) -> FsResult<Secret<32>> {
-    let damaged = |detail| FsError::integrity("header", hex(&keys.file_id), None, detail);
-    let kek = lease.keyring().derive_by(keys.volume_key_id, label, &keys.file_id);
-    let kek = kek.map_err(no_memory)?;
+    let damaged = |detail| FsError::integrity("header", hex(file), None, detail);
+    let kek = keyring.derive_by(volume_key_id, label, file).map_err(no_memory)?;
     let kek = kek.ok_or_else(|| damaged("it names a volume key that is not this volume's"))?;
     let key = wrap::unwrap(&kek, wrapped).map_err(no_memory)?;
     key.ok_or_else(|| damaged("a wrapped key does not unwrap"))

@@ -26,6 +26,7 @@ mod rotation;
 mod session;
 mod times;
 mod volume;
+mod volume_key;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -39,6 +40,7 @@ pub use file::{Durability, File, Times, WriteMode};
 pub use layout::{BLOCK_LEN, MAX_SIZE};
 pub use recovery::Recovery;
 pub use rotation::{Pace, Rotated};
+pub use volume_key::Adopted;
 
 use self::cache::{BufferPool, PageCache};
 use self::checkpointer::{Background, Checkpointer, DirtyFiles};

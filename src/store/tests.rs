@@ -10,3 +10,4 @@ mod rotation;
 mod support;
 mod tamper;
 mod volume;
+mod volume_key;

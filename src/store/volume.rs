@@ -120,6 +120,20 @@ pub(super) fn read(root: &NodeRef, shown: &str) -> Result<(VolumeHeader, bool)> 
     decode(&read_pages(&file, shown)?, shown)
 }
 
+/// Puts other pages in the place of those of the volume header below `root`, the second when the
+/// first is on stable storage.
+pub(super) fn rewrite(root: &NodeRef, pages: &[u8], shown: &str) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let file = root.lookup(FILE)?.open(crate::backing::Access::ReadWrite)?;
+        for (page, at) in pages.chunks(BLOCK_LEN).zip([0, BLOCK_LEN as u64]) {
+            file.write_at(page, at)?;
+            file.sync_all()?;
+        }
+        Ok(())
+    };
+    write().context(|| format!("cannot write {shown}/volume"))
+}
+
 fn read_pages(file: &FileRef, shown: &str) -> Result<Vec<u8>> {
     let mut pages = vec![0; 2 * BLOCK_LEN];
     file.read_at(&mut pages, 0).context(|| format!("cannot read {shown}/volume"))?;

@@ -22,5 +22,6 @@ mod pkcs11;
 mod plaintext;
 mod revoke;
 mod rotate_deks;
+mod rotate_volume;
 mod rotation;
 mod tamper;

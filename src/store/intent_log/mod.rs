@@ -117,6 +117,8 @@ pub struct Log {
     space: [Condvar; STREAMS],
     /// The newest on disk. One trim at a time.
     anchor: Mutex<Anchor>,
+    /// That of the bulk stream's file, which says nothing new.
+    bulk_anchor: Mutex<Anchor>,
 }
 
 /// A log as a crash, or a clean end, left it.
@@ -314,6 +316,21 @@ impl Log {
         Ok(())
     }
 
+    /// Has both copies of both anchors made by the current volume key; the one is on stable storage
+    /// before the other is touched.
+    pub(super) fn reseal_anchors(&self, keys: &MacKeys) -> io::Result<()> {
+        let mut hot = self.anchor.lock();
+        let mut bulk = self.bulk_anchor.lock();
+        for (anchor, file) in [&mut *hot, &mut *bulk].into_iter().zip(&self.files) {
+            for _ in 0..2 {
+                let next = Anchor { generation: anchor.generation + 1, ..*anchor };
+                next.write(file, &next.seal(keys))?;
+                *anchor = next;
+            }
+        }
+        Ok(())
+    }
+
     /// Bytes in use and in all, of a stream.
     pub fn fill(&self, stream: Stream) -> (u64, u64) {
         let streams = self.streams.lock();
@@ -390,6 +407,7 @@ impl Found {
             durable: Default::default(),
             space: Default::default(),
             anchor: Mutex::new(self.anchors[0]),
+            bulk_anchor: Mutex::new(self.anchors[1]),
         })
     }
 }
