@@ -6,6 +6,7 @@
 use std::any::Any;
 use std::fmt::Debug;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -158,6 +159,10 @@ impl Backing for FaultBacking {
 
     fn display_path(&self) -> String {
         self.inner.display_path()
+    }
+
+    fn elsewhere(&self, path: &Path) -> crate::Result<Arc<dyn Backing>> {
+        self.inner.elsewhere(path)
     }
 }
 

@@ -127,6 +127,10 @@ impl Backing for LinuxBacking {
     fn display_path(&self) -> String {
         self.path.display().to_string()
     }
+
+    fn elsewhere(&self, path: &Path) -> Result<Arc<dyn Backing>> {
+        Ok(LinuxBacking::open(path)?)
+    }
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use std::any::Any;
 use std::collections::HashSet;
 use std::fmt::Debug;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -207,6 +208,11 @@ impl Backing for MemoryBacking {
             state.create_named(ROOT, name, Inode::new(FileKind::Regular, 0o600, 0))?;
         }
         Ok(Box::new(guard))
+    }
+
+    fn elsewhere(&self, path: &Path) -> crate::Result<Arc<dyn Backing>> {
+        let message = format!("{} is not in memory", path.display());
+        Err(crate::Error::new(crate::Kind::Unsupported, message))
     }
 
     fn display_path(&self) -> String {

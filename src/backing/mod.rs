@@ -16,7 +16,10 @@ pub mod small_file;
 use std::any::Any;
 use std::fmt::Debug;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
+
+use crate::error::Result;
 
 /// Identity of an inode for as long as it is referenced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -136,6 +139,8 @@ pub trait Backing: Debug + Send + Sync {
     fn lock(&self, name: &[u8]) -> io::Result<Box<dyn Debug + Send + Sync>>;
     /// Path for messages.
     fn display_path(&self) -> String;
+    /// Another directory of this host, by its absolute path.
+    fn elsewhere(&self, path: &Path) -> Result<Arc<dyn Backing>>;
 }
 
 /// An inode, referenced (it does not go away, its id is not reused) but not opened for I/O.

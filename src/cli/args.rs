@@ -54,6 +54,9 @@ pub enum Verb {
     ForgetKey(ForgetKeyArgs),
     /// Make everything acknowledged so far durable
     Sync(TargetArgs),
+    /// Another size or place for a volume's intent log, while it is not mounted
+    #[command(subcommand)]
+    Log(LogVerb),
     /// What a volume says about itself, without its key
     Info(InfoArgs),
     /// The embedded key vault
@@ -219,6 +222,35 @@ pub struct RotateDekArgs {
     /// Stop it where it is; `byokfs rotate dek` goes on with it
     #[arg(long, conflicts_with_all = ["paths", "rate", "no_wait"])]
     pub pause: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum LogVerb {
+    /// Give the log another size
+    Resize {
+        #[command(flatten)]
+        target: TargetArgs,
+        /// Of the log in all, as in 256MiB
+        #[arg(value_name = "SIZE", value_parser = crate::config::units::parse_size)]
+        size: u64,
+    },
+    /// Have the log in another directory: on a fast disk of its own, for example
+    Move {
+        #[command(flatten)]
+        target: TargetArgs,
+        /// An empty directory of a local file system; the backing directory takes the log home
+        #[arg(value_name = "DIR")]
+        to: PathBuf,
+    },
+    /// Give up a log that is lost or damaged, and all that only it has: changes that were
+    /// acknowledged, too. Restoring a backup is better
+    Discard {
+        #[command(flatten)]
+        target: TargetArgs,
+        /// Of the new log in all [default: as for a new volume]
+        #[arg(long, value_name = "SIZE", value_parser = crate::config::units::parse_size)]
+        size: Option<u64>,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -6,6 +6,7 @@ mod check_key;
 mod escrow;
 mod info;
 mod init;
+mod log;
 mod mount;
 pub mod mount_options;
 pub mod output;
@@ -72,6 +73,7 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Escrow(args) => escrow::run(args),
         Verb::ForgetKey(args) => rotate::forget(args),
         Verb::Sync(args) => sync::run(args),
+        Verb::Log(verb) => log::run(verb),
         Verb::Info(args) => info::run(args),
         Verb::Vault(args) => vault::run(args),
         Verb::Guard { .. } => guard::main(),

@@ -11,6 +11,7 @@ use crate::backing::linux::LinuxBacking;
 use crate::config::Config;
 use crate::crypto;
 use crate::daemon::control::Verb;
+use crate::daemon::offline::when_free;
 use crate::daemon::rotation::{self, Order, Site};
 use crate::daemon::{check, harden, hex};
 use crate::error::{Kind, Result};
@@ -110,7 +111,7 @@ impl Unmounted {
         crypto::selftest::run()?;
         let backing = LinuxBacking::open(&back)?;
         let info = Store::inspect(&*backing)?;
-        let lock = Store::lock(&*backing)?;
+        let lock = when_free(&back, || Store::lock(&*backing))?;
         if let Some(file) = &config.audit.file {
             check::parent_dir(file)?;
             audit::install(file, &[("volume", hex::uuid(&info.uuid))])?;

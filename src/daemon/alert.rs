@@ -52,6 +52,7 @@ fn is_alert(name: Name) -> bool {
         | Name::Recovered
         | Name::Fence
         | Name::FenceStep
+        | Name::LogChanged
         | Name::DekRotated
         | Name::DekDestroyed => false,
     }

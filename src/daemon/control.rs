@@ -5,6 +5,7 @@
 
 use std::fs::{self, DirBuilder, OpenOptions, Permissions};
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -12,17 +13,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::hex;
 use super::report::Failure;
 use crate::error::{Context, Error, Kind, Result};
+use crate::sys;
 
 /// A request is one short line.
 const MAX_REQUEST: u64 = 64 * 1024;
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_CLIENTS: usize = 32;
+/// From the end of the connection to the end of the process.
+const LAST_MOMENTS: Duration = Duration::from_secs(10);
 
 /// A request, `{"verb":"status"}`; some have further fields.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -248,6 +254,8 @@ fn converse(stream: &UnixStream, answer: &impl Fn(Verb) -> Result<Value>) -> io:
 #[derive(Debug)]
 pub struct Client {
     stream: UnixStream,
+    /// The daemon itself; None where the kernel does not tell (before Linux 6.5).
+    daemon: Option<OwnedFd>,
 }
 
 impl Client {
@@ -255,7 +263,10 @@ impl Client {
     pub fn connect(run_dir: &Path, mnt: &Path) -> Result<Option<Client>> {
         let socket = Place::of(run_dir, mnt).socket;
         match UnixStream::connect(&socket) {
-            Ok(stream) => Ok(Some(Client { stream })),
+            Ok(stream) => {
+                let daemon = sys::peer::peer_pidfd(&stream).ok();
+                Ok(Some(Client { stream, daemon }))
+            }
             Err(error)
                 if matches!(
                     error.kind(),
@@ -284,19 +295,29 @@ impl Client {
         }
     }
 
-    /// Until the daemon has gone: it never closes the connection before.
+    /// Until the daemon has gone, and with it all that it held: it never closes the connection
+    /// before.
     pub fn wait_for_end(&mut self, timeout: Duration) -> Result<()> {
         let failed = || "the daemon has not ended".to_owned();
         self.stream.set_read_timeout(Some(timeout)).context(failed)?;
         let mut rest = [0; 256];
         loop {
             match self.stream.read(&mut rest) {
-                Ok(0) => return Ok(()),
+                Ok(0) => break,
                 Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
                 Err(error) => return Err(Error::io(failed(), error)),
             }
         }
+        // Of its descriptors that of the connection may be the first to be closed, and the volume's
+        // lock the last.
+        if let Some(daemon) = &self.daemon {
+            let limit = Timespec { tv_sec: LAST_MOMENTS.as_secs() as i64, tv_nsec: 0 };
+            let ended =
+                retry_on_intr(|| poll(&mut [PollFd::new(daemon, PollFlags::IN)], Some(&limit)));
+            ended.context(failed)?;
+        }
+        Ok(())
     }
 }
 

@@ -11,6 +11,7 @@ pub mod guard;
 pub mod harden;
 pub mod hex;
 pub mod keeper;
+pub mod log_change;
 pub mod mountinfo;
 pub mod notify;
 pub mod offline;

@@ -5,11 +5,11 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::pins::{self, Pin, Standing};
 use super::volume::{check_key, expect_own_envelope};
-use super::{check, harden, hex, rotation, settings};
+use super::{check, harden, hex, mountinfo, rotation, settings};
 use crate::backing::linux::LinuxBacking;
 use crate::backing::{Backing, NodeRef};
 use crate::config::Config;
@@ -24,6 +24,28 @@ use crate::store::{Store, VolumeInfo};
 
 /// How long a verb may take with the key in its hands.
 const LIMIT: Duration = Duration::from_secs(3600);
+
+/// How long a verb waits for the daemon that has just lost its mount.
+const PREDECESSOR_LIMIT: Duration = Duration::from_secs(30);
+
+/// Takes a volume that `take` says is Busy as soon as it is free, unless it is mounted: umount(8)
+/// returns a moment before the daemon has brought everything home.
+pub fn when_free<T>(back: &Path, take: impl Fn() -> Result<T>) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        match take() {
+            Err(error) if error.kind == Kind::Busy && start.elapsed() < PREDECESSOR_LIMIT => {
+                if let Some(mount) = mountinfo::find(back)? {
+                    let message =
+                        format!("{} is mounted at {}", back.display(), mount.mount_point.display());
+                    return Err(Error::new(Kind::Busy, message));
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            taken => return taken,
+        }
+    }
+}
 
 #[derive(Debug)]
 pub struct Offline {
@@ -55,7 +77,8 @@ impl Offline {
             audit::install(file, &[("volume", hex::uuid(&info.uuid))])?;
         }
         let gate = Gate::new();
-        let store = Store::open(backing, Arc::clone(&gate), read_only)?;
+        let store =
+            when_free(&back, || Store::open(Arc::clone(&backing), Arc::clone(&gate), read_only))?;
         Ok(Offline { back, config, info, pin, store, gate })
     }
 

@@ -34,6 +34,8 @@ pub enum Name {
     VolumeUnmounted,
     /// A mount found changes in the log that no checkpoint had brought home.
     Recovered,
+    /// The volume got another log, or the log another size or place.
+    LogChanged,
     /// A write or flush of the log failed: writes fail until the volume is mounted again.
     LogFailed,
     /// The volume is being cut off, or was.
@@ -78,6 +80,7 @@ impl Name {
             Name::VolumeMounted => "VolumeMounted",
             Name::VolumeUnmounted => "VolumeUnmounted",
             Name::Recovered => "Recovered",
+            Name::LogChanged => "LogChanged",
             Name::LogFailed => "LogFailed",
             Name::MakeInaccessible => "MakeInaccessible",
             Name::MakeAccessible => "MakeAccessible",

@@ -90,9 +90,14 @@ pub(super) fn anchor_macs(keyring: &Keyring) -> Result<MacKeys> {
     MacKeys::derive(keyring, LABEL_ANCHOR)
 }
 
-/// Of the records of a session; None where its volume key is not here.
-pub(super) fn log_mac(keyring: &Keyring, session: &SessionEntry) -> Result<Option<MacKey>> {
-    let key = keyring.derive_by(session.volume_key_id, LABEL_LOG, &session.salt)?;
+/// Of the records of a session in the log with that id; None where its volume key is not here.
+pub(super) fn log_mac(
+    keyring: &Keyring,
+    session: &SessionEntry,
+    log_id: &[u8; 16],
+) -> Result<Option<MacKey>> {
+    let context = [&session.salt[..], log_id].concat();
+    let key = keyring.derive_by(session.volume_key_id, LABEL_LOG, &context)?;
     key.map(|key| MacKey::new(&key)).transpose()
 }
 
@@ -282,7 +287,12 @@ impl Keys {
     }
 
     /// The key of the records that this session appends.
-    pub(super) fn log_key(&self, lease: &Lease<'_>, session: &Session) -> FsResult<SessionKey> {
+    pub(super) fn log_key(
+        &self,
+        lease: &Lease<'_>,
+        session: &Session,
+        log_id: &[u8; 16],
+    ) -> FsResult<SessionKey> {
         let number = session.counter.session();
         let same = |key: &SessionKey| key.session == number;
         let known = self.cached(lease, |derived| {
@@ -291,7 +301,7 @@ impl Keys {
         if let Some(key) = known {
             return Ok(SessionKey { session: number, key });
         }
-        let key = log_mac(lease.keyring(), &session.entry).map_err(no_memory)?;
+        let key = log_mac(lease.keyring(), &session.entry, log_id).map_err(no_memory)?;
         // A session is begun with the keyring that the gate is opened with.
         let key = key.ok_or(Errno::IO)?;
         let key = self.keep(lease, key, |derived, key| {

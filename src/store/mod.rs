@@ -17,6 +17,8 @@ mod header;
 pub mod intent_log;
 mod keys;
 mod layout;
+mod log_change;
+mod log_place;
 mod newborn;
 mod page;
 mod range_lock;
@@ -122,6 +124,7 @@ struct Shared {
     gate: Arc<Gate>,
     backing: Arc<dyn Backing>,
     volume: [u8; 16],
+    log_id: [u8; 16],
     read_only: bool,
     keys: Keys,
     pages: PageCache,
@@ -210,6 +213,8 @@ pub struct Store {
     found: Mutex<Option<intent_log::Found>>,
     recovery: OnceLock<Recovery>,
     background: Mutex<Option<Background>>,
+    /// Kept locked.
+    log_places: Mutex<Vec<Arc<log_place::Place>>>,
     /// Keeps a second writer out. None where nobody can write.
     _lock: Option<Box<dyn fmt::Debug + Send + Sync>>,
 }
@@ -248,7 +253,8 @@ impl Store {
             None => default_log_size(backing).context(|| format!("cannot examine {shown}"))?,
         };
         let macs = keys::anchor_macs(keyring)?;
-        Log::format(&root, LogSize::of_total(total), header.log_id, &macs, &shown)?;
+        let files = log_place::of_new_volume(backing);
+        Log::format(&files, LogSize::of_total(total), header.log_id, &macs, true)?;
         // The header last: a directory without it is not a volume.
         let write = || -> std::io::Result<()> {
             // Its mode is that of the mount's root directory: open to its users, as any new file system.
@@ -288,6 +294,7 @@ impl Store {
             gate,
             backing: backing.clone(),
             volume: header.uuid,
+            log_id: header.log_id,
             read_only,
             keys: Keys::new(),
             pages: PageCache::new(PAGE_CACHE_BYTES),
@@ -315,6 +322,7 @@ impl Store {
             found: Mutex::default(),
             recovery: OnceLock::new(),
             background: Mutex::default(),
+            log_places: Mutex::default(),
             _lock: lock,
         }))
     }
@@ -323,18 +331,10 @@ impl Store {
     /// key, and, unless read-only, draws the salt of a new session and makes it durable.
     pub fn start_session(&self, keyring: &Keyring) -> Result<()> {
         let shown = self.backing.display_path();
-        if !self.header.is_authentic(&keys::volume_macs(keyring)?) {
-            return Err(Error::corrupt(format!(
-                "{shown}/volume was not written with this volume key; it belongs to another \
-                 volume, or was changed"
-            )));
-        }
+        self.check_header(keyring)?;
         let macs = keys::sessions_macs(keyring)?;
         let uuid = &self.header.uuid;
-        let (mut table, damaged) = SessionTable::load(&self.root, uuid, &macs, &shown)?;
-        if damaged.contains(&true) {
-            log::warn!("one copy of the session table in {shown} is damaged; the other serves");
-        }
+        let (mut table, damaged) = self.load_sessions(keyring)?;
         if self.recovery.get().is_none() && self.shared.log.get().is_none() {
             *self.found.lock() = Some(self.find_log(keyring, &table)?);
         }
@@ -350,6 +350,28 @@ impl Store {
         Ok(())
     }
 
+    fn check_header(&self, keyring: &Keyring) -> Result<()> {
+        if self.header.is_authentic(&keys::volume_macs(keyring)?) {
+            return Ok(());
+        }
+        let shown = self.backing.display_path();
+        Err(Error::corrupt(format!(
+            "{shown}/volume was not written with this volume key; it belongs to another volume, or \
+             was changed"
+        )))
+    }
+
+    /// With what is damaged of it.
+    fn load_sessions(&self, keyring: &Keyring) -> Result<(SessionTable, [bool; 2])> {
+        let shown = self.backing.display_path();
+        let macs = keys::sessions_macs(keyring)?;
+        let (table, damaged) = SessionTable::load(&self.root, &self.header.uuid, &macs, &shown)?;
+        if damaged.contains(&true) {
+            log::warn!("one copy of the session table in {shown} is damaged; the other serves");
+        }
+        Ok((table, damaged))
+    }
+
     /// Keeps every other user of the volume out, for as long as what is returned lives.
     pub fn lock(backing: &dyn Backing) -> Result<Box<dyn fmt::Debug + Send + Sync>> {
         lock(backing)
@@ -363,18 +385,24 @@ impl Store {
             if let Some(key) = made.get(&session) {
                 return Some(Arc::clone(key));
             }
-            let key = keys::log_mac(keyring, table.get(session)?);
+            let key = keys::log_mac(keyring, table.get(session)?, &self.header.log_id);
             let key = Arc::new(key.map_err(|error| log::error!("{error}")).ok()??);
             made.insert(session, Arc::clone(&key));
             Some(key)
         };
         let access = if self.shared.read_only { Access::Read } else { Access::ReadWrite };
         let macs = keys::anchor_macs(keyring)?;
-        let id = &self.header.log_id;
-        let found = Log::find(&self.root, id, &macs, &session_key, access, &shown)?;
+        let VolumeHeader { uuid, log_id, .. } = &self.header;
+        let write = !self.shared.read_only;
+        let place = log_place::Found::look(&*self.backing, uuid, log_id, &macs, write, false)?;
+        let found = Log::find(&place.log_files(), log_id, &macs, &session_key, access)?;
         if found.damaged_copy {
-            log::warn!("one copy of a log's anchor in {shown} is damaged; the other serves");
+            log::warn!("one copy of a log's anchor of {shown} is damaged; the other serves");
         }
+        if write {
+            place.settle(&*self.backing, (uuid, log_id), &macs)?;
+        }
+        *self.log_places.lock() = place.places().to_vec();
         Ok(found)
     }
 

@@ -5,6 +5,7 @@ mod crash;
 mod cutoff;
 mod fault;
 mod format;
+mod log_change;
 mod model;
 mod rotation;
 mod support;

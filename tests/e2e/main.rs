@@ -15,6 +15,7 @@ mod check_key;
 mod copies;
 mod escrow;
 mod hsm;
+mod log_change;
 mod mariadb;
 mod mariadb_cut_off;
 mod memory;

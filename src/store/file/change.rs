@@ -423,7 +423,7 @@ impl<'a> Change<'a> {
             let shared = &self.file.shared;
             let lease = shared.gate.lease()?;
             let session = shared.session()?;
-            let key = shared.keys.log_key(&lease, &session)?;
+            let key = shared.keys.log_key(&lease, &session, &shared.log_id)?;
             self.file.about_to_log(log);
             let draft = Draft { other: self.file.last_of_other(stream), ..draft };
             lease.still_open()?;

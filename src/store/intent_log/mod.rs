@@ -62,6 +62,25 @@ pub enum Stream {
     Bulk = 1,
 }
 
+/// The file of a stream.
+#[derive(Clone, Debug)]
+pub(super) struct LogFile {
+    pub dir: NodeRef,
+    pub name: &'static [u8],
+    /// The directory's path, for messages.
+    pub shown: String,
+}
+
+impl LogFile {
+    fn path(&self) -> String {
+        format!("{}/{}", self.shown, String::from_utf8_lossy(self.name))
+    }
+
+    fn cannot(&self, verb: &str) -> String {
+        format!("cannot {verb} {}", self.path())
+    }
+}
+
 /// Bytes of each ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
@@ -141,14 +160,13 @@ pub struct Found {
 }
 
 impl Log {
-    /// Makes the files of an empty log in `dir`, durable when this returns. `shown` is the
-    /// directory's path, for messages.
+    /// Makes the files of an empty log, durable when this returns. `clean`: nothing was ever in it.
     pub(super) fn format(
-        dir: &NodeRef,
+        files: &[LogFile; STREAMS],
         size: Size,
         log_id: [u8; 16],
         keys: &MacKeys,
-        shown: &str,
+        clean: bool,
     ) -> Result<()> {
         for (stream, len) in [size.hot, size.bulk].into_iter().enumerate() {
             if len < Size::MIN || !len.is_multiple_of(PAGE as u64) {
@@ -163,10 +181,11 @@ impl Log {
                 generation: 1,
                 ring_len: len,
                 tails: [Spot { seq: 1, at: ANCHORS_LEN }; STREAMS],
-                clean: true,
+                clean,
             };
+            let made = &files[stream];
             let make = || -> io::Result<()> {
-                let file = dir.create_unnamed()?;
+                let file = made.dir.create_unnamed()?;
                 // Written, not only allocated: an unwritten extent costs a journal commit later.
                 let zeros = vec![0; 1 << 20];
                 let mut at = 0;
@@ -177,42 +196,60 @@ impl Log {
                 }
                 anchor.write_first(&file, keys)?;
                 file.sync_all()?;
-                dir.link_file(&*file, FILES[stream])
+                made.dir.link_file(&*file, made.name)?;
+                made.dir.sync()
             };
-            make().context(|| cannot("make", stream, shown))?;
+            make().context(|| made.cannot("make"))?;
         }
-        dir.sync().context(|| format!("cannot sync {shown}"))
+        Ok(())
+    }
+
+    /// Whether that file is the stream of the log with that id.
+    pub(super) fn is_at(
+        dir: &NodeRef,
+        name: &[u8],
+        stream: usize,
+        log_id: &[u8; 16],
+        keys: &MacKeys,
+    ) -> io::Result<bool> {
+        let file = match dir.lookup(name).and_then(|node| node.open(Access::Read)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            opened => opened?,
+        };
+        let anchor = Anchor::read(&file, stream as u8, keys)?;
+        Ok(anchor.is_some_and(|(anchor, _)| anchor.log_id == *log_id))
     }
 
     /// Reads what is there and changes nothing. Fails where a log is missing, foreign, or damaged
     /// in a part that was durable.
     pub(super) fn find(
-        dir: &NodeRef,
+        at: &[LogFile; STREAMS],
         log_id: &[u8; 16],
         keys: &MacKeys,
         sessions: &SessionKeys<'_>,
         access: Access,
-        shown: &str,
     ) -> Result<Found> {
-        let (hot, hot_damaged) = open_stream(dir, 0, log_id, keys, access, shown)?;
-        let (bulk, bulk_damaged) = open_stream(dir, 1, log_id, keys, access, shown)?;
+        let (hot, hot_damaged) = open_stream(&at[0], 0, log_id, keys, access)?;
+        let (bulk, bulk_damaged) = open_stream(&at[1], 1, log_id, keys, access)?;
         let files = [hot.0, bulk.0];
         let anchors = [hot.1, bulk.1];
         for (stream, tail) in anchors[0].tails.iter().enumerate() {
             let in_ring = (ANCHORS_LEN..=anchors[stream].ring_end()).contains(&tail.at);
             if !in_ring || !tail.at.is_multiple_of(PAGE as u64) {
-                return Err(Error::corrupt(format!("the anchor of {shown}/log.hot is impossible")));
+                let path = at[0].path();
+                return Err(Error::corrupt(format!("the anchor of {path} is impossible")));
             }
         }
         let scan = |stream: usize| {
             let tail = anchors[0].tails[stream];
             let scan = Scan::run(&files[stream], &anchors[stream], tail, sessions)
-                .context(|| cannot("read", stream, shown))?;
+                .context(|| at[stream].cannot("read"))?;
             if scan.damaged {
                 return Err(Error::corrupt(format!(
                     "the log {} is damaged: record {} was on stable storage and is not there; \
-                     restore the volume from a backup",
-                    path(stream, shown),
+                     restore the volume from a backup, or give up what only the log has by `byokfs \
+                     log discard`",
+                    at[stream].path(),
                     scan.next_seq
                 )));
             }
@@ -331,6 +368,19 @@ impl Log {
         Ok(())
     }
 
+    /// Bytes of both rings.
+    pub fn size(&self) -> u64 {
+        let streams = self.streams.lock();
+        streams.queues.iter().map(|queue| queue.ring.capacity()).sum()
+    }
+
+    /// Nothing is in it, and the anchor says that nothing will come.
+    pub fn is_closed(&self) -> bool {
+        let clean = self.anchor.lock().clean;
+        let streams = self.streams.lock();
+        clean && streams.queues.iter().all(|queue| queue.ring.used() == 0)
+    }
+
     /// Bytes in use and in all, of a stream.
     pub fn fill(&self, stream: Stream) -> (u64, u64) {
         let streams = self.streams.lock();
@@ -412,42 +462,33 @@ impl Found {
     }
 }
 
-fn path(stream: usize, shown: &str) -> String {
-    format!("{shown}/{}", String::from_utf8_lossy(FILES[stream]))
-}
-
-fn cannot(verb: &str, stream: usize, shown: &str) -> String {
-    format!("cannot {verb} {}", path(stream, shown))
-}
-
 type Opened = ((FileRef, Anchor), bool);
 
 fn open_stream(
-    dir: &NodeRef,
+    at: &LogFile,
     stream: usize,
     log_id: &[u8; 16],
     keys: &MacKeys,
     access: Access,
-    shown: &str,
 ) -> Result<Opened> {
     let foreign = |what: &str| {
         Error::corrupt(format!(
-            "the log {} is {what}; put this volume's own log back, or restore the volume from a \
-             backup",
-            path(stream, shown)
+            "the log {} is {what}; put this volume's own log back, restore the volume from a \
+             backup, or give up what only the log has by `byokfs log discard`",
+            at.path()
         ))
     };
-    let open = || dir.lookup(FILES[stream])?.open(access);
+    let open = || at.dir.lookup(at.name)?.open(access);
     let file = match open() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(foreign("missing")),
-        opened => opened.context(|| cannot("open", stream, shown))?,
+        opened => opened.context(|| at.cannot("open"))?,
     };
-    let read = Anchor::read(&file, stream as u8, keys).context(|| cannot("read", stream, shown))?;
+    let read = Anchor::read(&file, stream as u8, keys).context(|| at.cannot("read"))?;
     let (anchor, damaged) = read.ok_or_else(|| foreign("damaged, or not of this volume"))?;
     if anchor.log_id != *log_id {
         return Err(foreign("not this volume's"));
     }
-    let whole = file.metadata().context(|| cannot("read", stream, shown))?.size;
+    let whole = file.metadata().context(|| at.cannot("read"))?.size;
     if !anchor.ring_len.is_multiple_of(PAGE as u64) || whole < anchor.ring_end() {
         return Err(foreign("shorter than it says"));
     }

@@ -38,12 +38,16 @@ fn small() -> Size {
     Size { hot: Size::MIN, bulk: Size::MIN }
 }
 
+fn at(dir: &NodeRef) -> [LogFile; STREAMS] {
+    FILES.map(|name| LogFile { dir: dir.clone(), name, shown: "v".into() })
+}
+
 fn fresh(backing: &dyn Backing) {
-    Log::format(&backing.root(), small(), ID, &anchor_key(), "v").unwrap();
+    Log::format(&at(&backing.root()), small(), ID, &anchor_key(), true).unwrap();
 }
 
 fn find(backing: &dyn Backing) -> Result<Found> {
-    Log::find(&backing.root(), &ID, &anchor_key(), &sessions, Access::ReadWrite, "v")
+    Log::find(&at(&backing.root()), &ID, &anchor_key(), &sessions, Access::ReadWrite)
 }
 
 fn start(backing: &dyn Backing) -> Arc<Log> {
@@ -312,9 +316,9 @@ fn a_missing_foreign_or_damaged_log_is_refused() {
     fresh(&*backing);
     let root = backing.root();
     let other =
-        Log::find(&root, &[4; 16], &anchor_key(), &sessions, Access::Read, "v").unwrap_err();
+        Log::find(&at(&root), &[4; 16], &anchor_key(), &sessions, Access::Read).unwrap_err();
     assert_eq!(other.kind, crate::Kind::Corrupt);
-    assert!(Log::find(&root, &ID, &anchor_key_of(9), &sessions, Access::Read, "v").is_err());
+    assert!(Log::find(&at(&root), &ID, &anchor_key_of(9), &sessions, Access::Read).is_err());
 
     let log = start(&*backing);
     let positions: Vec<Position> =

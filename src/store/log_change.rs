@@ -1,0 +1,97 @@
+//! Giving a volume another log: another size, another place, or a new one where the old is lost.
+//!
+//! Nobody uses the volume meanwhile. The new log is complete and on stable storage before the
+//! volume header names it; that is the moment from which on it counts.
+
+use std::path::Path;
+
+use super::intent_log::{Log, Size};
+use super::keys::{self, MacKeys};
+use super::log_place::{self, Found};
+use super::{Store, volume};
+use crate::crypto::random;
+use crate::error::{Error, Kind, Result};
+use crate::key::gate::Keyring;
+
+impl Store {
+    /// Bytes of the log there is, in all, and where it is.
+    pub fn log_size(&self) -> Option<u64> {
+        self.shared.log.get().map(|log| log.size())
+    }
+
+    /// Another log, of `size` bytes in all, in the directory `to`; None: as it is. The volume was
+    /// opened, recovered and closed, and only goes away after this.
+    pub fn replace_log(
+        &self,
+        keyring: &Keyring,
+        to: Option<&Path>,
+        size: Option<u64>,
+    ) -> Result<()> {
+        let is_empty = self.shared.log.get().is_some_and(|log| log.is_closed());
+        if !is_empty {
+            let message = "the log still holds changes, which must go home first";
+            return Err(Error::new(Kind::Busy, message));
+        }
+        let size = size.or(self.log_size()).unwrap_or(0);
+        let macs = keys::anchor_macs(keyring)?;
+        let old = self.look_for_log(&macs, false)?;
+        self.put_in_place(keyring, &macs, &old, to, size, true)
+    }
+
+    /// A new log in the place of one that cannot be recovered from: what only that had is lost.
+    pub fn discard_log(&self, keyring: &Keyring, size: Option<u64>) -> Result<()> {
+        let shown = self.backing.display_path();
+        self.check_header(keyring)?;
+        let table = self.load_sessions(keyring)?.0;
+        match self.find_log(keyring, &table) {
+            Ok(_) => {
+                let message = format!(
+                    "the log of {shown} is sound: a mount brings home what it holds, and nothing \
+                     needs to be lost"
+                );
+                return Err(Error::new(Kind::Busy, message));
+            }
+            // Also where the disk that it was on is gone.
+            Err(error) if matches!(error.kind, Kind::Corrupt | Kind::Io) => {
+                log::warn!("discarded: {error}");
+            }
+            Err(error) => return Err(error),
+        }
+        let macs = keys::anchor_macs(keyring)?;
+        let old = self.look_for_log(&macs, true)?;
+        let size = match size {
+            Some(size) => size,
+            None => super::default_log_size(&*self.backing)
+                .map_err(|error| Error::io(format!("cannot examine {shown}"), error))?,
+        };
+        self.put_in_place(keyring, &macs, &old, None, size, false)
+    }
+
+    fn look_for_log(&self, macs: &MacKeys, lost: bool) -> Result<Found> {
+        let (uuid, log_id) = (&self.header.uuid, &self.header.log_id);
+        Found::look(&*self.backing, uuid, log_id, macs, false, lost)
+    }
+
+    fn put_in_place(
+        &self,
+        keyring: &Keyring,
+        macs: &MacKeys,
+        old: &Found,
+        to: Option<&Path>,
+        size: u64,
+        clean: bool,
+    ) -> Result<()> {
+        let backing = &*self.backing;
+        let place = log_place::destination(backing, &self.header.uuid, old, to)?;
+        log_place::prepare(backing, &place)?;
+        let mut header = self.header.clone();
+        header.log_id = random::bytes()?;
+        header.generation += 1;
+        let files = log_place::of_new_log(&place);
+        Log::format(&files, Size::of_total(size), header.log_id, macs, clean)?;
+        let pages = header.encode(keys::volume_macs(keyring)?.current().1);
+        volume::rewrite(&self.root, &pages, &backing.display_path())?;
+        let ids = (&header.uuid, &header.log_id);
+        log_place::finish(backing, ids, macs, old.places(), &place)
+    }
+}
