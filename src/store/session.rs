@@ -27,9 +27,11 @@ const MAX_LEN: usize = 48 << 20;
 
 pub(super) type Salt = [u8; SALT_LEN];
 
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SessionTable {
     generation: u64,
+    /// Also where the last ones were removed, a number is given out once.
+    next: u32,
     sessions: BTreeMap<u32, SessionEntry>,
 }
 
@@ -41,6 +43,12 @@ pub(super) struct SessionEntry {
     pub volume_key_id: u32,
 }
 
+impl Default for SessionTable {
+    fn default() -> SessionTable {
+        SessionTable { generation: 0, next: 1, sessions: BTreeMap::new() }
+    }
+}
+
 impl SessionTable {
     pub(super) fn get(&self, session: u32) -> Option<&SessionEntry> {
         self.sessions.get(&session)
@@ -48,8 +56,8 @@ impl SessionTable {
 
     /// Adds a session and returns its number. Numbers start at 1 and are never used again.
     pub(super) fn add(&mut self, entry: SessionEntry) -> Result<u32> {
-        let last = self.sessions.keys().next_back().copied().unwrap_or(0);
-        let session = last.checked_add(1).ok_or_else(|| {
+        let session = self.next;
+        self.next = session.checked_add(1).ok_or_else(|| {
             Error::new(Kind::Unsupported, "this volume has used up its 2^32 sessions")
         })?;
         self.sessions.insert(session, entry);
@@ -65,6 +73,7 @@ impl SessionTable {
         bytes[28..32].copy_from_slice(&(self.sessions.len() as u32).to_le_bytes());
         bytes[32..40].copy_from_slice(&self.generation.to_le_bytes());
         bytes[40..44].copy_from_slice(&volume_key_id.to_le_bytes());
+        bytes[44..48].copy_from_slice(&self.next.to_le_bytes());
         for (session, entry) in &self.sessions {
             bytes.extend_from_slice(&session.to_le_bytes());
             bytes.extend_from_slice(&entry.volume_key_id.to_le_bytes());
@@ -97,7 +106,7 @@ impl SessionTable {
                 (u32_at(entry, 0), SessionEntry { salt, volume_key_id: u32_at(entry, 4) })
             })
             .collect();
-        Some(SessionTable { generation: u64_at(bytes, 32), sessions })
+        Some(SessionTable { generation: u64_at(bytes, 32), next: u32_at(bytes, 44), sessions })
     }
 
     /// Reads both copies; the flags say which of them are damaged.

@@ -1,7 +1,7 @@
 //! One record of the log, byte by byte.
 //!
 //! ```text
-//!    0  16  MAC over the rest of the record
+//!    0  16  MAC over the rest of the head: up to the last entry
 //!   16   8  "BYOKLOG1"
 //!   24   1  kind        25  1  stream      26  2  zero
 //!   28   4  session whose key made the MAC
@@ -16,17 +16,22 @@
 //!  112   4  entries     116  4  body blocks   120  4  zero
 //!  124   4  nanoseconds of the time of modification
 //!  128   8  its seconds since the epoch, signed
-//!  136   8  zero
+//!  136   8  XXH3-64 of the body
 //!  144  40  for each entry: block index, 32 bytes of its tag sector
 //!           then zeros up to a multiple of 4096, and the body
 //! ```
 //!
 //! Little-endian. The body is ciphertext as it goes home, of the first entries' blocks; those of
 //! the other entries were written home directly. A record is valid in one place: its MAC covers
-//! stream, seq and position under a key of its own session, so that neither an earlier lap nor
-//! another volume's log can pass for it.
+//! stream, seq and position under a key of its own session and log, so that neither an earlier lap
+//! nor another log can pass for it.
+//!
+//! The body needs no MAC: its blocks are authenticated by the tags in the entries. The hash, which
+//! the MAC covers, tells a torn body, and does so without any file's key.
 
 use std::fmt;
+
+use twox_hash::XxHash3_64;
 
 use super::{PAGE, Stream};
 use crate::backing::Timestamp;
@@ -35,6 +40,7 @@ use crate::crypto::mac::{MAC_LEN, MacKey};
 pub(crate) const HEAD_LEN: usize = 144;
 pub(crate) const ENTRY_LEN: usize = 32;
 const LISTED_LEN: usize = 8 + ENTRY_LEN;
+const BODY_HASH_AT: usize = 136;
 const MAGIC: &[u8; 8] = b"BYOKLOG1";
 const DOMAIN: &[u8; 16] = b"byokfs log rec\0\0";
 /// [`Draft::size`] of a record that leaves the size alone.
@@ -184,7 +190,8 @@ impl Draft {
             head[at + 8..at + LISTED_LEN].copy_from_slice(&entry.bytes);
             at += LISTED_LEN;
         }
-        let mac = key.mac(&[DOMAIN, &head[MAC_LEN..], &self.body]);
+        put_u64(&mut head, BODY_HASH_AT, XxHash3_64::oneshot(&self.body));
+        let mac = key.mac(&[DOMAIN, &head[MAC_LEN..at]]);
         head[..MAC_LEN].copy_from_slice(&mac);
         head
     }
@@ -226,10 +233,16 @@ impl Claim {
         let bytes = bytes.get(..self.pages * PAGE)?;
         let mut mac = [0; MAC_LEN];
         mac.copy_from_slice(&bytes[..MAC_LEN]);
-        if Claim::read(bytes) != Some(*self) || !key.verify(&[DOMAIN, &bytes[MAC_LEN..]], &mac) {
+        let count = get_u32(bytes, 112) as usize;
+        let (head, body) = bytes.split_at(self.head_pages * PAGE);
+        let (head, rest) = head.split_at((HEAD_LEN + count * LISTED_LEN).min(head.len()));
+        let right = Claim::read(bytes) == Some(*self)
+            && key.verify(&[DOMAIN, &head[MAC_LEN..]], &mac)
+            && rest.iter().all(|&byte| byte == 0)
+            && get_u64(bytes, BODY_HASH_AT) == XxHash3_64::oneshot(body);
+        if !right {
             return None;
         }
-        let count = get_u32(bytes, 112) as usize;
         let listed = bytes[HEAD_LEN..].chunks_exact(LISTED_LEN).take(count);
         let entries = listed.map(|listed| {
             let mut entry = [0; ENTRY_LEN];

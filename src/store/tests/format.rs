@@ -52,6 +52,7 @@ fn a_volume_is_what_the_format_says() {
     assert_eq!(sessions[..16], made);
     assert_eq!((&sessions[16..24], le(&sessions, 28, 4)), (&b"BYOKSESS"[..], 1));
     assert_eq!(le(&sessions, 40, 4), 1, "volume key");
+    assert_eq!(le(&sessions, 44, 4), 2, "the next session");
     assert_eq!((sessions.len(), le(&sessions, 64, 4)), (64 + 40, 1));
     assert_eq!(le(&sessions, 68, 4), 1, "volume key of its log records");
     let salt = &sessions[72..104];
