@@ -27,10 +27,11 @@ use crate::vfs::Filesystem;
 const FS_TYPE: &str = "fuse.byokfs";
 const DEVICE: &str = "/dev/fuse";
 
-/// Enough that reads waiting for the disk leave threads for what does not wait.
-const THREADS_PER_CPU: usize = 4;
-const THREADS_MIN: usize = 8;
-const THREADS_MAX: usize = 64;
+/// Enough that requests waiting for the disk leave threads for what does not wait, and that many
+/// commits find each other to share one flush.
+const THREADS_PER_CPU: usize = 8;
+const THREADS_MIN: usize = 32;
+const THREADS_MAX: usize = 128;
 
 /// INIT flags.
 const ASYNC_READ: u64 = 1 << 0;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use zeroize::Zeroize;
 
-use super::layout::{BLOCK_LEN, BLOCKS_PER_GROUP};
+use super::layout::BLOCK_LEN;
 use super::page::{Page, PageId};
 
 const SHARDS: usize = 16;
@@ -102,10 +102,10 @@ impl PageCache {
     }
 }
 
-/// Holds the blocks of a group.
-const BUFFER_LEN: usize = BLOCKS_PER_GROUP * BLOCK_LEN;
+/// Holds the blocks of the largest request.
+pub(super) const BUFFER_LEN: usize = (1 << 20) + 2 * BLOCK_LEN;
 /// Buffers kept when nobody uses them.
-const MAX_IDLE: usize = 32;
+const MAX_IDLE: usize = 16;
 
 #[derive(Debug, Default)]
 pub(super) struct BufferPool(Mutex<Idle>);

@@ -20,6 +20,7 @@ use super::overlay::{Spot, Times};
 use crate::backing::Timestamp;
 use crate::error::{FsError, FsResult};
 use crate::store::block::Sealer;
+use crate::store::cache::{BUFFER_LEN, Buffer};
 use crate::store::intent_log::{
     Draft, Entry as Listed, Kind, PAGE, Position, Record, Room, SAME_SIZE, Stream,
 };
@@ -47,8 +48,10 @@ pub(super) struct Change<'a> {
     dropped: Vec<u64>,
     /// Generation pages as the disk has them, where the region has one.
     regions: HashMap<u64, Option<Arc<Page>>>,
-    logged: Blocks,
-    direct: Blocks,
+    logged: Blocks<'a>,
+    direct: Blocks<'a>,
+    /// Bytes that will be gathered, about.
+    expected: usize,
     /// Blocks of `logged` that have no space at home yet, by group.
     unreserved: Vec<Range<u64>>,
     /// Blocks that become holes, about.
@@ -60,12 +63,75 @@ pub(super) struct Change<'a> {
 
 /// Blocks with their content: plaintext, and after [`Change::seal`] ciphertext.
 #[derive(Default)]
-struct Blocks {
+struct Blocks<'a> {
     numbers: Vec<u64>,
-    bytes: Vec<u8>,
+    bytes: Bytes<'a>,
 }
 
-impl Blocks {
+enum Bytes<'a> {
+    /// Goes to the log as it is.
+    Own(Vec<u8>),
+    /// Goes home: so much of a buffer that comes back.
+    Lent(Buffer<'a>, usize),
+}
+
+impl Default for Bytes<'_> {
+    fn default() -> Self {
+        Bytes::Own(Vec::new())
+    }
+}
+
+impl Bytes<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Bytes::Own(bytes) => bytes.len(),
+            Bytes::Lent(_, len) => *len,
+        }
+    }
+
+    fn all(&self) -> &[u8] {
+        match self {
+            Bytes::Own(bytes) => bytes,
+            Bytes::Lent(buffer, len) => &buffer[..*len],
+        }
+    }
+
+    fn all_mut(&mut self) -> &mut [u8] {
+        match self {
+            Bytes::Own(bytes) => bytes,
+            Bytes::Lent(buffer, len) => &mut buffer[..*len],
+        }
+    }
+
+    /// False where the buffer does not hold them.
+    fn append(&mut self, data: &[u8]) -> bool {
+        match self {
+            Bytes::Own(bytes) => bytes.extend_from_slice(data),
+            Bytes::Lent(buffer, len) => {
+                let Some(free) = buffer.get_mut(*len..*len + data.len()) else { return false };
+                free.copy_from_slice(data);
+                *len += data.len();
+            }
+        }
+        true
+    }
+
+    fn resize(&mut self, to: usize) {
+        match self {
+            Bytes::Own(bytes) => bytes.resize(to, 0),
+            Bytes::Lent(_, len) => *len = to.min(*len),
+        }
+    }
+
+    fn take(&mut self) -> Vec<u8> {
+        match self {
+            Bytes::Own(bytes) => std::mem::take(bytes),
+            Bytes::Lent(buffer, len) => buffer[..*len].to_vec(),
+        }
+    }
+}
+
+impl Blocks<'_> {
     /// Runs of consecutive blocks of one group: the first, and where they are in `bytes`.
     fn runs(&self) -> Vec<(u64, Range<usize>)> {
         let mut runs: Vec<(u64, Range<usize>)> = Vec::new();
@@ -105,6 +171,7 @@ impl<'a> Change<'a> {
             regions: HashMap::new(),
             logged: Blocks::default(),
             direct: Blocks::default(),
+            expected: 0,
             unreserved: Vec::new(),
             freed: 0,
             mtime: None,
@@ -123,6 +190,11 @@ impl<'a> Change<'a> {
 
     pub(super) fn set_size(&mut self, size: u64) {
         self.size = Some(size);
+    }
+
+    /// So many bytes are coming.
+    pub(super) fn expect(&mut self, bytes: usize) {
+        self.expected = bytes;
     }
 
     /// Of the file, before this change.
@@ -216,15 +288,18 @@ impl<'a> Change<'a> {
         fill: impl FnOnce(&mut [u8]),
     ) -> FsResult<()> {
         let entry = if old { self.current(block)? } else { None };
-        let at = self.logged.bytes.len();
-        self.logged.bytes.resize(at + BLOCK_LEN, 0);
+        self.make_room_to_log();
+        let bytes = &mut self.logged.bytes;
+        let at = bytes.len();
+        bytes.resize(at + BLOCK_LEN);
+        let content = &mut bytes.all_mut()[at..];
         if let Some(entry) = entry
-            && let Err(error) = self.file.read_block(block, &entry, &mut self.logged.bytes[at..])
+            && let Err(error) = self.file.read_block(block, &entry, content)
         {
-            self.logged.bytes.truncate(at);
+            bytes.resize(at);
             return Err(error);
         }
-        fill(&mut self.logged.bytes[at..]);
+        fill(content);
         self.logged.numbers.push(block);
         Ok(())
     }
@@ -239,10 +314,29 @@ impl<'a> Change<'a> {
         let blocks = first..first + (data.len() / BLOCK_LEN) as u64;
         let direct =
             may_go_direct && data.len() >= DIRECT_MIN && self.file.are_new(blocks.clone())?;
+        if direct && matches!(self.direct.bytes, Bytes::Own(_)) {
+            self.direct.bytes = Bytes::Lent(self.file.shared.buffers.take(), 0);
+        }
+        if !direct {
+            self.make_room_to_log();
+        }
         let target = if direct { &mut self.direct } else { &mut self.logged };
+        if !target.bytes.append(data) {
+            return Err(Errno::IO.into());
+        }
         target.numbers.extend(blocks);
-        target.bytes.extend_from_slice(data);
         Ok(())
+    }
+
+    /// At once, so that nothing is copied when more comes.
+    fn make_room_to_log(&mut self) {
+        if let Bytes::Own(bytes) = &mut self.logged.bytes
+            && bytes.capacity() == 0
+        {
+            // The first and the last block may be written in part only.
+            let most = self.expected.next_multiple_of(BLOCK_LEN) + BLOCK_LEN;
+            bytes.reserve_exact(most.min(BUFFER_LEN));
+        }
     }
 
     /// Makes blocks holes, before anything else that this change does to them. A change has one
@@ -313,7 +407,7 @@ impl<'a> Change<'a> {
             let keys = self.file.keys();
             let mut sealer = Sealer::new(shared, &keys, &lease, count as u64)?;
             for blocks in [&mut self.logged, &mut self.direct] {
-                let contents = blocks.bytes.chunks_exact_mut(BLOCK_LEN);
+                let contents = blocks.bytes.all_mut().chunks_exact_mut(BLOCK_LEN);
                 for (&block, bytes) in blocks.numbers.iter().zip(contents) {
                     let entry = sealer.seal(block, bytes).ok_or(Errno::IO)?;
                     entries.push((block, entry));
@@ -397,7 +491,7 @@ impl<'a> Change<'a> {
 
     fn write_direct(&self) -> FsResult<()> {
         for (first, bytes) in self.direct.runs() {
-            self.file.backing.write_at(&self.direct.bytes[bytes], block_at(first))?;
+            self.file.backing.write_at(&self.direct.bytes.all()[bytes], block_at(first))?;
         }
         Ok(())
     }
@@ -448,7 +542,7 @@ impl<'a> Change<'a> {
                 Some(Listed { block, bytes: entry.encode() })
             })
             .collect();
-        draft.body = std::mem::take(&mut self.logged.bytes);
+        draft.body = self.logged.bytes.take();
         draft.mtime = mtime;
         draft
     }

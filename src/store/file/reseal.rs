@@ -19,7 +19,7 @@ use crate::store::header::{DEK_SLOTS, DekSlot};
 use crate::store::intent_log::{Kind, Stream};
 use crate::store::keys::{self, FileKeys};
 use crate::store::layout::{
-    BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, SECTORS_PER_PAGE, blocks_for, group_of,
+    BLOCK_LEN, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, SECTORS_PER_PAGE, blocks_for, group_of,
 };
 use crate::store::page::FLAG_SEALED;
 
@@ -131,6 +131,7 @@ impl File {
         let first = group * BLOCKS_PER_GROUP as u64;
         let end = blocks_for(self.size());
         let mut change = Change::new(self, Kind::Reseal);
+        change.expect(BLOCKS_PER_GROUP * BLOCK_LEN);
         for sector in 0..SECTORS_PER_PAGE {
             if !page.is_verified(sector, sector) {
                 done.damaged += 1;

@@ -56,6 +56,7 @@ impl File {
         let (offset, position, direct) = {
             let (_guard, offset) = self.lock_for_write(offset, len, append)?;
             let mut change = Change::new(self, Kind::Write);
+            change.expect(data.len());
             change.write(offset, data, room.stream() == Stream::Bulk)?;
             if offset + len > self.size() {
                 change.set_size(offset + len);
