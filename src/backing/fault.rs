@@ -157,6 +157,11 @@ impl Backing for FaultBacking {
         self.inner.lock(name)
     }
 
+    fn lock_existing(&self, name: &[u8]) -> io::Result<Box<dyn Debug + Send + Sync>> {
+        self.faults.check(Call::Open)?;
+        self.inner.lock_existing(name)
+    }
+
     fn display_path(&self) -> String {
         self.inner.display_path()
     }

@@ -91,6 +91,11 @@ struct WriterLock {
     _fd: OwnedFd,
 }
 
+fn take_lock(fd: OwnedFd) -> io::Result<Box<dyn fmt::Debug + Send + Sync>> {
+    retry_on_intr(|| fs::flock(&fd, FlockOperation::NonBlockingLockExclusive))?;
+    Ok(Box::new(WriterLock { _fd: fd }))
+}
+
 impl Backing for LinuxBacking {
     fn root(&self) -> NodeRef {
         self.root.clone()
@@ -120,8 +125,14 @@ impl Backing for LinuxBacking {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
         let fd = retry_on_intr(|| fs::openat(self.root.fd(), &name, flags, mode))?;
-        retry_on_intr(|| fs::flock(&fd, FlockOperation::NonBlockingLockExclusive))?;
-        Ok(Box::new(WriterLock { _fd: fd }))
+        take_lock(fd)
+    }
+
+    fn lock_existing(&self, name: &[u8]) -> io::Result<Box<dyn fmt::Debug + Send + Sync>> {
+        let name = node::component(name)?;
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = retry_on_intr(|| fs::openat(self.root.fd(), &name, flags, Mode::empty()))?;
+        take_lock(fd)
     }
 
     fn display_path(&self) -> String {
@@ -129,7 +140,7 @@ impl Backing for LinuxBacking {
     }
 
     fn elsewhere(&self, path: &Path) -> Result<Arc<dyn Backing>> {
-        Ok(LinuxBacking::open(path)?)
+        Ok(LinuxBacking::with_times(path, self.root.times())?)
     }
 }
 

@@ -215,6 +215,11 @@ impl Backing for MemoryBacking {
         Err(crate::Error::new(crate::Kind::Unsupported, message))
     }
 
+    fn lock_existing(&self, name: &[u8]) -> io::Result<Box<dyn Debug + Send + Sync>> {
+        self.0.state.lock().named(ROOT, name)?;
+        self.lock(name)
+    }
+
     fn display_path(&self) -> String {
         "memory".into()
     }

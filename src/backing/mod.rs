@@ -137,6 +137,8 @@ pub trait Backing: Debug + Send + Sync {
     /// Takes the lock that keeps a second writer out, for as long as the returned guard lives;
     /// `WouldBlock` when another process holds it. `name` is a file in the root, created if absent.
     fn lock(&self, name: &[u8]) -> io::Result<Box<dyn Debug + Send + Sync>>;
+    /// The same for who must change nothing: `NotFound` where the file is not there.
+    fn lock_existing(&self, name: &[u8]) -> io::Result<Box<dyn Debug + Send + Sync>>;
     /// Path for messages.
     fn display_path(&self) -> String;
     /// Another directory of this host, by its absolute path.

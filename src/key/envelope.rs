@@ -249,6 +249,23 @@ impl Envelope {
         }
     }
 
+    /// The current envelope; None where its file is missing.
+    pub fn load_current(dir: &NodeRef) -> Result<Option<Envelope>> {
+        match small_file::read(dir, FILE.as_bytes(), SIZE_LIMIT) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            json => Envelope::from_json(&json.context(|| format!("cannot read {FILE}"))?).map(Some),
+        }
+    }
+
+    /// Whether a file of the volume's root has this name; with `leftover`, one that a rotation
+    /// leaves which was cut short.
+    pub fn is_file(name: &[u8], leftover: bool) -> bool {
+        match leftover {
+            true => [NEW_FILE, NEW_PREVIOUS_FILE].contains(&name),
+            false => [FILE.as_bytes(), PREVIOUS_FILE.as_bytes()].contains(&name),
+        }
+    }
+
     /// Removes the predecessor, whose key opens the volume as well as the current one does.
     pub fn remove_previous(dir: &NodeRef) -> Result<()> {
         let message = || format!("cannot remove {PREVIOUS_FILE}");

@@ -18,6 +18,7 @@ mod reseal;
 mod resize;
 mod seek;
 mod space;
+mod verify;
 mod write;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -4,6 +4,8 @@
 //! zero. Both are written by one call at every change, so that either alone serves; 512 bytes
 //! are what every disk writes whole. The record with the higher generation counts.
 
+use std::ops::Range;
+
 use super::FORMAT_VERSION;
 use super::keys::MacKeys;
 use super::layout::{BLOCK_LEN, HEADERS_LEN};
@@ -175,7 +177,7 @@ impl Header {
         keys: &MacKeys,
     ) -> Result<Decoded, HeaderError> {
         let (a, b) = pages.split_at(BLOCK_LEN);
-        let copies = [authentic(a, volume, keys), authentic(b, volume, keys)];
+        let copies = [authentic(a, volume, Some(keys)), authentic(b, volume, Some(keys))];
         let damaged_copy = copies.iter().any(Option::is_none);
         let record = copies
             .into_iter()
@@ -185,16 +187,40 @@ impl Header {
         let header = parse(record).ok_or(HeaderError::Unsupported)?;
         Ok(Decoded { header, damaged_copy })
     }
+
+    /// What each of the two copies says by itself. Without keys it is believed if it has the form
+    /// of a header.
+    pub(super) fn copies(
+        pages: &[u8; HEADERS_LEN as usize],
+        volume: &[u8; 16],
+        keys: Option<&MacKeys>,
+    ) -> [Result<Header, HeaderError>; 2] {
+        let (a, b) = pages.split_at(BLOCK_LEN);
+        [a, b].map(|page| {
+            let record = authentic(page, volume, keys).ok_or(HeaderError::Damaged)?;
+            parse(record).ok_or(HeaderError::Unsupported)
+        })
+    }
+
+    /// The regions that have generation pages, as the header lists them.
+    pub(super) fn runs(&self) -> impl Iterator<Item = Range<u64>> {
+        self.runs.iter().map(|run| u64::from(run.start)..u64::from(run.start) + u64::from(run.len))
+    }
 }
 
-fn authentic<'a>(page: &'a [u8], volume: &[u8; 16], keys: &MacKeys) -> Option<&'a [u8]> {
+/// The record of a page that proves itself; without keys, one that has its form.
+fn authentic<'a>(page: &'a [u8], volume: &[u8; 16], keys: Option<&MacKeys>) -> Option<&'a [u8]> {
     let (record, rest) = page.split_at(RECORD_LEN);
-    let key = keys.get(u32_at(record, 28))?;
     let mut mac = [0; MAC_LEN];
     mac.copy_from_slice(&record[..MAC_LEN]);
-    let right = key.verify(&[DOMAIN, volume, &record[MAC_LEN..]], &mac)
-        && rest.iter().all(|&byte| byte == 0);
-    right.then_some(record)
+    let proven = match keys {
+        Some(keys) => {
+            let key = keys.get(u32_at(record, 28))?;
+            key.verify(&[DOMAIN, volume, &record[MAC_LEN..]], &mac)
+        }
+        None => &record[16..24] == MAGIC,
+    };
+    (proven && rest.iter().all(|&byte| byte == 0)).then_some(record)
 }
 
 /// None where the record, though authentic, says what this version cannot.

@@ -25,8 +25,8 @@ use crate::crypto::aead::BlockCipher;
 use crate::crypto::mac::MacKey;
 use crate::crypto::secret::Secret;
 use crate::crypto::{kdf, wrap};
-use crate::error::{Error, FsError, FsResult, Result};
-use crate::key::gate::{Keyring, Lease};
+use crate::error::{Error, FsError, FsResult, Kind, Result};
+use crate::key::gate::{Gate, Keyring, Lease};
 
 const LABEL_VOLUME: &str = "byokfs volume mac v1";
 const LABEL_SESSIONS: &str = "byokfs session table mac v1";
@@ -75,6 +75,29 @@ impl MacKeys {
     #[cfg(test)]
     pub(super) fn of_one(id: u32, key: MacKey) -> MacKeys {
         MacKeys(vec![(id, key)])
+    }
+}
+
+/// Where the volume key is, for who derives keys of it outside a session.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum KeySource<'a> {
+    Held(&'a Keyring),
+    /// Under a lease each time.
+    Gate(&'a Gate),
+}
+
+impl KeySource<'_> {
+    pub(super) fn with<R>(&self, derive: impl FnOnce(&Keyring) -> Result<R>) -> Result<R> {
+        match self {
+            KeySource::Held(keyring) => derive(keyring),
+            KeySource::Gate(gate) => {
+                let lost = |_| Error::new(Kind::Inaccessible, "the key was lost meanwhile");
+                let lease = gate.lease().map_err(lost)?;
+                let derived = derive(lease.keyring())?;
+                lease.still_open().map_err(lost)?;
+                Ok(derived)
+            }
+        }
     }
 }
 
@@ -325,6 +348,26 @@ impl Keys {
     pub(super) fn forget_slots(&self, file: &FileId, slots: &[u16]) {
         let gone = |key: &(FileId, u16, u32)| key.0 == *file && slots.contains(&key.1);
         self.0.lock().ciphers.map.retain(|key, _| !gone(key));
+    }
+
+    /// What of a file's wrapped keys does not unwrap.
+    pub(super) fn unusable(&self, lease: &Lease<'_>, header: &FileKeys) -> FsResult<Vec<String>> {
+        let mut unusable = Vec::new();
+        let mut check = |label, wrapped, what: String| match header.unwrap(lease, label, wrapped) {
+            Ok(_) => Ok(()),
+            Err(FsError::Integrity(_)) => {
+                unusable.push(what);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        };
+        let what = "its MAC key does not unwrap".to_owned();
+        check(LABEL_MAC_WRAP, &header.wrapped_mac_key, what)?;
+        for (slot, wrapped) in &header.deks {
+            let what = format!("the key of DEK slot {slot} does not unwrap");
+            check(LABEL_DEK_WRAP, wrapped, what)?;
+        }
+        Ok(unusable)
     }
 
     /// The block key of a DEK slot and a session; `salt` is that session's.

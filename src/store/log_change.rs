@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use super::intent_log::{Log, Size};
-use super::keys::{self, MacKeys};
+use super::keys::{self, KeySource, MacKeys};
 use super::log_place::{self, Found};
 use super::{Store, volume};
 use crate::crypto::random;
@@ -41,9 +41,10 @@ impl Store {
     /// A new log in the place of one that cannot be recovered from: what only that had is lost.
     pub fn discard_log(&self, keyring: &Keyring, size: Option<u64>) -> Result<()> {
         let shown = self.backing.display_path();
-        self.check_header(keyring)?;
-        let table = self.load_sessions(keyring)?.0;
-        match self.find_log(keyring, &table) {
+        let held = KeySource::Held(keyring);
+        self.check_header(&held)?;
+        let table = self.load_sessions(&held)?.0;
+        match self.find_log(&held, &table) {
             Ok(_) => {
                 let message = format!(
                     "the log of {shown} is sound: a mount brings home what it holds, and nothing \
@@ -69,7 +70,7 @@ impl Store {
 
     fn look_for_log(&self, macs: &MacKeys, lost: bool) -> Result<Found> {
         let (uuid, log_id) = (&self.header.uuid, &self.header.log_id);
-        Found::look(&*self.backing, uuid, log_id, macs, false, lost)
+        Found::look(&*self.backing, uuid, log_id, Some(macs), false, lost)
     }
 
     fn put_in_place(

@@ -128,12 +128,12 @@ pub(super) struct Found {
 impl Found {
     /// Looks for the log with that id in every place where a change of it may have left it. Where
     /// there is none: the place and the names that it ought to have. With `lost`, places that
-    /// cannot be looked at do not matter.
+    /// cannot be looked at do not matter. Without keys, what has the form of an anchor is believed.
     pub(super) fn look(
         backing: &dyn Backing,
         uuid: &[u8; 16],
         log_id: &[u8; 16],
-        keys: &MacKeys,
+        keys: Option<&MacKeys>,
         write: bool,
         lost: bool,
     ) -> Result<Found> {
@@ -201,6 +201,14 @@ impl Found {
         &self.places[self.files[0].0]
     }
 
+    /// Names and links are as they are to be.
+    pub(super) fn is_settled(&self, backing: &dyn Backing) -> Result<bool> {
+        let linked = target(&backing.root(), LINK);
+        let linked = linked.context(|| "cannot read the link to the log".to_owned())?;
+        let named = self.files.iter().zip(FILES).all(|((_, name), wanted)| *name == wanted);
+        Ok(named && linked == self.home().path)
+    }
+
     /// Puts names and links in order after a change of the log that a crash has cut short.
     pub(super) fn settle(
         &self,
@@ -208,16 +216,11 @@ impl Found {
         ids: (&[u8; 16], &[u8; 16]),
         keys: &MacKeys,
     ) -> Result<()> {
-        let root = backing.root();
-        let home = self.home();
-        let linked =
-            target(&root, LINK).context(|| "cannot read the link to the log".to_owned())?;
-        let named = self.files.iter().zip(FILES).all(|((_, name), wanted)| *name == wanted);
-        if named && linked == home.path {
+        if self.is_settled(backing)? {
             return Ok(());
         }
         log::warn!("a change of the log that a crash has cut short is finished");
-        finish(backing, ids, keys, &self.places, home)
+        finish(backing, ids, keys, &self.places, self.home())
     }
 }
 
@@ -230,7 +233,7 @@ pub(super) fn finish(
     home: &Arc<Place>,
 ) -> Result<()> {
     for (stream, (new, name)) in NEW_FILES.into_iter().zip(FILES).enumerate() {
-        let is_new = Log::is_at(&home.dir, new, stream, log_id, keys);
+        let is_new = Log::is_at(&home.dir, new, stream, log_id, Some(keys));
         if is_new.context(|| cannot("read", home, new))? {
             let renamed = home.dir.rename(new, &*home.dir, name, RenameMode::Replace);
             renamed.context(|| cannot("rename", home, new))?;

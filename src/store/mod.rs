@@ -19,6 +19,7 @@ mod keys;
 mod layout;
 mod log_change;
 mod log_place;
+pub mod lost;
 mod newborn;
 mod page;
 mod range_lock;
@@ -27,6 +28,7 @@ mod registry;
 mod rotation;
 mod session;
 mod times;
+pub mod verify;
 mod volume;
 mod volume_key;
 
@@ -47,8 +49,8 @@ pub use volume_key::Adopted;
 use self::cache::{BufferPool, PageCache};
 use self::checkpointer::{Background, Checkpointer, DirtyFiles};
 use self::header::{DekSlot, Header, HeaderError};
-use self::intent_log::{Log, Size as LogSize};
-use self::keys::{Keys, hex};
+use self::intent_log::{Log, Proof, Size as LogSize};
+use self::keys::{KeySource, Keys, hex};
 use self::layout::HEADERS_LEN;
 use self::newborn::Newborn;
 use self::registry::Registry;
@@ -200,6 +202,9 @@ impl Wipe for Shared {
     }
 }
 
+/// Keeps every other user of a volume out while it lives.
+pub type VolumeLock = Box<dyn fmt::Debug + Send + Sync>;
+
 /// An opened volume below the name layer.
 #[derive(Debug)]
 pub struct Store {
@@ -216,7 +221,7 @@ pub struct Store {
     /// Kept locked.
     log_places: Mutex<Vec<Arc<log_place::Place>>>,
     /// Keeps a second writer out. None where nobody can write.
-    _lock: Option<Box<dyn fmt::Debug + Send + Sync>>,
+    _lock: Option<VolumeLock>,
 }
 
 impl Store {
@@ -269,6 +274,17 @@ impl Store {
         Ok(header.info(false))
     }
 
+    /// Whether a file of the volume's root has this name; with `leftover`, one that a change of the
+    /// log has until it is complete.
+    pub fn is_root_name(name: &[u8], leftover: bool) -> bool {
+        if leftover {
+            return name == log_place::NEW_LINK || log_place::NEW_FILES.contains(&name);
+        }
+        [TREE, LOCK, volume::FILE, lost::DIRECTORY, log_place::LINK].contains(&name)
+            || session::FILES.contains(&name)
+            || intent_log::FILES.contains(&name)
+    }
+
     /// Needs no key and changes nothing.
     pub fn inspect(backing: &dyn Backing) -> Result<VolumeInfo> {
         let (header, damaged) = volume::read(&backing.root(), &backing.display_path())?;
@@ -289,6 +305,19 @@ impl Store {
             Err(error) if read_only && is_read_only_fs(&error) => None,
             locked => Some(locked?),
         };
+        Store::assemble(backing, gate, read_only, (header, damaged), lock)
+    }
+
+    /// A store over a header that was read, under a lock that is held.
+    fn assemble(
+        backing: Arc<dyn Backing>,
+        gate: Arc<Gate>,
+        read_only: bool,
+        (header, damaged): (VolumeHeader, bool),
+        lock: Option<VolumeLock>,
+    ) -> Result<Arc<Store>> {
+        let root = backing.root();
+        let shown = backing.display_path();
         let tree = root.lookup(TREE).context(|| format!("cannot open {shown}/tree"))?;
         let shared = Arc::new(Shared {
             gate,
@@ -330,17 +359,22 @@ impl Store {
     /// At mount and at each revalidation, before the gate opens: checks the volume against the
     /// key, and, unless read-only, draws the salt of a new session and makes it durable.
     pub fn start_session(&self, keyring: &Keyring) -> Result<()> {
+        self.start_session_with(&KeySource::Held(keyring))
+    }
+
+    fn start_session_with(&self, keys: &KeySource<'_>) -> Result<()> {
         let shown = self.backing.display_path();
-        self.check_header(keyring)?;
-        let macs = keys::sessions_macs(keyring)?;
+        self.check_header(keys)?;
+        let macs = keys.with(keys::sessions_macs)?;
         let uuid = &self.header.uuid;
-        let (mut table, damaged) = self.load_sessions(keyring)?;
+        let (mut table, damaged) = self.load_sessions(keys)?;
         if self.recovery.get().is_none() && self.shared.log.get().is_none() {
-            *self.found.lock() = Some(self.find_log(keyring, &table)?);
+            *self.found.lock() = Some(self.find_log(keys, &table)?);
         }
         let mut session = None;
         if !self.shared.read_only {
-            let entry = SessionEntry { salt: random::bytes()?, volume_key_id: keyring.id() };
+            let volume_key_id = keys.with(|keyring| Ok(keyring.id()))?;
+            let entry = SessionEntry { salt: random::bytes()?, volume_key_id };
             let number = table.add(entry)?;
             table.store(&self.root, uuid, &macs, damaged, &shown)?;
             session = Some(Arc::new(Session { counter: Counter::new(number), entry }));
@@ -350,8 +384,8 @@ impl Store {
         Ok(())
     }
 
-    fn check_header(&self, keyring: &Keyring) -> Result<()> {
-        if self.header.is_authentic(&keys::volume_macs(keyring)?) {
+    fn check_header(&self, keys: &KeySource<'_>) -> Result<()> {
+        if self.header.is_authentic(&keys.with(keys::volume_macs)?) {
             return Ok(());
         }
         let shown = self.backing.display_path();
@@ -362,9 +396,9 @@ impl Store {
     }
 
     /// With what is damaged of it.
-    fn load_sessions(&self, keyring: &Keyring) -> Result<(SessionTable, [bool; 2])> {
+    fn load_sessions(&self, keys: &KeySource<'_>) -> Result<(SessionTable, [bool; 2])> {
         let shown = self.backing.display_path();
-        let macs = keys::sessions_macs(keyring)?;
+        let macs = keys.with(keys::sessions_macs)?;
         let (table, damaged) = SessionTable::load(&self.root, &self.header.uuid, &macs, &shown)?;
         if damaged.contains(&true) {
             log::warn!("one copy of the session table in {shown} is damaged; the other serves");
@@ -373,11 +407,11 @@ impl Store {
     }
 
     /// Keeps every other user of the volume out, for as long as what is returned lives.
-    pub fn lock(backing: &dyn Backing) -> Result<Box<dyn fmt::Debug + Send + Sync>> {
+    pub fn lock(backing: &dyn Backing) -> Result<VolumeLock> {
         lock(backing)
     }
 
-    fn find_log(&self, keyring: &Keyring, table: &SessionTable) -> Result<intent_log::Found> {
+    fn find_log(&self, keys: &KeySource<'_>, table: &SessionTable) -> Result<intent_log::Found> {
         let shown = self.backing.display_path();
         let made = Mutex::new(std::collections::HashMap::new());
         let session_key = |session: u32| {
@@ -385,17 +419,21 @@ impl Store {
             if let Some(key) = made.get(&session) {
                 return Some(Arc::clone(key));
             }
-            let key = keys::log_mac(keyring, table.get(session)?, &self.header.log_id);
+            let entry = table.get(session)?;
+            let log_id = &self.header.log_id;
+            let key = keys.with(|keyring| keys::log_mac(keyring, entry, log_id));
             let key = Arc::new(key.map_err(|error| log::error!("{error}")).ok()??);
             made.insert(session, Arc::clone(&key));
             Some(key)
         };
         let access = if self.shared.read_only { Access::Read } else { Access::ReadWrite };
-        let macs = keys::anchor_macs(keyring)?;
+        let macs = keys.with(keys::anchor_macs)?;
         let VolumeHeader { uuid, log_id, .. } = &self.header;
         let write = !self.shared.read_only;
-        let place = log_place::Found::look(&*self.backing, uuid, log_id, &macs, write, false)?;
-        let found = Log::find(&place.log_files(), log_id, &macs, &session_key, access)?;
+        let place =
+            log_place::Found::look(&*self.backing, uuid, log_id, Some(&macs), write, false)?;
+        let proof = Proof::Keys(&macs, &session_key);
+        let found = Log::find(&place.log_files(), log_id, proof, access)?;
         if found.damaged_copy {
             log::warn!("one copy of a log's anchor of {shown} is damaged; the other serves");
         }
@@ -684,15 +722,17 @@ fn is_read_only_fs(error: &Error) -> bool {
     source.and_then(Errno::from_io_error) == Some(Errno::ROFS)
 }
 
-fn lock(backing: &dyn Backing) -> Result<Box<dyn fmt::Debug + Send + Sync>> {
-    backing.lock(LOCK).map_err(|error| {
-        let shown = backing.display_path();
-        if error.kind() == std::io::ErrorKind::WouldBlock {
-            let message = format!("{shown} is in use by another byokfs; unmount it there first");
-            return Error::new(Kind::Busy, message);
-        }
-        Error::io(format!("cannot lock {shown}/lock"), error)
-    })
+fn lock(backing: &dyn Backing) -> Result<VolumeLock> {
+    backing.lock(LOCK).map_err(|error| cannot_lock(backing, error))
+}
+
+fn cannot_lock(backing: &dyn Backing, error: std::io::Error) -> Error {
+    let shown = backing.display_path();
+    if error.kind() == std::io::ErrorKind::WouldBlock {
+        let message = format!("{shown} is in use by another byokfs; unmount it there first");
+        return Error::new(Kind::Busy, message);
+    }
+    Error::io(format!("cannot lock {shown}/lock"), error)
 }
 
 #[cfg(test)]

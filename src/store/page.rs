@@ -147,7 +147,7 @@ pub(super) enum Accepts {
 }
 
 impl Accepts {
-    fn takes(self, generation: u64) -> bool {
+    pub(super) fn takes(self, generation: u64) -> bool {
         match self {
             Accepts::Any => true,
             Accepts::Exactly(expected) => generation == expected,
@@ -223,6 +223,16 @@ impl Page {
         right
     }
 
+    /// Whether the sector says of itself that it belongs here. No proof: for who has no key.
+    pub(super) fn is_in_place(&self, sector: usize) -> bool {
+        u64_at(self.sector(sector), 24) == self.id.locator(sector)
+    }
+
+    /// The checkpoint that the sector says it was written by.
+    pub(super) fn generation_of_sector(&self, sector: usize) -> u64 {
+        u64_at(self.sector(sector), 16)
+    }
+
     /// True when [`Page::verify`] has succeeded for every sector of the range.
     pub(super) fn is_verified(&self, first: usize, last: usize) -> bool {
         let wanted = (first..=last).fold(0, |bits, sector| bits | 1_u8 << sector);
@@ -251,7 +261,7 @@ impl Page {
     /// The highest generation of a sector that is known to be right.
     pub(super) fn newest(&self) -> u64 {
         let sectors = (0..SECTORS_PER_PAGE).filter(|&sector| self.is_verified(sector, sector));
-        sectors.map(|sector| u64_at(self.sector(sector), 16)).max().unwrap_or(0)
+        sectors.map(|sector| self.generation_of_sector(sector)).max().unwrap_or(0)
     }
 
     fn seal(&mut self, sector: usize, generation: u64, mac: &PageMac<'_>) {
@@ -271,7 +281,8 @@ impl Page {
         Self::entry_range(slot, super::layout::BLOCKS_PER_SECTOR, ENTRY_LEN)
     }
 
-    fn generation_range(slot: usize) -> std::ops::Range<usize> {
+    /// Where in its page the generation of the `slot`th group is.
+    pub(super) fn generation_range(slot: usize) -> std::ops::Range<usize> {
         Self::entry_range(slot, super::layout::GROUPS_PER_SECTOR, GENERATION_LEN)
     }
 

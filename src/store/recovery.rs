@@ -20,8 +20,9 @@ use super::file::File;
 use super::intent_log::{Found, Record, STREAMS};
 use super::keys::hex;
 use super::layout::{BLOCK_LEN, HEADERS_LEN, block_at};
+use super::lost::Lost;
 use super::page::Entry;
-use crate::backing::{Access, FileKind, FileRef, NodeId, NodeRef, RenameMode};
+use crate::backing::{Access, FileKind, FileRef, NodeId, NodeRef};
 use crate::error::{Context, Error, FsError, FsResult, Kind, Result};
 
 type FileId = [u8; 16];
@@ -40,9 +41,6 @@ pub struct Recovery {
     pub unborn: u64,
     pub duration: Duration,
 }
-
-/// Beside the tree: what recovery has moved out of the way.
-const LOST: &[u8] = b"lost";
 
 /// An interval after which a long recovery says how far it is.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -155,26 +153,11 @@ impl Store {
             return Ok(());
         }
         let cannot = || format!("cannot move a file to {}/lost", self.backing.display_path());
-        let lost = match self.root.lookup(LOST) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                self.root.mkdir(LOST, 0o700).context(cannot)?
-            }
-            found => found.context(cannot)?,
-        };
-        let mut number = 0_u32;
+        let mut lost = Lost::open(&self.root).context(cannot)?;
         for Unborn { directory, name, path } in unborn {
-            loop {
-                let aside = format!("{number:08}");
-                number += 1;
-                match directory.rename(&name, &*lost, aside.as_bytes(), RenameMode::NoReplace) {
-                    Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-                    done => {
-                        done.context(cannot)?;
-                        log::warn!("{path} was never flushed and is empty: moved to lost/{aside}");
-                        break;
-                    }
-                }
-            }
+            let aside = lost.free_name().context(cannot)?;
+            lost.take(&*directory, &name, &aside).context(cannot)?;
+            log::warn!("{path} was never flushed and is empty: moved to lost/{aside}");
         }
         self.backing.sync_fs().context(cannot)
     }

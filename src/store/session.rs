@@ -84,18 +84,22 @@ impl SessionTable {
         bytes
     }
 
-    fn decode(bytes: &[u8], volume: &[u8; 16], keys: &MacKeys) -> Option<SessionTable> {
+    /// Without keys, what has the form of a table is believed.
+    fn decode(bytes: &[u8], volume: &[u8; 16], keys: Option<&MacKeys>) -> Option<SessionTable> {
         if bytes.len() < HEAD_LEN || &bytes[16..24] != MAGIC {
             return None;
         }
         let count = u32_at(bytes, 28) as usize;
         let bytes = bytes.get(..count.checked_mul(ENTRY_LEN)?.checked_add(HEAD_LEN)?)?;
-        let key = keys.get(u32_at(bytes, 40))?;
         let mut mac = [0; MAC_LEN];
         mac.copy_from_slice(&bytes[..MAC_LEN]);
-        if !key.verify(&[DOMAIN, volume, &bytes[MAC_LEN..]], &mac)
-            || u32_at(bytes, 24) != FORMAT_VERSION
-        {
+        if let Some(keys) = keys {
+            let key = keys.get(u32_at(bytes, 40))?;
+            if !key.verify(&[DOMAIN, volume, &bytes[MAC_LEN..]], &mac) {
+                return None;
+            }
+        }
+        if u32_at(bytes, 24) != FORMAT_VERSION {
             return None;
         }
         let sessions = bytes[HEAD_LEN..]
@@ -109,13 +113,13 @@ impl SessionTable {
         Some(SessionTable { generation: u64_at(bytes, 32), next: u32_at(bytes, 44), sessions })
     }
 
-    /// Reads both copies; the flags say which of them are damaged.
-    pub(super) fn load(
+    /// What each of the two copies says; None where it is missing or damaged.
+    pub(super) fn copies(
         root: &NodeRef,
         volume: &[u8; 16],
-        keys: &MacKeys,
+        keys: Option<&MacKeys>,
         shown: &str,
-    ) -> Result<(SessionTable, [bool; 2])> {
+    ) -> Result<[Option<SessionTable>; 2]> {
         let mut found: [Option<SessionTable>; 2] = [None, None];
         for (name, found) in FILES.into_iter().zip(&mut found) {
             let bytes = match root.lookup(name).and_then(|node| node.open(Access::Read)) {
@@ -126,6 +130,26 @@ impl SessionTable {
             let bytes = bytes.context(|| cannot("read", name, shown))?;
             *found = SessionTable::decode(&bytes, volume, keys);
         }
+        Ok(found)
+    }
+
+    /// Which of the two counts: that of the last update.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// Reads both copies; the flags say which of them are damaged.
+    pub(super) fn load(
+        root: &NodeRef,
+        volume: &[u8; 16],
+        keys: &MacKeys,
+        shown: &str,
+    ) -> Result<(SessionTable, [bool; 2])> {
+        let found = SessionTable::copies(root, volume, Some(keys), shown)?;
         let damaged = [found[0].is_none(), found[1].is_none()];
         let newest = found.into_iter().flatten().max_by_key(|table| table.generation);
         newest.map(|table| (table, damaged)).ok_or_else(|| {

@@ -102,6 +102,17 @@ impl VolumeHeader {
 
 /// Reads the volume header below `root`; the flag says that one copy is damaged.
 pub(super) fn read(root: &NodeRef, shown: &str) -> Result<(VolumeHeader, bool)> {
+    decode(&read_pages(&open(root, shown)?, shown)?, shown)
+}
+
+/// The generation of each copy; None for a damaged one.
+pub(super) fn copies(root: &NodeRef, shown: &str) -> Result<[Option<u64>; 2]> {
+    let pages = read_pages(&open(root, shown)?, shown)?;
+    let (a, b) = pages.split_at(BLOCK_LEN);
+    Ok([a, b].map(|page| is_intact(page).then(|| u64_at(page, 56))))
+}
+
+fn open(root: &NodeRef, shown: &str) -> Result<FileRef> {
     let node = match root.lookup(FILE) {
         Ok(node) => node,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -114,10 +125,12 @@ pub(super) fn read(root: &NodeRef, shown: &str) -> Result<(VolumeHeader, bool)> 
     {
         return Err(not_a_volume(shown));
     }
-    let file = node
-        .open(crate::backing::Access::Read)
-        .context(|| format!("cannot open {shown}/volume"))?;
-    decode(&read_pages(&file, shown)?, shown)
+    node.open(crate::backing::Access::Read).context(|| format!("cannot open {shown}/volume"))
+}
+
+fn is_intact(page: &[u8]) -> bool {
+    page[..SUM_LEN] == *digest(&SHA256, &page[SUM_LEN..RECORD_LEN]).as_ref()
+        && page[RECORD_LEN..].iter().all(|&byte| byte == 0)
 }
 
 /// Puts other pages in the place of those of the volume header below `root`, the second when the
@@ -152,13 +165,7 @@ fn decode(pages: &[u8], shown: &str) -> Result<(VolumeHeader, bool)> {
     if !copies.iter().any(|page| &page[32..40] == MAGIC) {
         return Err(not_a_volume(shown));
     }
-    let intact: Vec<&&[u8]> = copies
-        .iter()
-        .filter(|page| {
-            page[..SUM_LEN] == *digest(&SHA256, &page[SUM_LEN..RECORD_LEN]).as_ref()
-                && page[RECORD_LEN..].iter().all(|&byte| byte == 0)
-        })
-        .collect();
+    let intact: Vec<&&[u8]> = copies.iter().filter(|page| is_intact(page)).collect();
     let Some(record) = intact.iter().max_by_key(|page| u64_at(page, 56)) else {
         // A later format may have moved even the checksum, so its number alone says enough.
         if let Some(page) = copies.iter().find(|page| is_newer(page)) {

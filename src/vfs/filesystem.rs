@@ -12,6 +12,7 @@ use super::audit::{AuditSink, IntegrityEvent};
 use super::handle::HandleTable;
 use super::inode::{Inode, InodeTable};
 use super::keys::Keys;
+use super::long_name;
 use super::name::{self, DiskName, Listed};
 use super::types::ROOT;
 use crate::backing::{Backing, FileKind, NodeRef, StatFs, Timestamp};
@@ -167,7 +168,7 @@ impl Filesystem {
         }
         let sealed = match name::classify(entry) {
             Listed::Name(sealed) => sealed,
-            Listed::Long(side) => match self.read_side_file(&dir.node, &side) {
+            Listed::Long(side) => match long_name::read_side_file(&dir.node, &side) {
                 Ok(sealed) if name::side_matches(&side, &sealed) => sealed,
                 Ok(_) => {
                     self.report_foreign(dir, entry, "its long name belongs to another entry");
@@ -278,7 +279,7 @@ impl Filesystem {
             let sealed = match name::classify(&entry) {
                 Listed::Name(sealed) => sealed,
                 Listed::Long(side) => {
-                    self.read_side_file(&self.inodes.get(parent).ok()?.node, &side).ok()?
+                    long_name::read_side_file(&self.inodes.get(parent).ok()?.node, &side).ok()?
                 }
                 Listed::Side | Listed::Foreign => return None,
             };

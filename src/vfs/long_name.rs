@@ -56,7 +56,7 @@ impl Filesystem {
     /// Call with `long_names` held.
     pub(super) fn write_side_file(&self, dir: &NodeRef, disk: &DiskName) -> FsResult<()> {
         let Some(long) = &disk.long else { return Ok(()) };
-        match self.read_side_file(dir, &long.side) {
+        match read_side_file(dir, &long.side) {
             Ok(sealed) if sealed == long.sealed => return Ok(()),
             // Damaged, or from a volume key before this one.
             Ok(_) => dir.unlink(&long.side)?,
@@ -85,14 +85,6 @@ impl Filesystem {
         }
     }
 
-    pub(super) fn read_side_file(&self, dir: &NodeRef, side: &[u8]) -> FsResult<Vec<u8>> {
-        let file = dir.lookup(side)?.open(Access::Peek)?;
-        let mut sealed = vec![0; SIDE_MAX];
-        let len = file.read_at(&mut sealed, 0)?;
-        sealed.truncate(len);
-        Ok(sealed)
-    }
-
     /// Removes the side files of a directory that holds nothing else; false if it does.
     pub(super) fn sweep_side_files(&self, dir: &NodeRef) -> FsResult<bool> {
         if self.plain_names {
@@ -112,4 +104,13 @@ impl Filesystem {
         }
         Ok(!sides.is_empty())
     }
+}
+
+/// The whole sealed name, out of its side file.
+pub(super) fn read_side_file(dir: &NodeRef, side: &[u8]) -> FsResult<Vec<u8>> {
+    let file = dir.lookup(side)?.open(Access::Peek)?;
+    let mut sealed = vec![0; SIDE_MAX];
+    let len = file.read_at(&mut sealed, 0)?;
+    sealed.truncate(len);
+    Ok(sealed)
 }

@@ -33,6 +33,7 @@ mod space;
 mod symlink;
 pub mod types;
 mod value;
+pub mod verify;
 mod xattr;
 
 #[cfg(test)]

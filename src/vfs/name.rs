@@ -97,6 +97,11 @@ pub(super) fn classify(entry: &[u8]) -> Listed {
     }
 }
 
+/// The entry that a side file belongs to.
+pub(super) fn owner_of_side(side: &[u8]) -> Option<Vec<u8>> {
+    side.strip_prefix(SIDE).map(|tag| [LONG, tag].concat())
+}
+
 /// Whether the side file's content belongs to its name: one entry must not pass for another.
 pub(super) fn side_matches(side: &[u8], sealed: &[u8]) -> bool {
     let Some(tag) = side.strip_prefix(SIDE) else { return false };

@@ -22,14 +22,14 @@ use crate::backing::{Access, FileKind, NodeRef};
 use crate::crypto::random;
 use crate::error::{FsError, FsResult};
 
-const AD: &[u8] = b"symlink";
+pub(super) const AD: &[u8] = b"symlink";
 const SIDE: &[u8] = b"%T.";
 /// `%T.` + 22 letters + `.` + four digits.
 const REFERENCE_LEN: usize = 30;
 /// XFS takes 1023 bytes, the others more.
 const INLINE_MAX: usize = 1023;
 /// Directory of long targets, beside the tree.
-const DIRECTORY: &[u8] = b"links";
+pub(super) const DIRECTORY: &[u8] = b"links";
 
 impl Filesystem {
     pub fn symlink(
@@ -79,7 +79,7 @@ impl Filesystem {
         }
         let content = inode.node.read_link()?;
         let sealed = match Reference::parse(&content) {
-            Some(reference) => self.read_target_file(reference.side),
+            Some(reference) => read_target_file(&self.backing.root(), reference.side),
             None => BASE64.decode(&content).map_err(|_| damaged("not base64url")),
         };
         let opened = sealed.and_then(|sealed| {
@@ -123,21 +123,6 @@ impl Filesystem {
         Ok(side)
     }
 
-    fn read_target_file(&self, side: &[u8]) -> FsResult<Vec<u8>> {
-        let read = || -> std::io::Result<Vec<u8>> {
-            let dir = self.backing.root().lookup(DIRECTORY)?;
-            let file = dir.lookup(side)?.open(Access::Peek)?;
-            let mut sealed = vec![0; TARGET_MAX + value::OVERHEAD];
-            let len = file.read_at(&mut sealed, 0)?;
-            sealed.truncate(len);
-            Ok(sealed)
-        };
-        read().map_err(|error| match error.kind() {
-            ErrorKind::NotFound => damaged("the file with its target is missing"),
-            _ => error.into(),
-        })
-    }
-
     /// After the last link is gone; what stays behind takes space and does no harm.
     pub(super) fn remove_target_file(&self, side: &[u8]) {
         let removed = self.backing.root().lookup(DIRECTORY).and_then(|dir| dir.unlink(side));
@@ -150,18 +135,33 @@ impl Filesystem {
     }
 }
 
-fn damaged(detail: &str) -> FsError {
+/// The sealed target, out of its file below the volume's root.
+pub(super) fn read_target_file(root: &NodeRef, side: &[u8]) -> FsResult<Vec<u8>> {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let file = root.lookup(DIRECTORY)?.lookup(side)?.open(Access::Peek)?;
+        let mut sealed = vec![0; TARGET_MAX + value::OVERHEAD];
+        let len = file.read_at(&mut sealed, 0)?;
+        sealed.truncate(len);
+        Ok(sealed)
+    };
+    read().map_err(|error| match error.kind() {
+        ErrorKind::NotFound => damaged("the file with its target is missing"),
+        _ => error.into(),
+    })
+}
+
+pub(super) fn damaged(detail: &str) -> FsError {
     FsError::integrity("symlink", "", None, detail)
 }
 
 /// The content of a link whose target is in a file of its own.
-struct Reference<'a> {
-    side: &'a [u8],
-    plain_size: u64,
+pub(super) struct Reference<'a> {
+    pub(super) side: &'a [u8],
+    pub(super) plain_size: u64,
 }
 
 impl Reference<'_> {
-    fn parse(content: &[u8]) -> Option<Reference<'_>> {
+    pub(super) fn parse(content: &[u8]) -> Option<Reference<'_>> {
         if content.len() != REFERENCE_LEN {
             return None;
         }

@@ -13,9 +13,11 @@ use rustix::io::Errno;
 use super::acl;
 use super::filesystem::Filesystem;
 use super::inode::Inode;
+use super::keys::Keys;
 use super::types::Caller;
 use super::value;
 use crate::backing::XattrMode;
+use crate::crypto::siv;
 use crate::error::{FsError, FsResult};
 
 const AD: &[u8] = b"xattr name";
@@ -38,13 +40,30 @@ fn compact(name: &[u8]) -> FsResult<Vec<u8>> {
     Err(FsError::Os(Errno::OPNOTSUPP))
 }
 
-fn expand(compact: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn expand(compact: &[u8]) -> Option<Vec<u8>> {
     let (letter, rest) = compact.split_first()?;
     let (namespace, _) = NAMESPACES.iter().find(|(_, known)| known == letter)?;
     Some([namespace, rest].concat())
 }
 
-fn value_ad(compact: &[u8]) -> Vec<u8> {
+/// Of an attribute's name on the disk, what is sealed of it; None for one that is not byokfs's.
+pub(super) fn encoded(disk_name: &[u8]) -> Option<&[u8]> {
+    disk_name.strip_prefix(PREFIX)
+}
+
+/// The compact name; None for what this volume has not sealed.
+pub(super) fn open_compact(keys: &Keys, encoded: &[u8]) -> FsResult<Option<Vec<u8>>> {
+    let sealed = BASE64.decode(encoded).unwrap_or_default();
+    let compact = keys.with(|ciphers| ciphers.names.open(&[AD], &sealed))?;
+    Ok(compact.filter(|compact| expand(compact).is_some()))
+}
+
+/// Whether a sealed name and a sealed value are long enough to be that.
+pub(super) fn has_form(name: &[u8], value: &[u8]) -> bool {
+    name.len() > siv::OVERHEAD && value.len() >= value::OVERHEAD
+}
+
+pub(super) fn value_ad(compact: &[u8]) -> Vec<u8> {
     [b"xattr value ", compact].concat()
 }
 
@@ -106,8 +125,8 @@ impl Filesystem {
         for disk_name in inode.node.list_xattrs()? {
             let name = if acl::is_acl(&disk_name) {
                 disk_name
-            } else if let Some(sealed) = disk_name.strip_prefix(PREFIX) {
-                match self.open_xattr_name(sealed)? {
+            } else if let Some(sealed) = encoded(&disk_name) {
+                match open_compact(&self.keys, sealed)?.as_deref().and_then(expand) {
                     Some(name) if name.starts_with(b"trusted.") && !caller.is_root() => continue,
                     Some(name) => name,
                     // Hidden, like a file name that does not decrypt.
@@ -130,12 +149,6 @@ impl Filesystem {
         let sealed = self.keys.with(|ciphers| ciphers.names.seal(&[AD], compact))?;
         let name = [PREFIX, BASE64.encode(sealed).as_bytes()].concat();
         if name.len() > DISK_NAME_MAX { Err(FsError::Os(Errno::RANGE)) } else { Ok(name) }
-    }
-
-    fn open_xattr_name(&self, encoded: &[u8]) -> FsResult<Option<Vec<u8>>> {
-        let sealed = BASE64.decode(encoded).unwrap_or_default();
-        let compact = self.keys.with(|ciphers| ciphers.names.open(&[AD], &sealed))?;
-        Ok(compact.as_deref().and_then(expand))
     }
 
     fn drop_set_gid(&self, inode: &Inode) -> FsResult<()> {

@@ -47,6 +47,10 @@ impl LinuxNode {
         LinuxNode::new(fd, times)
     }
 
+    pub(super) fn times(&self) -> AccessTimes {
+        self.times
+    }
+
     pub(super) fn fd(&self) -> &OwnedFd {
         &self.fd
     }

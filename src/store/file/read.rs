@@ -121,7 +121,7 @@ impl File {
 
     /// Reads the ciphertext of the blocks from `first` on that fill `buf`, at least of those that
     /// are not holes.
-    fn read_sealed(&self, page: &Page, first: u64, buf: &mut [u8]) -> FsResult<()> {
+    pub(super) fn read_sealed(&self, page: &Page, first: u64, buf: &mut [u8]) -> FsResult<()> {
         let count = buf.len() / BLOCK_LEN;
         let Some(spots) = self.spots(first, count) else {
             return self.read_home(page, first, buf);

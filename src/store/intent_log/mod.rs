@@ -44,6 +44,7 @@ pub use anchor::Anchor;
 use commit::{Queue, Streams};
 pub use record::{Draft, Entry, Kind, Place, Record, SAME_SIZE};
 use ring::{Ring, Spot};
+pub(super) use scan::Proof;
 use scan::Scan;
 pub use scan::SessionKeys;
 
@@ -72,7 +73,7 @@ pub(super) struct LogFile {
 }
 
 impl LogFile {
-    fn path(&self) -> String {
+    pub(super) fn path(&self) -> String {
         format!("{}/{}", self.shown, String::from_utf8_lossy(self.name))
     }
 
@@ -127,6 +128,8 @@ pub struct SessionKey {
 #[derive(Debug)]
 pub struct Log {
     files: [FileRef; STREAMS],
+    /// For messages.
+    paths: [String; STREAMS],
     /// Rises with every record of either stream.
     order: AtomicU64,
     streams: Mutex<Streams>,
@@ -152,6 +155,7 @@ pub struct Found {
     /// The last record of each stream that a later one says was durable.
     pub durable: [u64; STREAMS],
     files: [FileRef; STREAMS],
+    paths: [String; STREAMS],
     anchors: [Anchor; STREAMS],
     /// Every record of the rings, also those that do not go home, with its length.
     live: [Vec<(Spot, u64)>; STREAMS],
@@ -210,7 +214,7 @@ impl Log {
         name: &[u8],
         stream: usize,
         log_id: &[u8; 16],
-        keys: &MacKeys,
+        keys: Option<&MacKeys>,
     ) -> io::Result<bool> {
         let file = match dir.lookup(name).and_then(|node| node.open(Access::Read)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -225,12 +229,11 @@ impl Log {
     pub(super) fn find(
         at: &[LogFile; STREAMS],
         log_id: &[u8; 16],
-        keys: &MacKeys,
-        sessions: &SessionKeys<'_>,
+        proof: Proof<'_>,
         access: Access,
     ) -> Result<Found> {
-        let (hot, hot_damaged) = open_stream(&at[0], 0, log_id, keys, access)?;
-        let (bulk, bulk_damaged) = open_stream(&at[1], 1, log_id, keys, access)?;
+        let (hot, hot_damaged) = open_stream(&at[0], 0, log_id, proof, access)?;
+        let (bulk, bulk_damaged) = open_stream(&at[1], 1, log_id, proof, access)?;
         let files = [hot.0, bulk.0];
         let anchors = [hot.1, bulk.1];
         for (stream, tail) in anchors[0].tails.iter().enumerate() {
@@ -242,7 +245,7 @@ impl Log {
         }
         let scan = |stream: usize| {
             let tail = anchors[0].tails[stream];
-            let scan = Scan::run(&files[stream], &anchors[stream], tail, sessions)
+            let scan = Scan::run(&files[stream], &anchors[stream], tail, proof)
                 .context(|| at[stream].cannot("read"))?;
             if scan.damaged {
                 return Err(Error::corrupt(format!(
@@ -271,7 +274,19 @@ impl Log {
         let records = scan::merge(scans);
         let damaged_copy = hot_damaged || bulk_damaged;
         let clean = anchors[0].clean;
-        Ok(Found { records, damaged_copy, clean, durable, files, anchors, live, ends, next_order })
+        let paths = [0, 1].map(|i: usize| at[i].path());
+        Ok(Found {
+            records,
+            damaged_copy,
+            clean,
+            durable,
+            files,
+            paths,
+            anchors,
+            live,
+            ends,
+            next_order,
+        })
     }
 
     /// A record in the writers' hands. The caller holds the lease that `key` came from. `home` is
@@ -381,6 +396,11 @@ impl Log {
         clean && streams.queues.iter().all(|queue| queue.ring.used() == 0)
     }
 
+    /// Where a stream's file is.
+    pub fn path(&self, stream: Stream) -> &str {
+        &self.paths[stream as usize]
+    }
+
     /// Bytes in use and in all, of a stream.
     pub fn fill(&self, stream: Stream) -> (u64, u64) {
         let streams = self.streams.lock();
@@ -451,6 +471,7 @@ impl Found {
         let queues = [queue(0), queue(1)];
         Arc::new(Log {
             files: self.files,
+            paths: self.paths,
             order: AtomicU64::new(self.next_order),
             streams: Mutex::new(Streams::new(queues)),
             written: Default::default(),
@@ -462,13 +483,53 @@ impl Found {
     }
 }
 
+/// The generation of each of the two anchors of each stream; None for one that is damaged, or whose
+/// file is missing.
+pub(super) fn anchor_copies(
+    at: &[LogFile; STREAMS],
+    keys: Option<&MacKeys>,
+) -> Result<[[Option<u64>; 2]; STREAMS]> {
+    let mut all = [[None; 2]; STREAMS];
+    for (stream, generations) in all.iter_mut().enumerate() {
+        let at = &at[stream];
+        let file = match at.dir.lookup(at.name).and_then(|node| node.open(Access::Read)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            opened => opened.context(|| at.cannot("open"))?,
+        };
+        let copies = Anchor::copies(&file, stream as u8, keys);
+        let copies = copies.context(|| at.cannot("read"))?;
+        *generations = copies.map(|anchor| anchor.map(|anchor| anchor.generation));
+    }
+    Ok(all)
+}
+
+/// Writes the damaged anchor of each stream anew from the other one.
+pub(super) fn restore_anchors(at: &[LogFile; STREAMS], keys: &MacKeys) -> Result<()> {
+    for (copies, at) in anchor_copies(at, Some(keys))?.into_iter().zip(at) {
+        let (from, to) = match copies {
+            [Some(_), None] => (0, PAGE as u64),
+            [None, Some(_)] => (PAGE as u64, 0),
+            _ => continue,
+        };
+        let restore = || -> io::Result<()> {
+            let file = at.dir.lookup(at.name)?.open(Access::ReadWrite)?;
+            let mut page = vec![0; PAGE];
+            file.read_at(&mut page, from)?;
+            file.write_at(&page, to)?;
+            file.sync_data()
+        };
+        restore().context(|| at.cannot("write"))?;
+    }
+    Ok(())
+}
+
 type Opened = ((FileRef, Anchor), bool);
 
 fn open_stream(
     at: &LogFile,
     stream: usize,
     log_id: &[u8; 16],
-    keys: &MacKeys,
+    proof: Proof<'_>,
     access: Access,
 ) -> Result<Opened> {
     let foreign = |what: &str| {
@@ -483,6 +544,7 @@ fn open_stream(
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(foreign("missing")),
         opened => opened.context(|| at.cannot("open"))?,
     };
+    let keys = proof.anchor_keys();
     let read = Anchor::read(&file, stream as u8, keys).context(|| at.cannot("read"))?;
     let (anchor, damaged) = read.ok_or_else(|| foreign("damaged, or not of this volume"))?;
     if anchor.log_id != *log_id {

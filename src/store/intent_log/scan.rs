@@ -7,8 +7,8 @@
 //! or tampered with, and nothing must be replayed over it.
 
 use std::collections::HashSet;
-use std::io;
 use std::sync::Arc;
+use std::{fmt, io};
 
 use super::anchor::{ANCHORS_LEN, Anchor};
 use super::record::{Claim, HEAD_LEN, MAX_PAGES, Record};
@@ -16,9 +16,34 @@ use super::ring::Spot;
 use super::{PAGE, STREAMS};
 use crate::backing::FileRef;
 use crate::crypto::mac::MacKey;
+use crate::store::keys::MacKeys;
 
 /// The log key of a session, None for one that is not known.
 pub type SessionKeys<'a> = dyn Fn(u32) -> Option<Arc<MacKey>> + 'a;
+
+/// How a log proves that it is this volume's.
+#[derive(Clone, Copy)]
+pub(in crate::store) enum Proof<'a> {
+    /// By the keys of the anchors, and those of the records.
+    Keys(&'a MacKeys, &'a SessionKeys<'a>),
+    /// Not at all: what has the right form is believed. For who looks without a key.
+    Form,
+}
+
+impl<'a> Proof<'a> {
+    pub(super) fn anchor_keys(&self) -> Option<&'a MacKeys> {
+        match self {
+            Proof::Keys(keys, _) => Some(keys),
+            Proof::Form => None,
+        }
+    }
+}
+
+impl fmt::Debug for Proof<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.anchor_keys().is_some() { "Keys" } else { "Form" })
+    }
+}
 
 /// What one stream holds.
 #[derive(Debug)]
@@ -34,7 +59,7 @@ pub(crate) struct Scan {
 struct Reader<'a> {
     file: &'a FileRef,
     anchor: &'a Anchor,
-    keys: &'a SessionKeys<'a>,
+    proof: Proof<'a>,
     buffer: Vec<u8>,
 }
 
@@ -56,10 +81,16 @@ impl Reader<'_> {
         if !fits || !here || !wanted(&claim) {
             return Ok(None);
         }
-        let Some(key) = (self.keys)(claim.place.session) else { return Ok(None) };
+        let key = match self.proof {
+            Proof::Keys(_, sessions) => {
+                let Some(key) = sessions(claim.place.session) else { return Ok(None) };
+                Some(key)
+            }
+            Proof::Form => None,
+        };
         let mut buffer = std::mem::take(&mut self.buffer);
         let read = self.fill(at, &mut buffer[..claim.pages * PAGE]);
-        let record = claim.prove(&buffer, &key);
+        let record = claim.prove(&buffer, key.as_deref());
         self.buffer = buffer;
         read?;
         Ok(record)
@@ -93,9 +124,9 @@ impl Scan {
         file: &FileRef,
         anchor: &Anchor,
         tail: Spot,
-        keys: &SessionKeys<'_>,
+        proof: Proof<'_>,
     ) -> io::Result<Scan> {
-        let mut reader = Reader { file, anchor, keys, buffer: vec![0; MAX_PAGES * PAGE] };
+        let mut reader = Reader { file, anchor, proof, buffer: vec![0; MAX_PAGES * PAGE] };
         let mut records = Vec::new();
         let Spot { seq: mut next_seq, mut at } = tail;
         loop {

@@ -47,7 +47,9 @@ fn fresh(backing: &dyn Backing) {
 }
 
 fn find(backing: &dyn Backing) -> Result<Found> {
-    Log::find(&at(&backing.root()), &ID, &anchor_key(), &sessions, Access::ReadWrite)
+    let keys = anchor_key();
+    let proof = Proof::Keys(&keys, &sessions);
+    Log::find(&at(&backing.root()), &ID, proof, Access::ReadWrite)
 }
 
 fn start(backing: &dyn Backing) -> Arc<Log> {
@@ -315,10 +317,11 @@ fn a_missing_foreign_or_damaged_log_is_refused() {
     let backing = MemoryBacking::new();
     fresh(&*backing);
     let root = backing.root();
-    let other =
-        Log::find(&at(&root), &[4; 16], &anchor_key(), &sessions, Access::Read).unwrap_err();
-    assert_eq!(other.kind, crate::Kind::Corrupt);
-    assert!(Log::find(&at(&root), &ID, &anchor_key_of(9), &sessions, Access::Read).is_err());
+    let find_by = |id: &[u8; 16], keys: MacKeys| {
+        Log::find(&at(&root), id, Proof::Keys(&keys, &sessions), Access::Read)
+    };
+    assert_eq!(find_by(&[4; 16], anchor_key()).unwrap_err().kind, crate::Kind::Corrupt);
+    assert!(find_by(&ID, anchor_key_of(9)).is_err());
 
     let log = start(&*backing);
     let positions: Vec<Position> =
