@@ -21,6 +21,18 @@ Exit codes:
   10  nothing is mounted there, or no daemon answers
   11  the volume is mounted and its key is lost";
 
+const FSCK_EXIT_CODES: &str = "\
+Exit codes, those of fsck(8); they add up:
+    0  clean; there may be notes
+    1  something was corrected
+    4  errors or warnings are left
+    8  the check could not be done: the volume is mounted, the key is not to be had, the disk fails
+   16  wrong arguments
+  128  a mistake of byokfs
+
+A link to byokfs called /sbin/fsck.byokfs is what fsck(8) looks for: -n, -C and no option check, -a
+and -p restore copies and bring the log home, -y is --repair.";
+
 /// Encrypted MySQL and MariaDB data directories whose key stays with its owner
 #[derive(Debug, Parser)]
 #[command(name = "byokfs", version, after_help = EXIT_CODES, arg_required_else_help = true)]
@@ -59,6 +71,9 @@ pub enum Verb {
     Log(LogVerb),
     /// What a volume says about itself, without its key
     Info(InfoArgs),
+    /// Check a volume that is not mounted, and repair it
+    #[command(after_help = FSCK_EXIT_CODES)]
+    Fsck(FsckArgs),
     /// The embedded key vault
     Vault(super::vault::VaultArgs),
     /// The keyless parent of a mount's daemon
@@ -299,6 +314,27 @@ pub struct InfoArgs {
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct FsckArgs {
+    /// The backing directory of a volume that is not mounted
+    pub back: PathBuf,
+    /// Restore damaged copies, bring the log home, and move what nobody can reach to lost/; nothing
+    /// is removed. Otherwise nothing on the disk changes
+    #[arg(long)]
+    pub repair: bool,
+    /// Check what can be checked without the key, the configuration and the key service
+    #[arg(long, conflicts_with = "repair")]
+    pub no_key: bool,
+    /// One JSON object a line on standard output: the findings, then a summary
+    #[arg(long)]
+    pub json: bool,
+    /// No notes, no progress, and nothing at all of a clean volume
+    #[arg(long, short)]
+    pub quiet: bool,
+    #[command(flatten)]
+    pub config: ConfigArg,
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 pub mod args;
 mod check_key;
 mod escrow;
+mod fsck;
 mod info;
 mod init;
 mod log;
@@ -35,7 +36,12 @@ use args::{Cli, RotateVerb, Verb};
 /// The binary's whole life: `mount.byokfs` by its own name, else the verb of the arguments.
 pub fn main() -> ExitCode {
     let argv: Vec<OsString> = std::env::args_os().collect();
-    let (result, heard) = if called_as_mount_helper(&argv) {
+    if called_as(&argv, &["fsck.byokfs"]) {
+        return fsck::helper(&argv[1..]);
+    }
+    // mount(8) calls `mount.byokfs`, or `mount.fuse.byokfs` for the type that /proc/mounts shows.
+    let as_mount_helper = called_as(&argv, &["mount.byokfs", "mount.fuse.byokfs"]);
+    let (result, heard) = if as_mount_helper {
         (mount_options::parse_helper(&argv[1..]).and_then(mount::run), true)
     } else {
         match Cli::try_parse_from(&argv) {
@@ -43,8 +49,10 @@ pub fn main() -> ExitCode {
             Ok(Cli { verb: Verb::Guard { .. } }) => (guard::main(), false),
             Ok(Cli { verb: Verb::Daemon { .. } }) => (start::run(), false),
             Ok(Cli { verb: Verb::Pkcs11 }) => (serve_pkcs11(), false),
+            // With exit codes of its own.
+            Ok(Cli { verb: Verb::Fsck(args) }) => return fsck::main(args.into()),
             Ok(cli) => (run(cli.verb), true),
-            Err(error) => return clap_exit(&error),
+            Err(error) => return clap_exit(&error, argv.get(1).is_some_and(|verb| verb == "fsck")),
         }
     };
     match result {
@@ -76,6 +84,8 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Log(verb) => log::run(verb),
         Verb::Info(args) => info::run(args),
         Verb::Vault(args) => vault::run(args),
+        // Dealt with before.
+        Verb::Fsck(_) => Ok(()),
         Verb::Guard { .. } => guard::main(),
         Verb::Daemon { .. } => start::run(),
         Verb::Pkcs11 => serve_pkcs11(),
@@ -87,20 +97,19 @@ fn serve_pkcs11() -> Result<()> {
     pkcs11::serve()
 }
 
-/// mount(8) calls `mount.byokfs`, or `mount.fuse.byokfs` for the type that /proc/mounts shows.
-fn called_as_mount_helper(argv: &[OsString]) -> bool {
+fn called_as(argv: &[OsString], names: &[&str]) -> bool {
     argv.first()
         .and_then(|name| Path::new(name).file_name())
-        .is_some_and(|name| name == "mount.byokfs" || name == "mount.fuse.byokfs")
+        .is_some_and(|called| names.iter().any(|name| called == *name))
 }
 
-/// Help and version go to standard output with exit 0; wrong arguments are exit 2.
-fn clap_exit(error: &clap::Error) -> ExitCode {
+/// Help and version go to standard output with exit 0; wrong arguments are exit 2, of `fsck` 16.
+fn clap_exit(error: &clap::Error, of_fsck: bool) -> ExitCode {
     if error.use_stderr() {
         let text = error.render().to_string();
         let text = text.strip_prefix("error: ").unwrap_or(&text);
         output::error(&Error::usage(text.trim_end()));
-        return ExitCode::from(Kind::Usage.exit_code());
+        return ExitCode::from(if of_fsck { fsck::USAGE } else { Kind::Usage.exit_code() });
     }
     match output::text(&error.render().to_string()) {
         Ok(()) => ExitCode::SUCCESS,

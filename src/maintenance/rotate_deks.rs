@@ -22,9 +22,15 @@ pub type FileId = [u8; 16];
 
 const FILE: &[u8] = b"rotation.json";
 const NEW_FILE: &[u8] = b"rotation.new.json";
+
 const FORMAT: u32 = 1;
 /// A million files.
 const SIZE_LIMIT: u64 = 64 << 20;
+
+/// Whether a file of the volume's root has this name; with `leftover`, one that a crash leaves.
+pub fn is_root_name(name: &[u8], leftover: bool) -> bool {
+    name == if leftover { NEW_FILE } else { FILE }
+}
 
 /// So many files, or so many bytes, share the checkpoints of one step.
 const BATCH_FILES: usize = 128;

@@ -14,6 +14,7 @@ mod bad_input;
 mod check_key;
 mod copies;
 mod escrow;
+mod fsck;
 mod hsm;
 mod log_change;
 mod mariadb;

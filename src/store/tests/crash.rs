@@ -4,18 +4,21 @@
 //! noted, and whether the operation promised that it would last. Then the trace is cut at every
 //! call, in every way that [`Options`] asks for, and what recovery makes of it must be the content
 //! after one of the operations: no earlier one than the last that promised, no later one than the
-//! last that was begun. Nothing may read as an error.
+//! last that was begun. Nothing may read as an error, and a check of the state, before its recovery,
+//! may find nothing but notes.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::support::{keyring, options, pattern};
+use super::support::{KEY, keyring, options, pattern};
 use crate::backing::Access;
 use crate::backing::memory::{Crash, MemoryBacking, Options, Random, Trace};
 use crate::key::gate::{BootTime, Gate};
+use crate::maintenance::check::Repair;
+use crate::maintenance::check::tests::support::{check_backing, put_envelope};
 use crate::store::layout::GROUP_PLAIN;
-use crate::store::{Durability, File, Rotated, Store, WriteMode};
+use crate::store::{Durability, File, FormatOptions, Rotated, Store, WriteMode};
 
 #[derive(Clone, Debug)]
 pub(super) enum Op {
@@ -59,6 +62,8 @@ pub(super) struct Run {
     pub(super) trace: Trace,
     /// The first is the empty file before its first operation.
     steps: Vec<Step>,
+    /// Each state is looked at before it is recovered.
+    check_states: bool,
 }
 
 pub(super) struct Mounted {
@@ -122,7 +127,10 @@ fn grown(content: &mut Vec<u8>, to: u64) {
 
 pub(super) fn run(ops: &[Op]) -> Run {
     let backing = MemoryBacking::new();
-    Store::format(&*backing, &keyring(), options()).unwrap();
+    // The names of these tests are none that byokfs would make.
+    let options = FormatOptions { plaintext_names: true, ..options() };
+    Store::format(&*backing, &keyring(), options).unwrap();
+    put_envelope(&*backing);
     let mounted = mount(backing.clone()).unwrap();
     backing.settle();
     let tree = mounted.store.tree();
@@ -186,7 +194,7 @@ pub(super) fn run(ops: &[Op]) -> Run {
         steps.push(Step { position: backing.position(), content, durable });
     }
     let trace = backing.trace();
-    Run { trace, steps }
+    Run { trace, steps, check_states: true }
 }
 
 impl Run {
@@ -221,6 +229,13 @@ impl Run {
         let at = |what: &str, error: &dyn std::fmt::Display| {
             format!("cut {}: {}; {crash:?}: {what}: {error}", crash.cut, trace.describe(crash.cut))
         };
+        if self.check_states {
+            let checked = check_backing(backing.clone(), Some(KEY), Repair::No);
+            let checked = checked.map_err(|error| at("check", &error))?;
+            if let Some(finding) = checked.serious().first() {
+                return Err(at("check", &format!("{finding:#?}")));
+            }
+        }
         let mounted = mount(backing.clone()).map_err(|error| at("recovery", &error))?;
         self.judge(crash.cut, &mounted).map_err(|error| at("content", &error))?;
         let content = mounted.content();
@@ -413,8 +428,9 @@ fn planted_mistakes_are_found() {
         ops.push(Op::Sync);
     }
     ops.extend([Op::Checkpoint, write(8192, 512, 9), Op::Sync]);
-    let run = run(&ops);
+    let mut run = run(&ops);
     run.check(&run.trace, 12, 3).unwrap();
+    run.check_states = false;
     let mut harmless = Vec::new();
     let syncs = run.trace.syncs();
     for &at in &syncs {

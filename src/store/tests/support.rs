@@ -18,8 +18,10 @@ pub(super) struct Volume {
     pub gate: Arc<Gate>,
 }
 
+pub(super) const KEY: u8 = 0x42;
+
 pub(super) fn keyring() -> Keyring {
-    Keyring::new(1, Secret::new_with(|key| key.fill(0x42)).unwrap())
+    Keyring::new(1, Secret::new_with(|key| key.fill(KEY)).unwrap())
 }
 
 pub(super) fn options() -> FormatOptions {

@@ -1,0 +1,474 @@
+//! With the key.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::support::{
+    BLOCKS, KEY, PAGE, SIZE, Volume, block, flip, get, keyring, open, open_gate, pattern, put,
+    tag_page, write_at,
+};
+use crate::backing::Access;
+use crate::error::Kind;
+use crate::key::gate::{Gate, Reason};
+use crate::maintenance::check::{Check, Finding, Options, Repair, Report, Severity};
+use crate::store::{Store, WriteMode};
+
+const SECTOR: u64 = 512;
+
+/// What a finding has to be.
+struct Expected {
+    code: &'static str,
+    severity: Severity,
+    path: Option<&'static str>,
+    at: Option<u64>,
+    content: Option<(u64, u64)>,
+}
+
+fn error(code: &'static str) -> Expected {
+    Expected { code, severity: Severity::Error, path: None, at: None, content: None }
+}
+
+fn warning(code: &'static str) -> Expected {
+    Expected { severity: Severity::Warning, ..error(code) }
+}
+
+fn note(code: &'static str) -> Expected {
+    Expected { severity: Severity::Note, ..error(code) }
+}
+
+impl Expected {
+    fn of(self, path: &'static str) -> Expected {
+        Expected { path: Some(path), ..self }
+    }
+
+    fn at(self, at: u64) -> Expected {
+        Expected { at: Some(at), ..self }
+    }
+
+    fn blocks(self, from: u64, to: u64) -> Expected {
+        Expected { content: Some((from * PAGE, (to * PAGE).min(SIZE))), ..self }
+    }
+}
+
+/// Plants `damage` in a fresh volume and expects just this.
+#[track_caller]
+fn finds(damage: impl FnOnce(&Volume), expected: &[Expected]) -> Volume {
+    let volume = Volume::new();
+    damage(&volume);
+    let checked = volume.check();
+    let found: Vec<_> = checked
+        .findings
+        .iter()
+        .map(|finding| {
+            let content = finding.from.zip(finding.to);
+            let path = finding.path.clone();
+            (finding.code.name(), finding.severity, path, finding.at, content)
+        })
+        .collect();
+    let mut wanted: Vec<_> = expected
+        .iter()
+        .map(|one| (one.code, one.severity, one.path.map(str::to_owned), one.at, one.content))
+        .collect();
+    wanted.sort_by_key(|one| found.iter().position(|found| found == one));
+    assert_eq!(found, wanted, "{:#?}", checked.findings);
+    let left = found.iter().any(|found| found.1 > Severity::Note);
+    assert_eq!(checked.summary.left > 0, left);
+    volume
+}
+
+#[test]
+fn nothing_is_wrong_with_a_volume_that_was_closed() {
+    let volume = finds(|_| {}, &[]);
+    let before = volume.fingerprint();
+    let summary = volume.check().summary;
+    assert_eq!((summary.files, summary.directories, summary.links), (4, 2, 2));
+    assert_eq!(summary.blocks, BLOCKS + 3);
+    assert!(summary.closed && summary.bytes > BLOCKS * PAGE);
+    assert_eq!(volume.fingerprint(), before, "something has changed");
+}
+
+#[test]
+fn a_volume_that_was_not_closed_is_clean_with_a_note() {
+    let volume = Volume::killed(|fs| {
+        let handle = open(fs, "big");
+        write_at(fs, handle, 5000, b"over the first blocks");
+        write_at(fs, handle, SIZE, &pattern(600_000, 9));
+        fs.release(handle);
+    });
+    let before = volume.fingerprint();
+    let checked = volume.check();
+    assert_eq!(checked.codes(), ["log-pending"], "{:#?}", checked.findings);
+    assert!(!checked.summary.closed && checked.summary.left == 0);
+    let blocks = (SIZE + 600_000).div_ceil(PAGE);
+    assert_eq!(checked.summary.blocks, blocks + 3);
+    assert_eq!(volume.fingerprint(), before, "something has changed");
+    // A block that lies in the log, of a record that nothing speaks for.
+    let log = volume.path("log.hot");
+    flip(&log, get_record(&log) + PAGE + 9);
+    let checked = volume.check();
+    assert!(checked.summary.errors == 0, "the end of the log is cut off: {:#?}", checked.findings);
+}
+
+fn newest_anchor(log: &Path) -> u64 {
+    [0, PAGE].into_iter().max_by_key(|at| get(log, at + 32, 1)).unwrap()
+}
+
+/// Where the log's first live record is.
+fn get_record(log: &Path) -> u64 {
+    let newest = newest_anchor(log);
+    u64::from_le_bytes(get(log, newest + 72, 8).try_into().unwrap())
+}
+
+#[test]
+fn blocks_and_their_tags() {
+    let data = block(5);
+    let case = |damage: &dyn Fn(&Path), expected: Expected| {
+        finds(|volume| damage(&volume.big), &[expected.of("/big")]);
+    };
+    case(&|big| flip(big, data + 77), error("block").at(data).blocks(5, 6));
+    case(&|big| put(big, data, &[0; 2 * PAGE as usize]), error("block").at(data).blocks(5, 7));
+    case(&|big| flip(big, block(BLOCKS - 1)), error("block").at(block(299)).blocks(299, 300));
+    case(
+        &|big| {
+            let other = get(big, block(9), PAGE as usize);
+            put(big, data, &other);
+        },
+        error("block").at(data).blocks(5, 6),
+    );
+    for byte in [0, 16, 24, 32 + 3 * 32 + 30, 511] {
+        let at = tag_page(1) + SECTOR;
+        case(&|big| flip(big, at + byte), error("tag-sector").at(at).blocks(135, 150));
+    }
+    // Of a part that the file does not reach.
+    let at = tag_page(2) + 7 * SECTOR;
+    case(&|big| flip(big, at + 40), warning("tag-sector").at(at));
+    let at = tag_page(1) + 2 * SECTOR;
+    case(
+        &|big| put(big, at, &[7; 3 * SECTOR as usize]),
+        error("tag-sector").at(at).blocks(150, 195),
+    );
+    case(&|big| flip(big, 3 * PAGE - 1), warning("generation-sector").at(3 * PAGE - SECTOR));
+    case(&|big| flip(big, 2 * PAGE + 40), error("generation-sector").at(2 * PAGE).blocks(0, 300));
+    case(
+        &|big| {
+            let file = fs::File::options().write(true).open(big).unwrap();
+            file.set_len(block(250)).unwrap();
+        },
+        error("block").at(block(250)).blocks(250, 300),
+    );
+    case(
+        &|big| {
+            let file = fs::File::options().write(true).open(big).unwrap();
+            file.set_len(block(400)).unwrap();
+        },
+        note("length").at(block(300)),
+    );
+}
+
+#[test]
+fn an_old_sector_that_was_put_back() {
+    let volume = Volume::killed(|_| {});
+    let volume_old = get(&volume.big, tag_page(0), SECTOR as usize);
+    let checked = volume.repair(Repair::Safe);
+    assert!(checked.summary.closed);
+    // Written again, so that its sectors are of another checkpoint.
+    let backing = volume.backing();
+    let store = Store::open(backing, open_gate(KEY), false).unwrap();
+    store.start_session(&keyring(KEY)).unwrap();
+    store.recover().unwrap();
+    let name = volume.big.file_name().unwrap().to_str().unwrap().as_bytes().to_vec();
+    let node = store.tree().lookup(&name).unwrap();
+    let file = store.open_file(node.open(Access::ReadWrite).unwrap()).unwrap();
+    file.write_at(&[1; 100], 100, WriteMode::default()).unwrap();
+    drop(file);
+    store.close().unwrap();
+    drop(store);
+    assert!(volume.check().findings.is_empty());
+    put(&volume.big, tag_page(0), &volume_old);
+    let checked = volume.check();
+    assert_eq!(checked.codes(), ["tag-sector"]);
+    assert_eq!((checked.findings[0].from, checked.findings[0].to), (Some(0), Some(15 * PAGE)));
+}
+
+#[test]
+fn headers_of_files() {
+    for copy in 0..2 {
+        let at = copy * PAGE;
+        for byte in [0, 20, 57, 200, 4000] {
+            finds(|v| flip(&v.big, at + byte), &[warning("header-copy").of("/big").at(at)]);
+        }
+    }
+    let both = |v: &Volume| [30, PAGE + 30].map(|at| flip(&v.big, at));
+    finds(|v| _ = both(v), &[error("header").of("/big").at(0)]);
+    let blank = |v: &Volume| put(&v.big, 0, &[0; 2 * PAGE as usize]);
+    finds(blank, &[error("header").of("/big").at(0)]);
+    finds(|v| fs::write(&v.inner, "").unwrap(), &[error("header").of("/dir/inner").at(0)]);
+    // Another file's.
+    let volume = Volume::new();
+    put(&volume.big, 0, &get(&volume.small, 0, 2 * PAGE as usize));
+    let checked = volume.check();
+    let mut codes = checked.codes();
+    codes.sort_unstable();
+    assert_eq!(codes, ["duplicate-file", "generation-sector", "generation-sector", "length"]);
+    let twice = checked.findings.iter().find(|one| one.code.name() == "duplicate-file").unwrap();
+    let mut names = [twice.path.as_deref().unwrap(), &twice.also[0]];
+    names.sort_unstable();
+    assert_eq!(names, ["/big", "/small"]);
+}
+
+#[test]
+fn files_of_the_volume_itself() {
+    for copy in 0..2 {
+        let at = copy * PAGE;
+        let damage = |v: &Volume| flip(&v.path("volume"), at + 70);
+        finds(damage, &[warning("volume-header-copy").at(at)]);
+        let damage = |v: &Volume| flip(&v.path("log.bulk"), at + 60);
+        finds(damage, &[warning("anchor-copy").at(at)]);
+    }
+    let older = |v: &Volume| PAGE - newest_anchor(&v.path("log.hot"));
+    let volume = Volume::new();
+    flip(&volume.path("log.hot"), older(&volume) + 60);
+    assert_eq!(volume.check().codes(), ["anchor-copy"]);
+    // The one before it says less, and more is replayed.
+    let volume = Volume::new();
+    flip(&volume.path("log.hot"), PAGE - older(&volume) + 60);
+    assert_eq!(volume.check().codes(), ["log-pending", "anchor-copy"]);
+    for name in ["sessions.a", "sessions.b"] {
+        finds(|v| flip(&v.path(name), 70), &[warning("sessions-copy")]);
+        finds(|v| fs::remove_file(v.path(name)).unwrap(), &[warning("sessions-copy")]);
+    }
+    let volume = Volume::new();
+    let older = fs::read(volume.path("sessions.b")).unwrap();
+    let store = Store::open(volume.backing(), open_gate(KEY), false).unwrap();
+    store.start_session(&keyring(KEY)).unwrap();
+    store.recover().unwrap();
+    store.close().unwrap();
+    drop(store);
+    fs::write(volume.path("sessions.b"), older).unwrap();
+    assert_eq!(volume.check().codes(), ["sessions-copy-older"]);
+
+    let missing = |v: &Volume| fs::remove_file(v.path("log.bulk")).unwrap();
+    finds(missing, &[error("log")]);
+    let foreign = |v: &Volume| {
+        let other = Volume::new();
+        fs::copy(other.path("log.hot"), v.path("log.hot")).unwrap();
+    };
+    finds(foreign, &[error("log")]);
+    finds(|v| fs::write(v.path("envelope.json"), "{}").unwrap(), &[error("envelope")]);
+    finds(|v| fs::remove_file(v.path("envelope.json")).unwrap(), &[error("envelope")]);
+    let only_previous = |v: &Volume| {
+        fs::rename(v.path("envelope.json"), v.path("envelope.prev.json")).unwrap();
+    };
+    finds(only_previous, &[warning("envelope-missing")]);
+    let of_another = |v: &Volume| {
+        fs::copy(Volume::new().path("envelope.json"), v.path("envelope.prev.json")).unwrap();
+    };
+    finds(of_another, &[warning("envelope-previous")]);
+    finds(|v| fs::write(v.path("envelope.new.json"), "").unwrap(), &[note("leftover")]);
+    finds(|v| fs::write(v.path("somebody's"), "").unwrap(), &[note("foreign")]);
+    finds(|v| fs::remove_file(v.path("lock")).unwrap(), &[note("unlocked")]);
+}
+
+#[test]
+fn a_session_table_that_is_lost_takes_every_block_along() {
+    let volume = Volume::new();
+    ["sessions.a", "sessions.b"].iter().for_each(|name| flip(&volume.path(name), 80));
+    let checked = volume.check();
+    assert!(checked.codes().contains(&"sessions"));
+    let blocks = checked.findings.iter().filter(|finding| finding.code.name() == "block");
+    assert!(blocks.clone().count() >= 4);
+    assert!(blocks.clone().all(|finding| finding.detail.contains("session table")));
+}
+
+#[test]
+fn another_volumes_key_proves_nothing() {
+    let volume = Volume::new();
+    let checked =
+        super::support::check_backing(volume.backing(), Some(KEY + 1), Repair::No).unwrap();
+    assert!(checked.codes().contains(&"volume-header"), "{:?}", checked.codes());
+}
+
+#[test]
+fn records_of_the_log() {
+    let volume = Volume::killed(|fs| {
+        let handle = open(fs, "big");
+        for i in 0..4 {
+            write_at(fs, handle, i * 20_000, b"a record of its own");
+            fs.fsync(handle, true).unwrap();
+        }
+        fs.release(handle);
+    });
+    assert_eq!(volume.check().codes(), ["log-pending"]);
+    let log = volume.path("log.hot");
+    // One that a later record says was durable.
+    flip(&log, get_record(&log) + PAGE + 9);
+    let checked = volume.check();
+    assert_eq!(checked.codes(), ["log"], "{:#?}", checked.findings);
+    assert!(checked.findings[0].detail.contains("stable storage"));
+    flip(&log, get_record(&log) + PAGE + 9);
+    // Its file was removed, below the mount.
+    let aside = volume.path("aside");
+    fs::rename(&volume.big, &aside).unwrap();
+    let codes = volume.check().codes();
+    assert_eq!(codes, ["foreign", "log-pending", "log-removed"]);
+    // Two of one file.
+    fs::copy(&aside, &volume.big).unwrap();
+    fs::rename(&aside, volume.directory.join("Zm9v")).unwrap();
+    let codes = volume.check().codes();
+    assert!(codes.contains(&"log-replay") && codes.contains(&"duplicate-file"), "{codes:?}");
+}
+
+#[test]
+fn names() {
+    let renamed = |path: &Path, name: &str| {
+        fs::rename(path, path.with_file_name(name)).unwrap();
+    };
+    finds(|v| renamed(&v.small, "not!ours"), &[error("name")]);
+    finds(|v| renamed(&v.small, "QUJDREVGR0hJSktMTU5PUFFSU1RVVg"), &[error("name")]);
+    // What is below is looked at, under a path that nobody has.
+    finds(
+        |v| {
+            flip(&v.inner, block(0));
+            renamed(&v.directory, "QUJDREVGR0hJSktMTU5PUFFSU1RVVg");
+        },
+        &[error("name"), Expected { content: Some((0, 5)), ..error("block").at(block(0)) }],
+    );
+    finds(|v| fs::remove_file(&v.side).unwrap(), &[error("long-name")]);
+    finds(|v| flip(&v.side, 3), &[error("long-name")]);
+    finds(|v| flip(&v.side, 40), &[error("name")]);
+    finds(
+        |v| renamed(&v.side, "%N.AAAAAAAAAAAAAAAAAAAAAA"),
+        &[error("long-name"), note("side-file")],
+    );
+    finds(|v| fs::remove_file(&v.long).unwrap(), &[note("side-file")]);
+}
+
+#[test]
+fn links_and_attributes() {
+    let relink = |path: &Path, target: &str| {
+        fs::remove_file(path).unwrap();
+        symlink(target, path).unwrap();
+    };
+    finds(|v| relink(&v.link, "not base64!"), &[error("symlink").of("/link")]);
+    finds(|v| relink(&v.link, "QUJD"), &[error("symlink").of("/link")]);
+    finds(
+        |v| {
+            let target = fs::read_link(&v.link).unwrap().into_os_string().into_string().unwrap();
+            let other = if target.starts_with('A') { 'B' } else { 'A' };
+            relink(&v.link, &format!("{other}{}", &target[1..]));
+        },
+        &[error("symlink").of("/link")],
+    );
+    finds(|v| flip(&v.target, 500), &[error("symlink").of("/long-link")]);
+    finds(|v| fs::remove_file(&v.target).unwrap(), &[error("symlink").of("/long-link")]);
+    finds(|v| fs::remove_file(&v.long_link).unwrap(), &[note("link-target")]);
+    type Change = dyn Fn(&str, &[u8]) -> (String, Vec<u8>);
+    let attribute = |v: &Volume, change: &Change| {
+        let backing = v.backing().root().lookup(b"tree").unwrap();
+        let name = v.small.file_name().unwrap().to_str().unwrap().as_bytes();
+        let node = backing.lookup(name).unwrap();
+        let disk = node.list_xattrs().unwrap().remove(0);
+        let value = node.get_xattr(&disk).unwrap();
+        let (name, value) = change(std::str::from_utf8(&disk).unwrap(), &value);
+        node.remove_xattr(&disk).unwrap();
+        node.set_xattr(name.as_bytes(), &value, crate::backing::XattrMode::Create).unwrap();
+    };
+    let value = |name: &str, value: &[u8]| (name.to_owned(), [&value[1..], b"x"].concat());
+    finds(|v| attribute(v, &value), &[error("xattr").of("/small")]);
+    let name = |name: &str, value: &[u8]| (format!("{name}AAAA"), value.to_vec());
+    finds(|v| attribute(v, &name), &[error("xattr").of("/small")]);
+}
+
+#[test]
+fn hard_links_are_one_file() {
+    let volume = Volume::new();
+    // Below the mount there is no way to make a name; another volume's would not do.
+    let gate = open_gate(KEY);
+    let store = Store::open(volume.backing(), gate.clone(), false).unwrap();
+    store.start_session(&keyring(KEY)).unwrap();
+    store.recover().unwrap();
+    super::support::with_filesystem(&store, |fs| {
+        let node = fs.lookup(crate::vfs::types::ROOT, b"big").unwrap().node;
+        fs.link(node, crate::vfs::types::ROOT, b"second").unwrap();
+    });
+    store.close().unwrap();
+    drop(store);
+    assert!(volume.check().findings.is_empty());
+    flip(&volume.big, block(3));
+    let checked = volume.check();
+    assert_eq!(checked.codes(), ["block"]);
+    let mut names = vec![checked.findings[0].path.clone().unwrap()];
+    names.extend(checked.findings[0].also.clone());
+    names.sort_unstable();
+    assert_eq!(names, ["/big", "/second"]);
+}
+
+#[test]
+fn a_copy_of_a_file_made_below_the_mount() {
+    let volume = Volume::new();
+    fs::copy(&volume.inner, volume.directory.join("Zm9v")).unwrap();
+    let checked = volume.check();
+    let mut codes = checked.codes();
+    codes.sort_unstable();
+    assert_eq!(codes, ["duplicate-file", "name"]);
+}
+
+#[test]
+fn a_disk_that_does_not_read() {
+    use crate::backing::fault::{Call, FaultBacking, Rule};
+    let volume = Volume::new();
+    let (backing, faults) = FaultBacking::new(volume.backing());
+    let calls = {
+        let before = faults.calls();
+        super::support::check_backing(backing.clone(), Some(KEY), Repair::No).unwrap();
+        faults.calls() - before
+    };
+    let mut told = 0;
+    for call in [Call::Read, Call::Open, Call::Lookup, Call::Metadata] {
+        for after in (0..calls).step_by(3) {
+            let errno = rustix::io::Errno::IO;
+            faults.arm(Rule { call, after, lasting: true, errno, partial: None });
+            let checked = super::support::check_backing(backing.clone(), Some(KEY), Repair::No);
+            if !faults.disarm() {
+                break;
+            }
+            // The check says so, or ends: it never calls the volume clean.
+            if let Ok(checked) = checked {
+                assert!(checked.summary.errors > 0, "{call:?} {after}: {:?}", checked.codes());
+                told += 1;
+            }
+        }
+    }
+    assert!(told > 20, "{told}");
+}
+
+/// Shuts the gate with the first finding.
+struct LosesTheKey(Arc<Gate>);
+
+impl Report for LosesTheKey {
+    fn finding(&self, _: &Finding) -> crate::Result<()> {
+        self.0.shut(Reason::KeyDisabled);
+        self.0.wipe();
+        Ok(())
+    }
+
+    fn trouble(&self, _: &str) {}
+}
+
+#[test]
+fn a_key_that_is_lost_ends_the_check() {
+    for damage in ["volume", "big"] {
+        let volume = Volume::new();
+        match damage {
+            "volume" => flip(&volume.path("volume"), 70),
+            _ => flip(&volume.big, 60),
+        }
+        let gate = open_gate(KEY);
+        let options = Options { threads: 1, ..Options::default() };
+        let check = Check::new(volume.backing(), options).unwrap();
+        let error = check.run(Some(gate.clone()), &LosesTheKey(gate)).unwrap_err();
+        assert_eq!(error.kind, Kind::Inaccessible, "{damage}: {error}");
+    }
+}
