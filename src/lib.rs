@@ -6,7 +6,7 @@
 //! cli         one file per verb; exit codes
 //! daemon      start order, readiness, control socket, cut-off, fence, guard
 //! fuse        decode -> call -> reply; the one place that picks an errno
-//! maintenance work on a volume as a whole: rotation of its keys
+//! maintenance work on a volume as a whole: rotation of its keys, checks and repairs
 //! vfs         POSIX semantics: inodes, handles, names, directories, xattrs
 //! store       file format: layout, headers, tags, blocks, sessions
 //! backing     the one I/O seam

@@ -219,6 +219,9 @@ impl Check {
             }
             found.report.trouble(&format!("the repair could not be completed: {error}"));
         }
+        if !volume.is_closed() {
+            found.report.trouble("no file is repaired while the log could not be brought home");
+        }
         Ok(volume)
     }
 

@@ -4,14 +4,16 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::support::{
     BLOCKS, KEY, PAGE, SIZE, Volume, block, flip, get, keyring, open, open_gate, pattern, put,
     tag_page, write_at,
 };
 use crate::backing::Access;
+use crate::crypto::secret::Secret;
 use crate::error::Kind;
-use crate::key::gate::{Gate, Reason};
+use crate::key::gate::{BootTime, Gate, Keyring, Reason};
 use crate::maintenance::check::{Check, Finding, Options, Repair, Report, Severity};
 use crate::store::{Store, WriteMode};
 
@@ -288,6 +290,33 @@ fn another_volumes_key_proves_nothing() {
     let checked =
         super::support::check_backing(volume.backing(), Some(KEY + 1), Repair::No).unwrap();
     assert!(checked.codes().contains(&"volume-header"), "{:?}", checked.codes());
+}
+
+#[test]
+fn a_volume_between_two_volume_keys() {
+    let volume = Volume::new();
+    let secret = |byte| Secret::new_with(|key: &mut [u8; 32]| key.fill(byte)).unwrap();
+    let both = || Keyring::new(2, secret(9)).with_retiring(1, secret(KEY));
+    let check = |keyring| {
+        let gate = Gate::new();
+        assert!(gate.open(keyring, BootTime::now() + Duration::from_secs(600)));
+        let collected = super::support::Collected::default();
+        let check = Check::new(volume.backing(), Options::default()).unwrap();
+        check.run(Some(gate), &collected).unwrap()
+    };
+    assert_eq!(check(both()).left, 0);
+    let gate = Gate::new();
+    assert!(gate.open(both(), BootTime::now() + Duration::from_secs(600)));
+    let store = Store::open(volume.backing(), gate, false).unwrap();
+    store.start_session(&both()).unwrap();
+    store.recover().unwrap();
+    store.adopt_volume_key(&both(), &mut |_| {}).unwrap();
+    store.close().unwrap();
+    drop(store);
+    assert_eq!(check(both()).left, 0);
+    assert_eq!(check(Keyring::new(2, secret(9))).left, 0);
+    assert!(check(Keyring::new(1, secret(KEY))).errors > 3);
+    assert!(volume.check_without_key().findings.is_empty());
 }
 
 #[test]

@@ -5,8 +5,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::support::{PAGE, SIZE, Volume, block, flip, open, pattern, write_at};
+use super::support::{
+    KEY, PAGE, SIZE, Volume, block, flip, keyring, open, open_gate, pattern, write_at,
+};
 use crate::maintenance::check::Repair;
+use crate::store::Store;
 
 fn lost(volume: &Volume) -> Vec<PathBuf> {
     let entries = fs::read_dir(volume.path("lost"));
@@ -157,6 +160,45 @@ fn a_log_that_is_no_good_is_left_alone() {
     assert!(repaired.summary.repaired == 0 && repaired.codes().contains(&"log"));
     assert!(!repaired.troubles.is_empty());
     assert_eq!(volume.fingerprint(), before);
+}
+
+#[test]
+fn a_log_in_another_place() {
+    let volume = Volume::new();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let open = || {
+        let store = Store::open(volume.backing(), open_gate(KEY), false).unwrap();
+        store.start_session(&keyring(KEY)).unwrap();
+        store.recover().unwrap();
+        store
+    };
+    let store = open();
+    store.close().unwrap();
+    store.replace_log(&keyring(KEY), Some(elsewhere.path()), None).unwrap();
+    drop(store);
+    assert!(volume.check().findings.is_empty());
+    assert!(volume.check_without_key().findings.is_empty());
+    let log = elsewhere.path().join("log.bulk");
+    flip(&log, 60);
+    let checked = volume.check();
+    assert_eq!(checked.codes(), ["anchor-copy"]);
+    assert_eq!(checked.findings[0].backing_path, log.to_str().unwrap());
+    volume.repair(Repair::All);
+    assert!(volume.check().findings.is_empty());
+
+    // As a crash leaves it after the header has named the new log.
+    let link = volume.path("log");
+    fs::rename(&link, volume.path("log.new")).unwrap();
+    fs::rename(&log, elsewhere.path().join("log.bulk.new")).unwrap();
+    let codes = volume.check().codes();
+    assert_eq!(codes, ["log-unsettled", "leftover"]);
+    assert_eq!(volume.check_without_key().codes(), codes);
+    let repaired = volume.repair(Repair::Safe);
+    assert_eq!((repaired.summary.repaired, repaired.summary.left), (1, 0));
+    assert!(volume.check().findings.is_empty() && log.exists() && link.is_symlink());
+
+    fs::remove_file(&link).unwrap();
+    assert_eq!(volume.check().codes(), ["log"]);
 }
 
 /// Cut at every call, a repair leaves what one more repair makes good.
