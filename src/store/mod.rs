@@ -395,13 +395,15 @@ impl Store {
         )))
     }
 
-    /// With what is damaged of it.
+    /// With which of its copies are damaged, or older than the other.
     fn load_sessions(&self, keys: &KeySource<'_>) -> Result<(SessionTable, [bool; 2])> {
         let shown = self.backing.display_path();
         let macs = keys.with(keys::sessions_macs)?;
         let (table, damaged) = SessionTable::load(&self.root, &self.header.uuid, &macs, &shown)?;
         if damaged.contains(&true) {
-            log::warn!("one copy of the session table in {shown} is damaged; the other serves");
+            log::warn!(
+                "one copy of the session table in {shown} is damaged or out of date; the other serves"
+            );
         }
         Ok((table, damaged))
     }

@@ -142,7 +142,7 @@ impl SessionTable {
         self.sessions.len()
     }
 
-    /// Reads both copies; the flags say which of them are damaged.
+    /// Reads both copies; the flags say which of them are damaged, or older than the other.
     pub(super) fn load(
         root: &NodeRef,
         volume: &[u8; 16],
@@ -150,9 +150,12 @@ impl SessionTable {
         shown: &str,
     ) -> Result<(SessionTable, [bool; 2])> {
         let found = SessionTable::copies(root, volume, Some(keys), shown)?;
-        let damaged = [found[0].is_none(), found[1].is_none()];
-        let newest = found.into_iter().flatten().max_by_key(|table| table.generation);
-        newest.map(|table| (table, damaged)).ok_or_else(|| {
+        let newest = found.iter().flatten().map(|table| table.generation).max();
+        let behind = [0, 1].map(|copy: usize| {
+            found[copy].as_ref().map(|table| table.generation) != newest || newest.is_none()
+        });
+        let table = found.into_iter().flatten().max_by_key(|table| table.generation);
+        table.map(|table| (table, behind)).ok_or_else(|| {
             Error::corrupt(format!(
                 "both copies of the session table, {shown}/sessions.a and sessions.b, are missing \
                  or damaged, and no block can be read without it; restore one from a backup"
@@ -160,17 +163,17 @@ impl SessionTable {
         })
     }
 
-    /// Writes both copies, a damaged one first, and flushes each before the next.
+    /// Writes both copies, one that is behind first, and flushes each before the next.
     pub(super) fn store(
         &self,
         root: &NodeRef,
         volume: &[u8; 16],
         keys: &MacKeys,
-        damaged: [bool; 2],
+        behind: [bool; 2],
         shown: &str,
     ) -> Result<()> {
         let bytes = self.encode(volume, keys);
-        let order = if damaged[1] { [FILES[1], FILES[0]] } else { FILES };
+        let order = if behind[1] && !behind[0] { [FILES[1], FILES[0]] } else { FILES };
         for name in order {
             let write = || -> std::io::Result<()> {
                 let node = match root.lookup(name) {
@@ -246,7 +249,7 @@ mod tests {
         };
         flip("sessions.a", 5000);
         assert_eq!(load().unwrap(), (table.clone(), [true, false]));
-        // A copy that lags behind does not count.
+        // A copy that lags behind does not count, and is written first.
         table.add(entry(9)).unwrap();
         table.store(&root, &[1; 16], &key, [true, false], "v").unwrap();
         std::fs::remove_file(dir.path().join("sessions.b")).unwrap();
