@@ -41,11 +41,11 @@ pub(super) fn run(args: CheckKeyArgs) -> Result<()> {
         if provider::is_key(&args.key) { None } else { Some(of_volume(&args.key, &config.dir.0)?) };
     let envelope = volume.as_ref().map(|(envelope, _)| envelope.clone());
     let kid = envelope.as_ref().map_or(&args.key, |envelope| &envelope.kid);
-    let provider = provider::for_key(kid, &settings::provider(&config.key))?;
+    let provider = settings::provider(&config, kid)?;
     harden::process("byokfs-check")?;
     crypto::selftest::run()?;
 
-    let mut requirements = settings::requirements(&config, false);
+    let mut requirements = settings::requirements(&config, kid, false);
     requirements.strict |= args.strict;
     let mut report = custody::survey(&*provider, kid, envelope.as_ref(), &requirements, LIMIT)
         .map_err(|error| volume::name_the_service(error.into(), kid))?;

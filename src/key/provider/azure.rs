@@ -104,6 +104,46 @@ impl KeyUrl {
     }
 }
 
+/// A vault with all its keys, or one key with all its versions: what a configuration section may be
+/// for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct VaultScope {
+    base: Url,
+    /// In lower case: names of keys are the same in any.
+    key: Option<String>,
+}
+
+impl VaultScope {
+    pub(super) fn parse(text: &str) -> std::result::Result<VaultScope, String> {
+        let mut base = Url::parse(text).map_err(|error| error.to_string())?;
+        if base.host().is_none() {
+            return Err("no host".into());
+        }
+        let bare = base.username().is_empty() && base.password().is_none();
+        if !bare || base.query().is_some() || base.fragment().is_some() {
+            return Err("it has a user, a query or a fragment".into());
+        }
+        if matches!(base.path().trim_matches('/'), "" | "keys") {
+            base.set_path("/");
+            return Ok(VaultScope { base, key: None });
+        }
+        let key = KeyUrl::parse(text).map_err(|_| "neither a vault nor a key of one")?;
+        if key.version.is_some() {
+            return Err("it names a version: leave that out, it is for all of them".into());
+        }
+        Ok(VaultScope { base: key.base, key: Some(key.name.to_ascii_lowercase()) })
+    }
+
+    /// How closely it fits the key; None: not at all.
+    pub(super) fn fit(&self, kid: &str) -> Option<usize> {
+        let asked = KeyUrl::parse(kid).ok().filter(|asked| asked.base == self.base)?;
+        match &self.key {
+            None => Some(0),
+            Some(key) => asked.name.eq_ignore_ascii_case(key).then_some(1),
+        }
+    }
+}
+
 /// One vault.
 pub struct Azure {
     base: Url,

@@ -82,7 +82,7 @@ impl Challenge {
             Class::Transient(Reason::TlsUntrusted),
             format!(
                 "{host} asks for a token for {}, which is not its domain: no token is sent; see \
-                 verify_challenge_resource",
+                 verify_challenge",
                 self.resource
             ),
         ))

@@ -18,6 +18,7 @@ mod base64url;
 mod http;
 mod identity;
 pub mod pkcs11;
+mod scope;
 mod secret_file;
 
 use std::fmt;
@@ -30,6 +31,7 @@ use super::reason::Reason;
 use crate::crypto::secret::SecretBytes;
 use crate::error::{Error, Kind, Result};
 pub use identity::{AppService, Application, Identity, Imds};
+pub use scope::Scope;
 
 pub type ProviderResult<T> = std::result::Result<T, ProviderError>;
 
@@ -80,7 +82,7 @@ pub trait Session {
     }
 }
 
-/// How a provider is reached and who asks; see config/byokfs.toml, `[key]`.
+/// How a provider is reached and who asks; see config/byokfs.toml, `[key]` and `[[service]]`.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     pub identity: Identity,

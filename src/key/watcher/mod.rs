@@ -250,10 +250,19 @@ impl Watcher {
         self.status()
     }
 
-    /// The envelope is another one: probes go to its key, by `provider`, from now on.
-    pub fn replace_envelope(&self, envelope: Envelope, provider: Arc<dyn Provider>) {
+    /// Probes go to this envelope's key, by `provider`, from now on. What one that is under way
+    /// finds is asked again: it may be of another key or identity.
+    pub fn watch(&self, envelope: Envelope, provider: Arc<dyn Provider>) {
         let mut inner = self.shared.inner.lock();
         self.replace(&mut inner, Watched { provider, envelope });
+    }
+
+    /// The same, unless it is the envelope that is watched already.
+    pub fn replace_envelope(&self, envelope: Envelope, provider: Arc<dyn Provider>) {
+        let mut inner = self.shared.inner.lock();
+        if self.shared.watched.lock().envelope != envelope {
+            self.replace(&mut inner, Watched { provider, envelope });
+        }
     }
 
     /// The envelope was rewrapped and saved: its key, which was just checked in full, is the one
@@ -274,11 +283,7 @@ impl Watcher {
     }
 
     fn replace(&self, inner: &mut MutexGuard<'_, engine::Inner>, new: Watched) {
-        let mut watched = self.shared.watched.lock();
-        if watched.envelope == new.envelope {
-            return;
-        }
-        *watched = Arc::new(new);
+        *self.shared.watched.lock() = Arc::new(new);
         // A probe under way may be of the old key.
         inner.envelope_from = inner.probes_started;
         inner.told_newer = None;
