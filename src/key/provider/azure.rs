@@ -204,7 +204,7 @@ impl Session for AzureSession<'_> {
         }
         let service_time = response.date().map(|unix| ServiceTime { unix, heard: BootTime::now() });
         let bundle: KeyBundle = parse(&response)?;
-        let info = bundle.into_info();
+        let info = bundle.into_info().ok_or_else(|| unreadable("key"))?;
         expect_kid(&key, &info.kid)?;
         let region = response.header("x-ms-keyvault-region").map(str::to_owned);
         let tenant = self.azure.tokens.challenge().and_then(|challenge| challenge.tenant);
@@ -322,7 +322,18 @@ impl AzureSession<'_> {
         }
         tokens.forget();
         let challenge = self.challenge(&response)?;
-        self.send(method, url, Some(&challenge), body)
+        let response = self.send(method, url, Some(&challenge), body)?;
+        // A Managed HSM's 401 has no body. With its challenge it is the service's word all the same,
+        // and so soon after a fresh token a refusal.
+        if response.status == 401 {
+            // What it wants may have changed by the next session.
+            tokens.forget_challenge();
+            if self.challenge(&response).is_ok() {
+                let class = Class::Denied(Reason::TokenRefused);
+                return Err(ProviderError { class, ..classify(&response, "token") });
+            }
+        }
+        Ok(response)
     }
 
     fn send(
@@ -417,7 +428,8 @@ struct Jwk {
 #[derive(Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 struct Attributes {
-    enabled: bool,
+    /// Always there, but in an answer that is not the service's.
+    enabled: Option<bool>,
     nbf: Option<i64>,
     exp: Option<i64>,
     created: Option<i64>,
@@ -442,14 +454,14 @@ struct KeyItem {
 }
 
 impl KeyBundle {
-    fn into_info(self) -> KeyInfo {
+    fn into_info(self) -> Option<KeyInfo> {
         let KeyBundle { key, attributes } = self;
-        KeyInfo {
+        Some(KeyInfo {
             bits: key.n.as_deref().and_then(modulus_bits),
             kid: key.kid,
             key_type: key.kty,
             operations: key.key_ops,
-            enabled: attributes.enabled,
+            enabled: attributes.enabled?,
             not_before: attributes.nbf,
             expires: attributes.exp,
             created: attributes.created,
@@ -457,7 +469,7 @@ impl KeyBundle {
             recoverable_days: attributes.recoverable_days,
             exportable: attributes.exportable,
             ..KeyInfo::default()
-        }
+        })
     }
 }
 
@@ -466,7 +478,7 @@ impl KeyItem {
         let KeyItem { kid, attributes } = self;
         VersionInfo {
             kid,
-            enabled: attributes.enabled,
+            enabled: attributes.enabled.unwrap_or(false),
             not_before: attributes.nbf,
             expires: attributes.exp,
             created: attributes.created,

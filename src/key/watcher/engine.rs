@@ -33,6 +33,8 @@ const RETRY_AFTER_LIMIT: Duration = Duration::from_secs(120);
 const COMPLETE_EVERY: u64 = 4;
 /// For [`Gate::drain`] when the watcher itself has to shut the gate.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// Somebody else may be answering: told at once, though the volume serves on.
+const ALARMING: [Reason; 2] = [Reason::TlsUntrusted, Reason::ProxyDenied];
 /// Days before the expiry at which it is told.
 const EXPIRY_WARNINGS: [u64; 3] = [1, 7, 30];
 
@@ -75,6 +77,8 @@ pub(super) struct Inner {
     pub(super) healing: bool,
     pub(super) degraded: Option<Reason>,
     pub(super) warned: Option<(i64, u64)>,
+    /// What was alerted of, until a probe finds something else.
+    alerted: Option<Reason>,
     pub(super) validity: Validity,
     pub(super) last_probe: Option<ProbeReport>,
     pub(super) last_success: Option<SystemTime>,
@@ -114,6 +118,7 @@ impl Inner {
             healing: false,
             degraded: None,
             warned: None,
+            alerted: None,
             validity: Validity::default(),
             last_probe: None,
             last_success: None,
@@ -273,11 +278,16 @@ impl Shared {
                 let wait = wait.clamp(self.settings.interval, RETRY_AFTER_LIMIT);
                 inner.due = Some(now + jittered(wait));
             }
-            if let Class::Transient(reason @ (Reason::TlsUntrusted | Reason::ProxyDenied)) =
-                error.class
-            {
-                self.tell(Event::Notice(Notice::Alert { reason, detail: detail.clone() }));
+        }
+        let alarming = match &outcome {
+            Outcome::Failure(Class::Transient(reason)) => {
+                Some(*reason).filter(|reason| ALARMING.contains(reason))
             }
+            _ => None,
+        };
+        let before = std::mem::replace(&mut inner.alerted, alarming);
+        if let Some(reason) = alarming.filter(|_| alarming != before) {
+            self.tell(Event::Notice(Notice::Alert { reason, detail: detail.clone() }));
         }
         let decision = inner.policy.on_probe(flight.started, now, wall, &outcome);
         self.carry_out(inner, decision, detail);

@@ -33,6 +33,7 @@ use super::policy;
 use super::provider::Provider;
 use super::reason::Reason;
 use super::rewrap::Rewrapped;
+use super::wall_clock;
 use crate::error::{Error, Kind, Result};
 use engine::{
     Inner, Shared, TICK, Watched, jittered, run_cut_offs, run_events, spawn, system_time_of,
@@ -202,9 +203,10 @@ impl Watcher {
         }
         let now = BootTime::now();
         let refused = |why: &str| Error::new(Kind::Inaccessible, why);
-        let valid_until = inner.policy.opened(started, now, validity).ok_or_else(|| {
-            refused("the key was denied again while it was being checked; try once more")
-        })?;
+        let valid_until =
+            inner.policy.opened(started, now, wall_clock(), validity).ok_or_else(|| {
+                refused("the key was denied again while it was being checked; try once more")
+            })?;
         if !shared.gate.open(keyring, valid_until) {
             inner.policy.shut(Reason::Unreachable, now);
             return Err(refused("an operation from before the cut-off does not end"));
