@@ -61,9 +61,9 @@ pub fn rotate(site: &Site<'_>, order: &Order) -> Result<Option<Rotated>> {
     volume::expect_own_envelope(&envelope, site.info)?;
     let pin = pins::read(site.config_dir, &site.info.uuid)?;
     match pin.standing(site.back, &envelope.kid) {
-        // Giving it a key of its own confirms it.
         Standing::Confirmed => {}
-        _ if order.rekey => {}
+        // Giving a copy a key of its own confirms it; but not an envelope of old put back here.
+        Standing::Elsewhere if order.rekey => {}
         standing => return Err(unconfirmed(&standing, &envelope)),
     }
     let event = |status| {

@@ -223,7 +223,9 @@ impl Session for AzureSession<'_> {
                 return Err(classify(&response, "list"));
             }
             let page: KeyPage = parse(&response)?;
-            versions.extend(page.value.into_iter().map(KeyItem::into_info));
+            for item in page.value {
+                versions.push(item.into_info(&key).ok_or_else(|| unreadable("list of versions"))?);
+            }
             next = page.next_link.filter(|link| !link.is_empty());
             if let Some(link) = &next {
                 self.own_url(link)?;
@@ -474,15 +476,18 @@ impl KeyBundle {
 }
 
 impl KeyItem {
-    fn into_info(self) -> VersionInfo {
+    /// None: it is not a version of this key. One that is may be followed, so its host is the one
+    /// that was asked, whatever it says.
+    fn into_info(self, of: &KeyUrl) -> Option<VersionInfo> {
         let KeyItem { kid, attributes } = self;
-        VersionInfo {
-            kid,
+        let version = KeyUrl::parse(&kid).ok().filter(|_| of.is(&kid))?.version?;
+        Some(VersionInfo {
+            kid: format!("{}/{version}", of.without_version()),
             enabled: attributes.enabled.unwrap_or(false),
             not_before: attributes.nbf,
             expires: attributes.exp,
             created: attributes.created,
-        }
+        })
     }
 }
 

@@ -887,7 +887,16 @@ fn pages_are_followed_on_the_same_vault_only() {
     let list = |rig: &Rig| {
         rig.with_session(Duration::from_secs(10), |session, kid| session.list_versions(kid))
     };
-    assert_eq!(list(&rig).unwrap().len(), 2);
+    let listed = list(&rig).unwrap();
+    assert_eq!(listed.len(), 2);
+    // Of another host, by its own word; what is followed is asked where this was.
+    assert_eq!(listed[0].kid, rig.kid());
+    for other in ["https://vault.example/keys/other/01", "https://vault.example/keys/kek", "kek/01"]
+    {
+        let page = format!(r#"{{"value":[{{"kid":"{other}","attributes":{{"enabled":true}}}}]}}"#);
+        rig.vault.answer(authorised(move |_| Answer::Json(200, page.clone())));
+        assert_eq!(list(&rig).unwrap_err().class, Class::Transient(Reason::Unreachable), "{other}");
+    }
     let stray = page("https://evil.example/keys/kek/versions?page=2");
     rig.vault.answer(authorised(move |_| Answer::Json(200, stray.clone())));
     assert!(list(&rig).is_err());
