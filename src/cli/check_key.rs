@@ -71,7 +71,9 @@ pub(super) fn run(args: CheckKeyArgs) -> Result<()> {
 /// The envelope below a backing directory, or below that of a mount, and the volume's pin.
 fn of_volume(name: &str, config_dir: &Path) -> Result<(Envelope, Option<Pin>)> {
     let backing = LinuxBacking::open(&backing_directory(Path::new(name))?)?;
+    let info = Store::inspect(&*backing)?;
     let envelope = Envelope::load(&backing.root())?;
+    volume::expect_own_envelope(&envelope, &info)?;
     // A volume can be checked where it is not mounted.
-    Ok((envelope, pins::read(config_dir, &Store::inspect(&*backing)?.uuid).ok()))
+    Ok((envelope, pins::read(config_dir, &info.uuid).ok()))
 }

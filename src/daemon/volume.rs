@@ -320,6 +320,13 @@ impl Volume {
         if !confirmed {
             return Err(rotation::unconfirmed(&standing, &envelope));
         }
+        if let Asked::ByPerson { accept_key: Some(key) } = asked
+            && key != envelope.kid
+        {
+            let message =
+                format!("the envelope names {}, not {key}: none is accepted", envelope.kid);
+            return Err(Error::new(Kind::Denied, message));
+        }
         let provider = settings::provider(&config, &envelope.kid)?;
         let revalidated = check_key(&*provider, &envelope, &self.info, &pin, &config)?;
         let report = revalidated.report.clone();

@@ -308,6 +308,8 @@ fn transient() -> Vec<Row> {
         unreachable("504", &["status", "--status", "504"]),
         unreachable("being deleted", &["being-deleted"]),
         unreachable("being recovered", &["being-recovered"]),
+        unreachable("503 to the list alone", &["status", "--operation", "list"]),
+        unreachable("503 to wrapKey alone", &["status", "--operation", "wrapKey"]),
         unreachable("hangs up", &["close"]),
         unreachable("truncated", &["truncate", "--bytes", "40"]),
         unreachable("another body", &["wrong-body"]),

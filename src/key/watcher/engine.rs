@@ -29,8 +29,10 @@ pub(super) const TICK: Duration = Duration::from_secs(1);
 const PROBE_GRACE: Duration = Duration::from_secs(2);
 /// The longest that a service's Retry-After is followed.
 const RETRY_AFTER_LIMIT: Duration = Duration::from_secs(120);
-/// Each so-many-th probe tries every permission.
+/// Each so-many-th probe tries every permission; so does one that comes this long after the last
+/// which did and found all of them, and each one after one that did and did not.
 const COMPLETE_EVERY: u64 = 4;
+pub(super) const COMPLETE_WITHIN: Duration = Duration::from_secs(120);
 /// For [`Gate::drain`] when the watcher itself has to shut the gate.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 /// Somebody else may be answering: told at once, though the volume serves on.
@@ -66,6 +68,8 @@ pub(super) struct Inner {
     pub(super) flight: Option<Flight>,
     pub(super) probes_started: u64,
     pub(super) probes_ended: u64,
+    /// From then on a probe is to try every permission.
+    pub(super) complete_due: BootTime,
     /// The first probe that is of the current envelope's key.
     pub(super) envelope_from: u64,
     /// When a newer version of the key was told of.
@@ -111,6 +115,7 @@ impl Inner {
             flight: None,
             probes_started: 0,
             probes_ended: 0,
+            complete_due: BootTime::ZERO,
             envelope_from: 0,
             told_newer: None,
             backstop: None,
@@ -209,7 +214,8 @@ impl Shared {
         }
         let number = inner.probes_started;
         let routine = inner.policy.is_serving() && !inner.policy.is_pending();
-        let complete = !routine || number.is_multiple_of(COMPLETE_EVERY);
+        let complete =
+            !routine || number.is_multiple_of(COMPLETE_EVERY) || now >= inner.complete_due;
         inner.probes_started += 1;
         inner.due = Some(now + jittered(self.settings.interval));
         inner.flight =
@@ -264,6 +270,12 @@ impl Shared {
                 (Outcome::Failure(error.class), Some(error.to_string()))
             }
         };
+        if flight.complete {
+            inner.complete_due = match result {
+                Ok(_) => flight.started + COMPLETE_WITHIN,
+                Err(_) => BootTime::ZERO,
+            };
+        }
         inner.last_probe = Some(ProbeReport {
             at: system_time_of(flight.started),
             took: now.since(flight.started),
@@ -307,6 +319,7 @@ impl Shared {
         }
         inner.failures = 0;
         inner.last_success = Some(system_time_of(started));
+        inner.complete_due = started + COMPLETE_WITHIN;
         let outcome = Outcome::Success { complete: true, validity };
         let decision = inner.policy.on_probe(started, BootTime::now(), wall_clock(), &outcome);
         self.carry_out(inner, decision, None);

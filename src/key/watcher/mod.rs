@@ -36,8 +36,8 @@ use super::rewrap::Rewrapped;
 use super::wall_clock;
 use crate::error::{Error, Kind, Result};
 use engine::{
-    Inner, Shared, TICK, Watched, jittered, run_cut_offs, run_events, spawn, system_time_of,
-    unix_time,
+    COMPLETE_WITHIN, Inner, Shared, TICK, Watched, jittered, run_cut_offs, run_events, spawn,
+    system_time_of, unix_time,
 };
 
 /// How long [`Watcher::admit`] waits for the end of a cut-off.
@@ -217,6 +217,7 @@ impl Watcher {
         inner.failures = 0;
         inner.validity = validity;
         inner.last_success = Some(system_time_of(started));
+        inner.complete_due = started + COMPLETE_WITHIN;
         inner.due = Some(started + jittered(shared.settings.interval));
         shared.warn_of_expiry(&mut inner);
         shared.changed.notify_all();
