@@ -1,11 +1,12 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154 # set by scripts/suites
-# The KEK is rotated again and again while sysbench works on MariaDB: to new versions, by hand and by itself, and to a
-# second vault with an identity and an authority of its own and back. No client sees an error, what each rotation left
-# behind is taken away at once, and when the server is killed in the middle nothing acknowledged is missing.
+# Keys are rotated again and again while sysbench works on MariaDB. The KEK: to new versions, by hand and by itself, and
+# to a second vault with an identity and an authority of its own and back; what each rotation left behind is taken away
+# at once. Beside it the DEKs of all files. No client sees an error, and when the server is killed in the middle nothing
+# acknowledged is missing.
 
 suite_rotation() {
-    local dir=$1 writers load number done_after=0
+    local dir=$1 writers load deks number done_after=0
     need_packages mariadb-server mariadb-client sysbench
     box_up "$dir/box"
     # shellcheck source=/dev/null
@@ -27,6 +28,8 @@ suite_rotation() {
         rotation_writer "$dir" "$number" &
         writers+=($!)
     done
+    rotation_deks "$dir" "$load" &
+    deks=$!
     rotations=0
     while alive "$load"; do
         rotation_round "$dir"
@@ -34,10 +37,12 @@ suite_rotation() {
     done
     wait "$load" || { tail -n 20 "$dir/sysbench.log" && say "sysbench saw an error" && return 1; }
     grep -Eq 'reconnects: +0 ' "$dir/sysbench.log" || { tail -n 20 "$dir/sysbench.log" && say "a connection was lost" && return 1; }
+    wait "$deks" || { cat "$dir/deks" && say "a rotation of the DEKs failed" && return 1; }
     ((done_after >= 5)) || { say "only $done_after rotations under load" && return 1; }
     say "$done_after rotations under sysbench: $(sed -n 's/.*transactions: *\([0-9]*\) *(\([0-9.]*\) per sec.*/\1 transactions, \2 a second/p' "$dir/sysbench.log"), no error"
 
     # In the middle of one more round the server is killed, and the volume comes back under whichever key it has.
+    byokfs rotate dek "$mnt" --rate 4MiB --no-wait >>"$dir/deks"
     (trap - EXIT && sleep 2 && kill -9 "$mariadb_pid") &
     rotation_round "$dir"
     wait_until 30 dead "$mariadb_pid"
@@ -45,6 +50,7 @@ suite_rotation() {
     byokfs umount "$mnt"
     byokfs mount "$BYOKFS_BACK" "$mnt"
     mariadb_start "$mnt/mysql" "$dir/server" "$dir/server/log"
+    byokfs rotate dek "$mnt" --rate 0B >>"$dir/deks"
     rotation_compare "$dir"
     mariadb_stop "$dir/server"
     if grep -s '"MakeInaccessible"' "$dir/box/log/audit.jsonl"; then
@@ -83,6 +89,17 @@ rotation_writer() { # DIR NUMBER
     for row in {1..1000000}; do
         printf "INSERT INTO acknowledged VALUES (%d, %d, REPEAT('p', 500)); SELECT 'ack', %d, %d;\n" "$2" "$row" "$2" "$row"
     done | sql "$1/server" d --unbuffered 2>/dev/null | grep --line-buffered '^ack' >"$1/ack.$2" || true
+}
+
+# Gives all files other DEKs, again and again, while that process runs.
+rotation_deks() { # DIR PID
+    local count=0
+    trap - EXIT
+    while alive "$2"; do
+        byokfs rotate dek "$mnt" --rate 32MiB >>"$1/deks" 2>&1 || return 1
+        count=$((count + 1))
+    done
+    say "the DEKs of all files were rotated $count times under sysbench"
 }
 
 rotation_kek() { byokfs status "$mnt" --json | sed -n 's/.*"kek": *"\([^"]*\)".*/\1/p'; }
