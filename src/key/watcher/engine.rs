@@ -388,7 +388,6 @@ impl Shared {
         reason: Reason,
         detail: Option<String>,
     ) {
-        log::error!("cutting off: {}", reason.describe());
         inner.degraded = None;
         inner.backstop = Some((BootTime::now() + self.settings.shut_within, reason));
         let order = CutOffOrder { reason, detail, decided: SystemTime::now() };
@@ -399,6 +398,7 @@ impl Shared {
             self.shut_now(reason);
         }
         self.changed.notify_all();
+        log::error!("cutting off: {}", reason.describe());
     }
 
     /// The handler has had its time.
@@ -406,8 +406,8 @@ impl Shared {
         if self.gate.check().is_err() && self.gate.valid_until() == BootTime::ZERO {
             return;
         }
-        log::error!("the cut-off takes too long: shutting the gate");
         self.gate.shut(reason);
+        log::error!("the cut-off takes too long: the gate is shut");
         let gate = Arc::clone(&self.gate);
         let wiper = spawn("key-wiper", move || {
             gate.drain(DRAIN_LIMIT);
