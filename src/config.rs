@@ -8,6 +8,7 @@
 //! No secret is in here: only the paths of the files that hold them.
 
 mod key;
+mod service;
 pub mod units;
 mod validate;
 
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
 pub use key::{Identity, Key, VerifyChallenge};
+pub use service::Service;
 use units::{duration, optional_path};
 
 pub const DEFAULT_PATH: &str = "/etc/byokfs/byokfs.toml";
@@ -27,6 +29,9 @@ pub const PATH_VARIABLE: &str = "BYOKFS_CONFIG";
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     pub key: Key,
+    /// For the keys that they name, in the place of `key`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub service: Vec<Service>,
     pub watcher: Watcher,
     pub fence: Fence,
     pub mount: Mount,
@@ -37,6 +42,9 @@ pub struct Config {
     /// Where volume pins live (`volumes.d/`): the directory of the file this came from.
     #[serde(skip)]
     pub dir: Dir,
+    /// That file, absolute; None: the default one, there or not.
+    #[serde(skip)]
+    pub file: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -279,7 +287,14 @@ impl Config {
         if let Some(dir) = file.parent() {
             config.dir = Dir(dir.to_owned());
         }
+        config.file = chosen.is_some().then_some(file);
         Ok(config)
+    }
+
+    /// This one, with `[key]` and each `[[service]]` as the file has them by now.
+    pub fn with_services_of_today(&self) -> Result<Config> {
+        let Config { key, service, .. } = Config::load(self.file.as_deref(), &[])?;
+        Ok(Config { key, service, ..self.clone() })
     }
 
     /// Time that a cut-off may take until the gate is shut: the fence's, or what dirty mappings
@@ -289,6 +304,20 @@ impl Config {
         const SLACK: Duration = Duration::from_secs(1);
         let fence = if self.fence.enabled { self.fence.timeout } else { WRITE_BACK };
         fence.saturating_add(SLACK)
+    }
+
+    /// How the service of that key is reached, and as whom.
+    pub fn key_for(&self, kid: &str) -> &Key {
+        let fits =
+            self.service.iter().filter_map(|service| Some((service.scope.fit(kid)?, service)));
+        fits.max_by_key(|(fit, _)| *fit).map_or(&self.key, |(_, service)| &service.key)
+    }
+
+    /// `[key]` and each `[[service]]`, as messages name them.
+    pub fn services(&self) -> impl Iterator<Item = (String, &Key)> {
+        let named = |service: &Service| format!("service \"{}\": ", service.keys);
+        let more = self.service.iter().map(move |service| (named(service), &service.key));
+        std::iter::once(("key.".to_owned(), &self.key)).chain(more)
     }
 
     /// As [`Config::load`], from text.
@@ -302,7 +331,7 @@ impl Config {
                 .entry(over.section.clone())
                 .or_insert_with(|| toml::Value::Table(toml::Table::new()));
             let toml::Value::Table(section) = section else {
-                return Err(refused(&over.origin, "the file has no such section"));
+                return Err(refused(&over.origin, "[[service]] is for the file alone"));
             };
             section.insert(over.key.clone(), loose_value(&over.value));
             config = Config::deserialize(table.clone())

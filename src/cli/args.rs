@@ -306,7 +306,8 @@ pub struct ForgetKeyArgs {
 
 #[derive(Debug, Args)]
 pub struct InfoArgs {
-    /// The backing directory
+    /// The backing directory, or the mount point
+    #[arg(value_name = "BACK|MNT")]
     pub back: PathBuf,
     /// The key versions that the volume and its copies need
     #[arg(long)]

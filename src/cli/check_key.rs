@@ -41,11 +41,11 @@ pub(super) fn run(args: CheckKeyArgs) -> Result<()> {
         if provider::is_key(&args.key) { None } else { Some(of_volume(&args.key, &config.dir.0)?) };
     let envelope = volume.as_ref().map(|(envelope, _)| envelope.clone());
     let kid = envelope.as_ref().map_or(&args.key, |envelope| &envelope.kid);
-    let provider = provider::for_key(kid, &settings::provider(&config.key))?;
+    let provider = settings::provider(&config, kid)?;
     harden::process("byokfs-check")?;
     crypto::selftest::run()?;
 
-    let mut requirements = settings::requirements(&config, false);
+    let mut requirements = settings::requirements(&config, kid, false);
     requirements.strict |= args.strict;
     let mut report = custody::survey(&*provider, kid, envelope.as_ref(), &requirements, LIMIT)
         .map_err(|error| volume::name_the_service(error.into(), kid))?;
@@ -71,7 +71,9 @@ pub(super) fn run(args: CheckKeyArgs) -> Result<()> {
 /// The envelope below a backing directory, or below that of a mount, and the volume's pin.
 fn of_volume(name: &str, config_dir: &Path) -> Result<(Envelope, Option<Pin>)> {
     let backing = LinuxBacking::open(&backing_directory(Path::new(name))?)?;
+    let info = Store::inspect(&*backing)?;
     let envelope = Envelope::load(&backing.root())?;
+    volume::expect_own_envelope(&envelope, &info)?;
     // A volume can be checked where it is not mounted.
-    Ok((envelope, pins::read(config_dir, &Store::inspect(&*backing)?.uuid).ok()))
+    Ok((envelope, pins::read(config_dir, &info.uuid).ok()))
 }

@@ -8,7 +8,6 @@ use crate::config::Config;
 use crate::daemon::{check, escrow, mountinfo, pins, settings};
 use crate::error::Result;
 use crate::key::envelope::Envelope;
-use crate::key::provider;
 use crate::store::Store;
 
 use super::args::EscrowArgs;
@@ -25,7 +24,7 @@ pub(super) fn run(args: EscrowArgs) -> Result<()> {
     let file = args.file.as_deref();
     let written = match file {
         Some(file) => {
-            let provider = provider::for_key(&kid, &settings::provider(&config.key))?;
+            let provider = settings::provider(&config, &kid)?;
             Some(escrow::back_up(&*provider, &kid, &back, file)?)
         }
         None => None,

@@ -6,16 +6,17 @@ use crate::backing::Backing;
 use crate::backing::NodeRef;
 use crate::backing::linux::LinuxBacking;
 use crate::daemon::rotation::{self, Role};
-use crate::daemon::{check::resolve, hex, mountinfo};
+use crate::daemon::{hex, mountinfo};
 use crate::error::Result;
 use crate::key::envelope::Envelope;
 use crate::store::{FEATURE_PLAINTEXT_NAMES, Store};
 
 use super::args::InfoArgs;
+use super::escrow::backing_directory;
 use super::output;
 
 pub(super) fn run(args: InfoArgs) -> Result<()> {
-    let back = resolve("the backing directory", &args.back)?;
+    let back = backing_directory(&args.back)?;
     let backing = LinuxBacking::open(&back)?;
     let info = Store::inspect(&*backing)?;
     if args.keys {

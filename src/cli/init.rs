@@ -13,7 +13,6 @@ use crate::daemon::pins::{self, Pin, Place as PinnedPlace};
 use crate::daemon::{check, escrow, harden, hex, mountinfo, settings, volume};
 use crate::error::{Context, Error, Kind, Result};
 use crate::key::custody::{self, Enrolment};
-use crate::key::provider;
 use crate::observe::audit::{self, Event, Name};
 use crate::store::{FormatOptions, Store};
 
@@ -25,7 +24,7 @@ const ENROL_LIMIT: Duration = Duration::from_secs(60);
 
 pub(super) fn run(args: InitArgs) -> Result<()> {
     let config = Config::load(args.config.config.as_deref(), &[])?;
-    let provider = provider::for_key(&args.kek, &settings::provider(&config.key))?;
+    let provider = settings::provider(&config, &args.kek)?;
     let given = std::path::absolute(&args.back)
         .map_err(|error| Error::usage(format!("{}: {error}", args.back.display())))?;
     // It will hold the volume key.
@@ -34,7 +33,7 @@ pub(super) fn run(args: InitArgs) -> Result<()> {
     let place = Place::prepare(&given)?;
 
     let tolerant = args.no_requirements;
-    let settings = settings::requirements(&config, tolerant);
+    let settings = settings::requirements(&config, &args.kek, tolerant);
     // Before the key is used, so that there never is a volume without it.
     let escrow = args.escrow.as_deref();
     let backup = escrow.map(|file| escrow::back_up(&*provider, &args.kek, &place.path, file));

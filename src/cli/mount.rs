@@ -25,6 +25,7 @@ pub(super) fn run(request: MountRequest) -> Result<()> {
         no_atime: options.no_atime,
         foreground: request.foreground,
         config_dir: config.dir.0.clone(),
+        config_file: config.file.clone(),
         config,
         watch: None,
     };

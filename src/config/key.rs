@@ -87,7 +87,7 @@ pub enum Identity {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VerifyChallenge {
-    /// On, but for an address or a host name without a domain.
+    /// On; an address, or a host name without a domain, only for itself.
     #[default]
     Auto,
     On,

@@ -29,6 +29,70 @@ fn the_shipped_file_shows_every_default() {
 }
 
 #[test]
+fn the_shipped_files_example_of_a_service_holds() {
+    let shipped = include_str!("../../config/byokfs.toml");
+    let (_, example) = shipped.split_once("# [[service]]\n").unwrap();
+    let lines = example.lines().map_while(|line| line.strip_prefix("# "));
+    let example = format!("[[service]]\n{}", lines.collect::<Vec<_>>().join("\n"));
+    let config = parse(&example).unwrap();
+    let key = config.key_for("https://kv-new.vault.azure.net/keys/kek");
+    assert_eq!((key.identity, key.region.as_deref()), (Identity::Imds, Some("northeurope")));
+}
+
+#[test]
+fn each_key_has_the_section_that_fits_it_closest() {
+    let text = "[key]\nregion = \"of the rest\"\n\
+                [[service]]\nkeys = \"https://kv1.example/\"\nregion = \"of kv1\"\n\
+                [[service]]\nkeys = \"https://kv1.example/keys/special\"\nregion = \"of one key\"\n\
+                [[service]]\nregion = \"of tokens\"\nkeys = \"pkcs11:\"\n\
+                [[service]]\nkeys = \"pkcs11:token=main\"\nregion = \"of main\"\n";
+    let config = parse(text).unwrap();
+    for (kid, region) in [
+        ("https://kv1.example/keys/kek", "of kv1"),
+        ("https://kv1.example:443/keys/Special/0123", "of one key"),
+        ("https://kv1.example.evil/keys/special", "of the rest"),
+        ("https://kv2.example/keys/special", "of the rest"),
+        ("pkcs11:token=other;object=kek", "of tokens"),
+        ("pkcs11:token=main;object=kek;id=%01", "of main"),
+        ("nonsense", "of the rest"),
+    ] {
+        assert_eq!(config.key_for(kid).region.as_deref(), Some(region), "{kid}");
+    }
+    // As the guard and the daemon are handed it.
+    let line = serde_json::to_string(&config).unwrap();
+    assert_eq!(serde_json::from_str::<Config>(&line).unwrap(), config);
+    assert_eq!(parse(&toml::to_string(&config).unwrap()).unwrap(), config);
+}
+
+#[test]
+fn bad_services_are_refused() {
+    let section = |more: &str| format!("[[service]]\nkeys = \"https://kv1.example/\"\n{more}");
+    for (text, part) in [
+        (section("identty = \"imds\"\n"), "t.toml:3: identty: unknown field `identty`"),
+        (section("identity = \"nobody\"\n"), "t.toml:3: identity: unknown variant `nobody`"),
+        ("[[service]]\nidentity = \"imds\"\n".into(), "missing field `keys`"),
+        ("[[service]]\nkeys = \"kv1\"\n".into(), "t.toml:2: keys: \"kv1\" is not the beginning"),
+        ("[[service]]\nkeys = 7\n".into(), "t.toml:2: keys: invalid type"),
+        ("[service]\nkeys = \"pkcs11:\"\n".into(), "t.toml:1: invalid type: map"),
+        (
+            section("") + &section("").replace("kv1.example/", "KV1.example:443/keys"),
+            "for the same keys: \"https://kv1.example/\" and \"https://KV1.example:443/keys\"",
+        ),
+        (
+            section("identity = \"client-secret\"\n"),
+            "needs service \"https://kv1.example/\": client_secret_file",
+        ),
+        (section("ca_file = \"ca.pem\"\n"), "ca_file \"ca.pem\" is not an absolute path"),
+        (section("authority = \"ftp://x\"\n"), "is not an http(s) URL"),
+    ] {
+        let message = error(&text);
+        assert!(message.contains(part), "{text}: {message}");
+    }
+    let wrong = Config::parse("", Path::new("t.toml"), &[over("service", "keys", "pkcs11:")]);
+    assert!(wrong.unwrap_err().to_string().contains("flag"));
+}
+
+#[test]
 fn unknown_keys_are_refused_with_their_line() {
     let message = error("[watcher]\ninterval = \"30s\"\nintervall = \"5s\"\n");
     assert!(message.starts_with("t.toml:3: intervall: unknown field `intervall`"), "{message}");

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::{Config, Identity, Key, units::format_duration as text};
+use super::{Config, Identity, Key, Service, units::format_duration as text};
 
 /// What byokfs promises: a refused key is cut off within this.
 const CUT_OFF_PROMISE: Duration = Duration::from_secs(600);
@@ -16,7 +16,7 @@ pub(super) fn check(config: &Config) -> Result<(), String> {
     if config.mount.threads > MAX_THREADS {
         return Err(format!("mount.threads is {}: at most {MAX_THREADS}", config.mount.threads));
     }
-    identity(&config.key)?;
+    services(config)?;
     if config.alert.timeout.is_zero() {
         return Err("alert.timeout is 0s: it must be longer".into());
     }
@@ -25,23 +25,40 @@ pub(super) fn check(config: &Config) -> Result<(), String> {
     absolute("audit.file", config.audit.file.as_deref())?;
     absolute("alert.command", config.alert.command.as_deref())?;
     absolute("log.file", config.log.file.as_deref())?;
-    for (name, path) in config.key.files() {
-        absolute(&format!("key.{name}"), path)?;
-    }
     absolute("fence.socket", config.fence.socket.as_deref())?;
     absolute("fence.pid_file", config.fence.pid_file.as_deref())?;
     absolute("fence.option_file", config.fence.option_file.as_deref())
 }
 
-fn identity(key: &Key) -> Result<(), String> {
+fn services(config: &Config) -> Result<(), String> {
+    for (section, key) in config.services() {
+        identity(&section, key)?;
+        for (name, path) in key.files() {
+            absolute(&format!("{section}{name}"), path)?;
+        }
+    }
+    for (number, one) in config.service.iter().enumerate() {
+        let same = |other: &&Service| other.scope == one.scope;
+        if let Some(other) = config.service[..number].iter().find(same) {
+            return Err(format!(
+                "two [[service]] sections are for the same keys: \"{}\" and \"{}\"",
+                other.keys, one.keys
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// `section` as a message begins with it.
+fn identity(section: &str, key: &Key) -> Result<(), String> {
     for (name, value) in
         [("identity_endpoint", &key.identity_endpoint), ("authority", &key.authority)]
     {
         let Some(text) = value else { continue };
-        let url =
-            url::Url::parse(text).map_err(|error| format!("key.{name} \"{text}\": {error}"))?;
+        let url = url::Url::parse(text)
+            .map_err(|error| format!("{section}{name} \"{text}\": {error}"))?;
         if !matches!(url.scheme(), "http" | "https") {
-            return Err(format!("key.{name} \"{text}\" is not an http(s) URL"));
+            return Err(format!("{section}{name} \"{text}\" is not an http(s) URL"));
         }
     }
     let needed = match key.identity {
@@ -53,7 +70,8 @@ fn identity(key: &Key) -> Result<(), String> {
     };
     match needed {
         (identity, file, None) => {
-            Err(format!("key.identity = \"{identity}\" needs key.{file}, the file that holds it"))
+            let needs = format!("needs {section}{file}, the file that holds it");
+            Err(format!("{section}identity = \"{identity}\" {needs}"))
         }
         _ => Ok(()),
     }

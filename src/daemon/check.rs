@@ -57,7 +57,9 @@ pub fn own_paths(plan: &Plan) -> Result<()> {
         ("fence.pid_file", config.fence.pid_file.as_ref()),
         ("fence.option_file", config.fence.option_file.as_ref()),
     ];
-    let of_key = config.key.files().map(|(name, path)| (format!("key.{name}"), path));
+    let of_key = config.services().flat_map(|(section, key)| {
+        key.files().map(|(name, path)| (format!("{section}{name}"), path))
+    });
     let paths = paths.map(|(name, path)| (name.to_owned(), path.map(PathBuf::as_path)));
     for (key, path) in paths.into_iter().chain(of_key) {
         let Some(path) = path else { continue };

@@ -18,7 +18,7 @@ use crate::error::{Error, Kind, Result};
 use crate::key::custody::Revalidated;
 use crate::key::envelope::Envelope;
 use crate::key::gate::{BootTime, Gate, Keyring, Reason};
-use crate::key::provider::{self, Provider};
+use crate::key::provider::Provider;
 use crate::observe::audit;
 use crate::store::{Store, VolumeInfo};
 
@@ -99,7 +99,7 @@ impl Offline {
             Standing::Confirmed => {}
             standing => return Err(rotation::unconfirmed(&standing, &envelope)),
         }
-        let provider = provider::for_key(&envelope.kid, &settings::provider(&self.config.key))?;
+        let provider = settings::provider(&self.config, &envelope.kid)?;
         Ok((envelope, provider))
     }
 

@@ -26,6 +26,8 @@ pub struct Plan {
     pub config: Config,
     /// Directory of the configuration file, where the pins are.
     pub config_dir: PathBuf,
+    /// That file, unless it is the default one.
+    pub config_file: Option<PathBuf>,
     /// For a guard that takes over for one that ended: the daemon that already runs.
     pub watch: Option<Watch>,
 }
@@ -63,6 +65,7 @@ impl Plan {
             Error::new(Kind::Usage, "an internal verb, started by byokfs itself").with_source(error)
         })?;
         plan.config.dir = Dir(plan.config_dir.clone());
+        plan.config.file.clone_from(&plan.config_file);
         Ok(plan)
     }
 }
@@ -73,7 +76,12 @@ mod tests {
 
     #[test]
     fn a_plan_survives_its_line() {
-        let config = Config { dir: Dir("/etc/b".into()), ..Config::default() };
+        let service = "[[service]]\nkeys = \"pkcs11:\"\npkcs11_module = \"/m.so\"\n";
+        let config = Config {
+            dir: Dir("/etc/b".into()),
+            file: Some("/etc/b/c.toml".into()),
+            ..Config::parse(service, "c.toml".as_ref(), &[]).unwrap()
+        };
         let plan = Plan {
             back: "/back".into(),
             mnt: "/m n\"t".into(),
@@ -83,6 +91,7 @@ mod tests {
             foreground: false,
             config: config.clone(),
             config_dir: "/etc/b".into(),
+            config_file: config.file.clone(),
             watch: Some(Watch { pid: 7, device: Device { major: 0, minor: 57 } }),
         };
         let line = plan.to_line().unwrap();

@@ -61,9 +61,9 @@ pub fn rotate(site: &Site<'_>, order: &Order) -> Result<Option<Rotated>> {
     volume::expect_own_envelope(&envelope, site.info)?;
     let pin = pins::read(site.config_dir, &site.info.uuid)?;
     match pin.standing(site.back, &envelope.kid) {
-        // Giving it a key of its own confirms it.
         Standing::Confirmed => {}
-        _ if order.rekey => {}
+        // Giving a copy a key of its own confirms it; but not an envelope of old put back here.
+        Standing::Elsewhere if order.rekey => {}
         standing => return Err(unconfirmed(&standing, &envelope)),
     }
     let event = |status| {
@@ -100,7 +100,7 @@ fn replace(
     pin: &Pin,
     wanted: &str,
 ) -> Result<Option<Rotated>> {
-    let of = |kid: &str| provider::for_key(kid, &settings::provider(&site.config.key));
+    let of = |kid: &str| settings::provider(site.config, kid);
     let (old, new) = (of(&envelope.kid)?, of(wanted)?);
     let new_key = NewKey {
         provider: &*new,
@@ -113,7 +113,7 @@ fn replace(
         },
         forget_earlier: order.rekey,
     };
-    let settings = settings::requirements(site.config, !pin.requirements);
+    let settings = settings::requirements(site.config, wanted, !pin.requirements);
     let rewrapped = rewrap(&*old, envelope, pin.pinned(), &new_key, &settings, LIMIT);
     let rewrapped = match rewrapped {
         Ok(Some(rewrapped)) => rewrapped,

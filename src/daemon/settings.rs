@@ -1,13 +1,21 @@
 //! The configuration in the words of the layers below.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::{self, Config};
+use crate::error::Result;
 use crate::fuse;
+use crate::key::provider::Provider;
 use crate::key::{policy, provider, requirement, watcher};
 
-pub fn provider(config: &config::Key) -> provider::Settings {
+/// Whoever is asked about that key, as the section says that is for it.
+pub fn provider(config: &Config, kid: &str) -> Result<Arc<dyn Provider>> {
+    provider::for_key(kid, &access(config.key_for(kid)))
+}
+
+fn access(config: &config::Key) -> provider::Settings {
     provider::Settings {
         identity: identity(config),
         ca_file: config.ca_file.clone(),
@@ -56,13 +64,14 @@ fn identity(config: &config::Key) -> provider::Identity {
     }
 }
 
-/// What a key must be; `tolerant` as the volume was made.
-pub fn requirements(config: &Config, tolerant: bool) -> requirement::Settings {
+/// What that key must be; `tolerant` as the volume was made.
+pub fn requirements(config: &Config, kid: &str, tolerant: bool) -> requirement::Settings {
+    let key = config.key_for(kid);
     requirement::Settings {
-        strict: config.key.strict_requirements,
+        strict: key.strict_requirements,
         tolerant,
-        region: config.key.region.clone(),
-        tenant: config.key.tenant_id.clone(),
+        region: key.region.clone(),
+        tenant: key.tenant_id.clone(),
         on_expired: on_expired(config),
     }
 }

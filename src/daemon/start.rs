@@ -35,7 +35,6 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::fuse::{self, MountOptions};
 use crate::key::envelope::Envelope;
 use crate::key::gate::Gate;
-use crate::key::provider;
 use crate::key::reason::Reason;
 use crate::key::watcher::Watcher;
 use crate::observe::audit::{self, Event, Name, Status, emit};
@@ -128,7 +127,7 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
         audit::install(file, &context)?;
     }
     let envelope = Envelope::load(&backing.root())?;
-    let provider = provider::for_key(&envelope.kid, &settings::provider(&plan.config.key))?;
+    let provider = settings::provider(&plan.config, &envelope.kid)?;
     let gate = Gate::new();
     let store = open_store(&backing, &gate, plan.read_only)?;
 
@@ -159,10 +158,12 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
         Arc::clone(&orders) as _,
     )?;
     let dek_rotation = DekRotation::new(Arc::clone(&store), Arc::clone(&gate));
+    let config = Arc::new(plan.config.clone());
     let volume = Arc::new(Volume {
         plan,
         info,
         unconfirmed,
+        config: Mutex::new(config),
         envelope: Mutex::default(),
         backing,
         store,

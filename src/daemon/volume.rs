@@ -13,14 +13,15 @@ use super::dek_rotation::DekRotation;
 use super::mountinfo::Device;
 use super::pins::{self, Standing};
 use super::plan::Plan;
-use super::{hex, notify, rotation, settings, users};
+use super::{check, hex, notify, rotation, settings, users};
 use crate::backing::{Backing, NodeRef};
+use crate::config::Config;
 use crate::error::{Error, FsError, FsResult, Kind, Result};
 use crate::fuse;
 use crate::key::custody::{self, Refusal};
 use crate::key::envelope::Envelope;
 use crate::key::gate::{Gate, State};
-use crate::key::provider::{self, Provider};
+use crate::key::provider::Provider;
 use crate::key::reason::Reason;
 use crate::key::requirement::Report;
 use crate::key::watcher::{self, CutOffOrder, Handler, Notice, Watcher};
@@ -70,6 +71,8 @@ pub struct Volume {
     pub info: VolumeInfo,
     /// Why the volume was not opened when it was mounted.
     pub unconfirmed: Option<String>,
+    /// The plan's, with `[key]` and `[[service]]` as they were when they were last good for a key.
+    pub config: Mutex<Arc<Config>>,
     /// Held by who reads the envelope to act on it, or replaces it.
     pub envelope: Mutex<()>,
     pub backing: Arc<dyn Backing>,
@@ -174,12 +177,23 @@ impl Volume {
         })
     }
 
-    fn site<'a>(&'a self, dir: &'a NodeRef) -> rotation::Site<'a> {
+    fn config(&self) -> Arc<Config> {
+        Arc::clone(&self.config.lock())
+    }
+
+    /// For what a person asks: `[key]` and `[[service]]` may have been changed for it.
+    fn config_of_today(&self) -> Result<Arc<Config>> {
+        let config = self.config().with_services_of_today()?;
+        check::own_paths(&Plan { config: config.clone(), ..self.plan.clone() })?;
+        Ok(Arc::new(config))
+    }
+
+    fn site<'a>(&'a self, dir: &'a NodeRef, config: &'a Config) -> rotation::Site<'a> {
         rotation::Site {
             dir,
             back: &self.plan.back,
             info: &self.info,
-            config: &self.plan.config,
+            config,
             config_dir: &self.plan.config_dir,
         }
     }
@@ -200,8 +214,10 @@ impl Volume {
         }
         let dir = self.store.envelope_dir();
         let before = watcher.status().kid;
-        let rotated = rotation::rotate(&self.site(&dir), order)?;
+        let config = if order.followed { self.config() } else { self.config_of_today()? };
+        let rotated = rotation::rotate(&self.site(&dir, &config), order)?;
         if let Some(rotated) = &rotated {
+            *self.config.lock() = config;
             watcher.rotated(&rotated.rewrapped, Arc::clone(&rotated.provider));
             log::info!("the volume's key is now {}", rotated.rewrapped.envelope.kid);
         }
@@ -222,7 +238,7 @@ impl Volume {
     fn forget_key(&self, kid: &str, no_copies: bool) -> Result<Value> {
         let _one = self.envelope_lock()?;
         let dir = self.store.envelope_dir();
-        rotation::forget(&self.site(&dir), kid, no_copies)?;
+        rotation::forget(&self.site(&dir, &self.config()), kid, no_copies)?;
         // The list is a part of the envelope.
         if let Some(watcher) = self.watcher.get() {
             watcher.envelope_saved(Envelope::load(&dir)?);
@@ -288,7 +304,10 @@ impl Volume {
     /// The caller holds the envelope.
     fn reopen(&self, open: bool, asked: Asked<'_>) -> Result<Report> {
         let envelope = Envelope::load(&self.store.envelope_dir())?;
-        let config = &self.plan.config;
+        let config = match asked {
+            Asked::ByPerson { .. } => self.config_of_today()?,
+            Asked::ByWatcher => self.config(),
+        };
         let pin = pins::read(&self.plan.config_dir, &self.info.uuid)?;
         let standing = pin.standing(&self.plan.back, &envelope.kid);
         let confirmed = match (&standing, asked) {
@@ -301,15 +320,29 @@ impl Volume {
         if !confirmed {
             return Err(rotation::unconfirmed(&standing, &envelope));
         }
-        let provider = provider::for_key(&envelope.kid, &settings::provider(&config.key))?;
-        let revalidated = check_key(&*provider, &envelope, &self.info, &pin, config)?;
+        if let Asked::ByPerson { accept_key: Some(key) } = asked
+            && key != envelope.kid
+        {
+            let message =
+                format!("the envelope names {}, not {key}: none is accepted", envelope.kid);
+            return Err(Error::new(Kind::Denied, message));
+        }
+        let provider = settings::provider(&config, &envelope.kid)?;
+        let revalidated = check_key(&*provider, &envelope, &self.info, &pin, &config)?;
         let report = revalidated.report.clone();
         log_warnings(&report);
         let kid = envelope.kid.clone();
+        *self.config.lock() = config;
         if open {
             self.store.start_session(&revalidated.keyring)?;
-            let watcher = self.watcher()?;
-            watcher.replace_envelope(envelope, provider);
+        }
+        let watcher = self.watcher()?;
+        match asked {
+            // The identity may be another one; and a provider remembers what its service refused.
+            Asked::ByPerson { .. } => watcher.watch(envelope, provider),
+            Asked::ByWatcher => watcher.replace_envelope(envelope, provider),
+        }
+        if open {
             watcher.admit(revalidated)?;
             super::start::recover(self)?;
         }
@@ -394,10 +427,10 @@ pub fn check_key(
     envelope: &Envelope,
     info: &VolumeInfo,
     pin: &super::pins::Pin,
-    config: &crate::config::Config,
+    config: &Config,
 ) -> Result<custody::Revalidated> {
     expect_own_envelope(envelope, info)?;
-    let settings = settings::requirements(config, !pin.requirements);
+    let settings = settings::requirements(config, &envelope.kid, !pin.requirements);
     custody::revalidate(provider, envelope, pin.pinned(), &settings, REVALIDATE_LIMIT)
         .map_err(|refusal: Refusal| name_the_service(refusal.error, &envelope.kid))
 }

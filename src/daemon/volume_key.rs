@@ -91,7 +91,8 @@ fn carry_out(volume: Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
         let revalidated = volume.key(&envelope, &*provider)?;
         (envelope, revalidated.keyring)
     } else {
-        let settings = settings::requirements(&volume.config, !volume.pin.requirements);
+        let settings =
+            settings::requirements(&volume.config, &envelope.kid, !volume.pin.requirements);
         let renewed = custody::renew(&*provider, &envelope, volume.pin.pinned(), &settings, LIMIT)
             .map_err(|refusal| name_the_service(refusal.error, &envelope.kid))?;
         pins::begin_volume_key(&config_dir, &uuid, renewed.0.fingerprint)?;

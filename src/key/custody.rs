@@ -301,13 +301,14 @@ pub(super) fn checked(
     settings: &Settings,
 ) -> Result<(KeyInfo, Report), Refusal> {
     let (info, report) = requirement::check(session, kid, algorithm, settings)?;
-    if settings.tolerant || report.failures().next().is_none() {
-        return Ok((info, report));
-    }
     let failures: Vec<_> = report
         .failures()
+        .filter(|row| !settings.tolerant || !row.can_be_waived())
         .map(|row| format!("{}: {} ({})", row.requirement, row.found, row.fix))
         .collect();
+    if failures.is_empty() {
+        return Ok((info, report));
+    }
     let message = format!("{} does not meet the requirements: {}", info.kid, failures.join("; "));
     let reason = report.reason().unwrap_or(Reason::WrongKeyOrCorruptEnvelope);
     Err(Refusal { reason, report: Some(report), error: Error::new(Kind::Denied, message) })
@@ -360,6 +361,7 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
 
 #[cfg(test)]
 mod tests {
+    use super::super::policy::OnExpired;
     use super::super::testing::{FakeKey, FakeService};
     use super::*;
 
@@ -462,8 +464,34 @@ mod tests {
         assert!(enrol(&service, FakeService::KID, OAEP, &strict, LIMIT).is_err());
         let tolerant = Settings { tolerant: true, ..Settings::default() };
         assert!(enrol(&service, FakeService::KID, OAEP, &tolerant, LIMIT).is_ok());
-        service.change(|key| key.deny("unwrapKey"));
-        let refusal = enrol(&service, FakeService::KID, OAEP, &tolerant, LIMIT).unwrap_err();
-        assert_eq!(refusal.reason, Reason::PermissionRevoked);
+        for permission in ["list", "wrapKey", "unwrapKey"] {
+            service.change(|key| key.deny(permission));
+            let refusal = enrol(&service, FakeService::KID, OAEP, &tolerant, LIMIT).unwrap_err();
+            assert_eq!(refusal.reason, Reason::PermissionRevoked, "{permission}");
+            service.change(|key| key.denied.clear());
+        }
+    }
+
+    /// The service itself still unwraps with it.
+    #[test]
+    fn no_volume_opens_with_an_expired_key() {
+        let mut key = FakeKey::good();
+        key.info.bits = Some(1024);
+        let service = FakeService::new(key);
+        let tolerant = Settings { tolerant: true, ..Settings::default() };
+        let enrolment = enrol(&service, FakeService::KID, OAEP, &tolerant, LIMIT).unwrap();
+        let (envelope, pin) = (enrolment.envelope([9; 16]), &enrolment.fingerprint);
+        let open = |settings: &Settings| revalidate(&service, &envelope, pin, settings, LIMIT);
+        service.change(|key| key.info.expires = Some(1));
+        assert_eq!(open(&tolerant).unwrap_err().reason, Reason::KeyExpired);
+        let warned = Settings { on_expired: OnExpired::Warn, ..tolerant.clone() };
+        assert!(open(&warned).is_ok());
+        service.change(|key| {
+            key.info.expires = None;
+            key.info.not_before = Some(i64::MAX);
+        });
+        assert_eq!(open(&tolerant).unwrap_err().reason, Reason::KeyNotYetValid);
+        service.change(|key| key.info.not_before = None);
+        assert!(open(&tolerant).is_ok());
     }
 }

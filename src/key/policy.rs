@@ -151,16 +151,20 @@ impl Policy {
     }
 
     /// A revalidation that began at `started` succeeded. The instant until which the gate may be
-    /// open, or None if the service refused meanwhile, or it is too old already.
+    /// open, or None if the service refused meanwhile, it is too old already, or the key is outside
+    /// its dates.
     pub fn opened(
         &mut self,
         started: BootTime,
         now: BootTime,
+        wall: i64,
         validity: Validity,
     ) -> Option<BootTime> {
         let valid_until = started + self.settings.max_staleness;
         if self.last_refusal.is_some_and(|refusal| refusal >= started)
             || now >= self.stale_at(started)
+            || self.settings.on_expired == OnExpired::Inaccessible
+                && validity.check(now, wall).is_err()
         {
             return None;
         }
@@ -374,7 +378,7 @@ mod tests {
 
     fn with(settings: Settings) -> Policy {
         let mut policy = Policy::new(settings, at(0));
-        assert_eq!(policy.opened(at(0), at(0), Validity::default()), Some(at(540)));
+        assert_eq!(policy.opened(at(0), at(0), WALL, Validity::default()), Some(at(540)));
         policy
     }
 
@@ -596,10 +600,24 @@ mod tests {
     fn an_old_revalidation_does_not_open() {
         let mut policy = serving();
         probe(&mut policy, 30, revoked(Reason::KeyDisabled));
-        assert_eq!(policy.opened(at(29), at(31), Validity::default()), None);
-        assert_eq!(policy.opened(at(31), at(31 + 520), Validity::default()), None);
-        assert_eq!(policy.opened(at(31), at(32), Validity::default()), Some(at(31 + 540)));
+        assert_eq!(policy.opened(at(29), at(31), wall(31), Validity::default()), None);
+        assert_eq!(policy.opened(at(31), at(31 + 520), wall(551), Validity::default()), None);
+        assert_eq!(
+            policy.opened(at(31), at(32), wall(32), Validity::default()),
+            Some(at(31 + 540))
+        );
         assert!(policy.is_serving());
+    }
+
+    #[test]
+    fn an_expired_key_does_not_open() {
+        let mut policy = Policy::new(settings(), at(0));
+        let until = |second| Validity { expires: Some(wall(second)), ..Validity::default() };
+        assert_eq!(policy.opened(at(9), at(10), wall(10), until(10)), None);
+        assert!(!policy.is_serving());
+        assert_eq!(policy.opened(at(9), at(10), wall(10), until(11)), Some(at(549)));
+        let mut warned = Policy::new(Settings { on_expired: OnExpired::Warn, ..settings() }, at(0));
+        assert_eq!(warned.opened(at(9), at(10), wall(10), until(10)), Some(at(549)));
     }
 
     #[test]

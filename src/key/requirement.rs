@@ -22,7 +22,7 @@ use crate::crypto::secret::{Secret, SecretBytes};
 pub struct Settings {
     /// Warnings count as failures.
     pub strict: bool,
-    /// Failures do not refuse the key, as long as it works.
+    /// Failures do not refuse the key, as long as it works: see [`Row::can_be_waived`].
     pub tolerant: bool,
     /// Where the key service must say it is.
     pub region: Option<String>,
@@ -47,6 +47,17 @@ pub struct Row {
     pub fix: &'static str,
     #[serde(serialize_with = "by_name")]
     pub reason: Option<Reason>,
+}
+
+impl Row {
+    /// Whether a volume may be opened without it, if its maker said so. Never without what the
+    /// watcher would cut it off for.
+    pub fn can_be_waived(&self) -> bool {
+        match self.reason {
+            None | Some(Reason::WrongKeyOrCorruptEnvelope | Reason::TokenRefused) => true,
+            Some(_) => false,
+        }
+    }
 }
 
 fn by_name<S: Serializer>(reason: &Option<Reason>, to: S) -> Result<S::Ok, S::Error> {
@@ -80,8 +91,9 @@ impl Report {
 
     /// Why the key is refused, if it is: the gravest cause first.
     pub fn reason(&self) -> Option<Reason> {
-        let reasons = self.failures().map(|row| row.reason);
-        reasons.flatten().min_by_key(|reason| *reason == Reason::PermissionRevoked)
+        let gravity =
+            |row: &&Row| (row.can_be_waived(), row.reason == Some(Reason::PermissionRevoked));
+        self.failures().filter(|row| row.reason.is_some()).min_by_key(gravity)?.reason
     }
 
     /// A refusal becomes a row; what says nothing about the permission ends the check.

@@ -20,6 +20,8 @@ pub(super) struct FakeKey {
     pub(super) newer_version: bool,
     pub(super) denied: Vec<&'static str>,
     pub(super) failure: Option<Class>,
+    /// The calls that use this permission end so.
+    pub(super) failing: Option<(&'static str, Class)>,
     pub(super) retry_after: Option<Duration>,
     /// What wrapping mixes in; another value is another key under the same name.
     pub(super) material: u8,
@@ -44,6 +46,7 @@ impl FakeKey {
             newer_version: false,
             denied: Vec::new(),
             failure: None,
+            failing: None,
             retry_after: None,
             material: 0x5a,
             delay: Duration::ZERO,
@@ -93,6 +96,11 @@ impl FakeService {
             let mut error = ProviderError::new(class, "as the test wishes");
             error.retry_after = key.retry_after;
             return Err(error);
+        }
+        if let Some((failing, class)) = key.failing
+            && failing == permission
+        {
+            return Err(ProviderError::new(class, format!("{permission} fails")));
         }
         if key.denied.contains(&permission) {
             let class = Class::Denied(Reason::PermissionRevoked);

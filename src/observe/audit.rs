@@ -1,4 +1,5 @@
-//! The audit trail: one JSON object per line, appended with a single write.
+//! The audit trail: one JSON object per line, appended with a single write, by a thread that holds
+//! up nobody if the file hangs ([`super::writer`]).
 //!
 //! `event` and `status` are stable names ([`Name`], [`Status`]); `time` is RFC 3339 in UTC.
 //! Events that do not go through stages have no `status`. No event holds a secret or a token.
@@ -8,9 +9,6 @@
 //! mount. `daemon::start` refuses such a path.
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -19,6 +17,8 @@ use serde_json::{Map, Value};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::append_to;
+use super::writer::Lines;
 use crate::error::{Context, IntegrityFailure, Result};
 
 /// Identical integrity failures within this time are counted, not written again.
@@ -146,8 +146,7 @@ impl Event {
 
 /// Where the trail goes, and what every line of it carries.
 struct Trail {
-    file: File,
-    path: String,
+    lines: Lines,
     context: Map<String, Value>,
 }
 
@@ -168,15 +167,14 @@ static REPEATS: Mutex<Option<Repeats>> = Mutex::new(None);
 /// Opens the trail at `path` (created with mode 0600) for this process. `context` is added to
 /// every line: the volume and its mount point.
 pub fn install(path: &Path, context: &[(&'static str, String)]) -> Result<()> {
-    let file = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(path)
-        .context(|| format!("cannot open the audit log {}", path.display()))?;
+    let file =
+        append_to(path).context(|| format!("cannot open the audit log {}", path.display()))?;
+    let name = path.display().to_string();
+    let complaint = move |what: &str| ::log::error!("cannot write the audit log {name}: {what}");
+    let lines = Lines::start("audit-log", file, Box::new(complaint))?;
     let context =
         context.iter().map(|(key, value)| ((*key).to_owned(), value.clone().into())).collect();
-    *TRAIL.lock() = Some(Trail { file, path: path.display().to_string(), context });
+    *TRAIL.lock() = Some(Trail { lines, context });
     Ok(())
 }
 
@@ -192,7 +190,7 @@ pub fn emit(event: Event) {
     line.insert("time".into(), timestamp(SystemTime::now()).into());
     line.insert("event".into(), event.name.as_str().into());
     line.extend(event.fields);
-    let mut trail = TRAIL.lock();
+    let trail = TRAIL.lock();
     if let Some(trail) = trail.as_ref() {
         line.extend(trail.context.clone());
     }
@@ -202,12 +200,8 @@ pub fn emit(event: Event) {
     if let Some(listener) = LISTENER.lock().as_ref() {
         listener(name, &text);
     }
-    let Some(trail) = trail.as_mut() else { return };
-    // One write, so that lines of several processes never mix; a short one is a failure.
-    match trail.file.write(text.as_bytes()) {
-        Ok(written) if written == text.len() => {}
-        Ok(_) => ::log::error!("the audit log {} took only part of an event", trail.path),
-        Err(error) => ::log::error!("cannot write the audit log {}: {error}", trail.path),
+    if let Some(trail) = trail.as_ref() {
+        trail.lines.put(text.into_bytes());
     }
 }
 

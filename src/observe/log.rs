@@ -1,15 +1,17 @@
 //! The log for people: one line per record, to a file, the journal or standard error.
 //!
+//! What is written to may hang, and holds up nobody ([`super::writer`]).
+//!
 //! Callers never log secrets, tokens or key material; nothing here could filter them out.
 
-use std::fs::OpenOptions;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use env_logger::fmt::Formatter;
 use log::{Level, LevelFilter, Record};
 
+use super::append_to;
+use super::writer::Lines;
 use crate::error::{Context, Error, Kind, Result};
 
 /// Where the log goes.
@@ -26,24 +28,26 @@ pub fn install(target: Target<'_>, level: LevelFilter) -> Result<()> {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level.min(LevelFilter::Warn));
     builder.filter_module("byokfs", level).filter_module("audit", level.min(LevelFilter::Info));
-    match target {
+    // A log that cannot be written has nobody to tell.
+    let start = |target: Box<dyn Write + Send>| Lines::start("log", target, Box::new(|_| ()));
+    let lines = match target {
         Target::Stderr if journal_reads_stderr() => {
-            builder.format(journal_line).target(env_logger::Target::Stderr);
+            builder.format(journal_line);
+            start(Box::new(io::stderr()))?
         }
         Target::Stderr => {
-            builder.format(plain_line).target(env_logger::Target::Stderr);
+            builder.format(plain_line);
+            start(Box::new(io::stderr()))?
         }
         Target::File(path) => {
-            let file = OpenOptions::new()
-                .append(true)
-                .create(true)
-                .mode(0o600)
-                .open(path)
-                .context(|| format!("cannot open the log {}", path.display()))?;
-            builder.format(plain_line).target(env_logger::Target::Pipe(Box::new(file)));
+            let file =
+                append_to(path).context(|| format!("cannot open the log {}", path.display()))?;
+            builder.format(plain_line);
+            start(Box::new(file))?
         }
-    }
+    };
     builder
+        .target(env_logger::Target::Pipe(Box::new(lines)))
         .try_init()
         .map_err(|error| Error::new(Kind::Io, "cannot start the log").with_source(error))
 }

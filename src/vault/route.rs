@@ -127,6 +127,11 @@ impl Route {
         let segments: Vec<&str> =
             path.strip_prefix('/').ok_or_else(Refusal::no_such_route)?.split('/').collect();
         let (&root, rest) = segments.split_first().ok_or_else(Refusal::no_such_route)?;
+        // One slash at the end says nothing.
+        let rest = match rest {
+            [rest @ .., ""] if !rest.is_empty() => rest,
+            _ => rest,
+        };
         match root.to_ascii_lowercase().as_str() {
             "keys" => key_route(method, rest),
             "deletedkeys" => deleted_route(method, rest),
@@ -269,8 +274,8 @@ fn key_route(method: &str, rest: &[&str]) -> Result<Route, Refusal> {
         ("PATCH", [name, version], _) => {
             Ok(Route::UpdateKey { name: key_name(name)?, version: key_version(name, version)? })
         }
-        ("PUT", [name] | [name, ""], _) => Ok(Route::ImportKey { name: key_name(name)? }),
-        ("DELETE", [name] | [name, ""], _) => Ok(Route::DeleteKey { name: key_name(name)? }),
+        ("PUT", [name], _) => Ok(Route::ImportKey { name: key_name(name)? }),
+        ("DELETE", [name], _) => Ok(Route::DeleteKey { name: key_name(name)? }),
         (_, [name] | [name, _] | [name, _, _], _) => {
             key_name(name)?;
             Err(Refusal::method_not_allowed(method))
@@ -290,8 +295,8 @@ fn use_route(name: String, version: Option<String>, action: &str) -> Result<Rout
 fn deleted_route(method: &str, rest: &[&str]) -> Result<Route, Refusal> {
     match (method, rest) {
         ("GET", [] | [""]) => Ok(Route::ListDeleted),
-        ("GET", [name] | [name, ""]) => Ok(Route::GetDeleted { name: key_name(name)? }),
-        ("DELETE", [name] | [name, ""]) => Ok(Route::PurgeDeleted { name: key_name(name)? }),
+        ("GET", [name]) => Ok(Route::GetDeleted { name: key_name(name)? }),
+        ("DELETE", [name]) => Ok(Route::PurgeDeleted { name: key_name(name)? }),
         ("POST", [name, action]) if action.eq_ignore_ascii_case("recover") => {
             Ok(Route::RecoverDeleted { name: key_name(name)? })
         }
@@ -399,6 +404,11 @@ mod tests {
         assert_eq!(parse("GET", "/keys/kek/"), get(None));
         assert_eq!(parse("GET", "/Keys/kek/"), get(None));
         assert_eq!(parse("GET", &format!("/keys/kek/{V}")), get(Some(V)));
+        assert_eq!(parse("GET", &format!("/keys/kek/{V}/")), get(Some(V)));
+        let versions = Ok(Route::ListVersions { name: "kek".into() });
+        assert_eq!(parse("GET", "/keys/kek/versions/"), versions);
+        assert_eq!(parse("PUT", "/keys/kek/"), Ok(Route::ImportKey { name: "kek".into() }));
+        assert_eq!(parse("DELETE", "/keys/kek/"), Ok(Route::DeleteKey { name: "kek".into() }));
         assert_eq!(parse("GET", &format!("/keys/kek/{}", V.to_uppercase())), get(Some(V)));
         let wrap = |version: Option<&str>| {
             Ok(Route::Use {
@@ -408,7 +418,7 @@ mod tests {
             })
         };
         for path in
-            ["/keys/kek/wrapkey", "/keys/kek/wrapKey", "/keys/kek//wrapkey", "/KEYS/kek//WRAPKEY"]
+            ["/keys/kek/wrapkey", "/keys/kek/wrapKey/", "/keys/kek//wrapkey", "/KEYS/kek//WRAPKEY"]
         {
             assert_eq!(parse("POST", path), wrap(None), "{path}");
         }

@@ -1,116 +1,102 @@
-//! A watcher over the fake, with a gate and a handler that does what the daemon does.
+//! A watcher over a key service, with a gate and a handler that does what the daemon does.
 
-use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use byokfs::Result;
 use byokfs::key::custody::{Enrolment, enrol, revalidate};
 use byokfs::key::envelope::Envelope;
 use byokfs::key::gate::{Gate, Reason, State};
 use byokfs::key::policy;
-use byokfs::key::provider::{
-    Algorithm, Application, Identity, Provider, ProviderError, ProviderResult, Session, Settings,
-    for_key,
-};
+use byokfs::key::provider::{Provider, Settings, for_key};
 use byokfs::key::requirement;
 use byokfs::key::rewrap::{NewKey, rewrap};
 use byokfs::key::watcher::{self, CutOffOrder, Handler, Notice, Watcher};
 use parking_lot::Mutex;
 
-use crate::fake::{Fake, Fault};
-
-pub const LIMIT: Duration = Duration::from_secs(30);
+/// For what must happen: a test fails by it only if it never does.
+pub const LIMIT: Duration = Duration::from_secs(60);
 /// At once, or after confirmation: nothing like [`STALENESS`].
-pub const SOON: Duration = Duration::from_secs(15);
+pub const SOON: Duration = Duration::from_secs(30);
 /// How long an unreachable service is borne where that is not what a test is about.
 pub const STALENESS: Duration = Duration::from_secs(300);
+/// The cut-off's own time, which is taken off that.
+pub const LEAD: Duration = Duration::from_secs(1);
 
 /// Some milliseconds where the real thing has seconds, with the proportions of the defaults.
 pub fn quick() -> watcher::Settings {
     watcher::Settings {
-        interval: Duration::from_millis(150),
-        deadline: Duration::from_secs(2),
+        interval: Duration::from_millis(200),
+        deadline: Duration::from_secs(5),
         policy: policy::Settings {
-            confirm_after: Duration::from_millis(100),
+            confirm_after: Duration::from_millis(150),
             confirm_within: Duration::from_secs(60),
             max_staleness: STALENESS,
-            cut_off_lead: Duration::from_secs(1),
+            cut_off_lead: LEAD,
             ..policy::Settings::default()
         },
         ..watcher::Settings::default()
     }
 }
 
-/// The fake's provider, whose vault's name may cease to exist.
-#[derive(Debug)]
-pub struct Nameable {
-    real: Arc<dyn Provider>,
-    gone: Arc<dyn Provider>,
-    is_gone: Mutex<bool>,
+/// Nothing is probed but by [`Rig::probes`].
+pub fn by_hand() -> watcher::Settings {
+    watcher::Settings { interval: Duration::from_secs(3600), ..quick() }
 }
 
-impl Provider for Nameable {
-    fn name(&self) -> &'static str {
-        self.real.name()
-    }
-
-    fn names_version(&self, url: &str) -> bool {
-        self.real.names_version(url)
-    }
-
-    fn session(
-        &self,
-        deadline: byokfs::key::gate::BootTime,
-    ) -> ProviderResult<Box<dyn Session + '_>> {
-        if !*self.is_gone.lock() {
-            return self.real.session(deadline);
-        }
-        let mut session = self.gone.session(deadline)?;
-        let error = session.get_key("https://vault.invalid/keys/kek").map(drop);
-        Err(error.err().unwrap_or_else(|| ProviderError::unreachable("it answered")))
-    }
+/// `max_staleness` is over soon, and a probe that hangs has its end within it.
+pub fn impatient() -> watcher::Settings {
+    let quick = quick();
+    let policy = policy::Settings { max_staleness: Duration::from_secs(10), ..quick.policy };
+    watcher::Settings { deadline: Duration::from_secs(3), policy, ..quick }
 }
 
-pub struct Rig {
-    pub fake: Fake,
-    /// Another vault, for which the same identity is good.
-    pub other: Fake,
-    access: Settings,
+/// What answers: a vault, or a fake of one.
+pub trait Service {
+    /// The key version that the volume is enrolled with.
+    fn key(&self) -> String;
+    fn access(&self) -> Settings;
+}
+
+pub struct Rig<S> {
+    pub service: S,
     pub gate: Arc<Gate>,
     pub handler: Arc<Recorder>,
     pub watcher: Arc<Watcher>,
-    provider: Arc<Nameable>,
-    _dir: tempfile::TempDir,
 }
 
-/// What the daemon does, and what it was told.
+/// What the daemon does, and what it was told, with the time.
 pub struct Recorder {
     gate: Arc<Gate>,
-    provider: Arc<Nameable>,
+    provider: Mutex<Arc<dyn Provider>>,
+    envelope: Mutex<Envelope>,
     enrolment: Enrolment,
     watcher: Mutex<std::sync::Weak<Watcher>>,
-    pub orders: Mutex<Vec<(Reason, Option<String>)>>,
-    pub notices: Mutex<Vec<Notice>>,
+    pub orders: Mutex<Vec<(Instant, CutOffOrder)>>,
+    pub notices: Mutex<Vec<(Instant, Notice)>>,
 }
 
 impl Recorder {
+    pub fn pin(&self) -> &[u8; 32] {
+        &self.enrolment.fingerprint
+    }
+
     pub fn envelope(&self) -> Envelope {
-        self.enrolment.envelope([1; 16])
+        self.envelope.lock().clone()
     }
 
     /// `byokfs revalidate`.
     pub fn revalidate(&self) -> Result<()> {
         let settings = requirement::Settings::default();
-        let pin = &self.enrolment.fingerprint;
-        let good = revalidate(&*self.provider, &self.envelope(), pin, &settings, LIMIT)?;
+        let provider = Arc::clone(&*self.provider.lock());
+        let good = revalidate(&*provider, &self.envelope(), self.pin(), &settings, LIMIT)?;
         self.watcher.lock().upgrade().unwrap().admit(good)
     }
 }
 
 impl Handler for Recorder {
     fn cut_off(&self, order: &CutOffOrder) {
-        self.orders.lock().push((order.reason, order.detail.clone()));
+        self.orders.lock().push((Instant::now(), order.clone()));
         self.gate.shut(order.reason);
         self.gate.drain(LIMIT);
         self.gate.wipe();
@@ -121,42 +107,22 @@ impl Handler for Recorder {
     }
 
     fn notice(&self, notice: &Notice) {
-        self.notices.lock().push(notice.clone());
+        self.notices.lock().push((Instant::now(), notice.clone()));
     }
 
     fn newer_version(&self, _kid: &str) {}
 }
 
-impl Rig {
-    pub fn serving(settings: watcher::Settings) -> Rig {
-        let (fake, other) = (Fake::start(), Fake::start());
-        let dir = tempfile::tempdir().unwrap();
-        let (ca_file, secret) = (dir.path().join("ca.pem"), dir.path().join("secret"));
-        std::fs::write(&ca_file, format!("{}{}", fake.ca, other.ca)).unwrap();
-        std::fs::write(&secret, "not-a-secret").unwrap();
-        std::fs::set_permissions(&secret, PermissionsExt::from_mode(0o600)).unwrap();
-        let application = Application {
-            tenant: Some("tenant".into()),
-            client_id: Some("application".into()),
-            authority: Some(format!("http://{}/", fake.directory)),
-        };
-        let access = Settings {
-            identity: Identity::ClientSecret(application, secret),
-            ca_file: Some(ca_file),
-            ..Settings::default()
-        };
-        let provider = Arc::new(Nameable {
-            real: for_key(&fake.key(), &access).unwrap(),
-            gone: for_key("https://vault.invalid/keys/kek", &access).unwrap(),
-            is_gone: Mutex::new(false),
-        });
+impl<S: Service> Rig<S> {
+    pub fn serving(service: S, settings: watcher::Settings) -> Rig<S> {
+        let provider = for_key(&service.key(), &service.access()).unwrap();
         let requirements = requirement::Settings::default();
-        let algorithm = Algorithm::RsaOaep256;
-        let enrolment = enrol(&*provider, &fake.key(), algorithm, &requirements, LIMIT).unwrap();
+        let enrolment = enrol(&*provider, &service.key(), None, &requirements, LIMIT).unwrap();
         let gate = Gate::new();
         let handler = Arc::new(Recorder {
             gate: Arc::clone(&gate),
-            provider: Arc::clone(&provider),
+            provider: Mutex::new(Arc::clone(&provider)),
+            envelope: Mutex::new(enrolment.envelope([1; 16])),
             enrolment,
             watcher: Mutex::default(),
             orders: Mutex::default(),
@@ -164,7 +130,7 @@ impl Rig {
         });
         let watcher = Watcher::start(
             settings,
-            Arc::clone(&provider) as _,
+            provider,
             handler.envelope(),
             Arc::clone(&gate),
             Arc::clone(&handler) as _,
@@ -172,7 +138,7 @@ impl Rig {
         .unwrap();
         *handler.watcher.lock() = Arc::downgrade(&watcher);
         handler.revalidate().unwrap();
-        Rig { fake, other, access, gate, handler, watcher, provider, _dir: dir }
+        Rig { service, gate, handler, watcher }
     }
 
     pub fn state(&self) -> (State, Option<Reason>) {
@@ -180,6 +146,7 @@ impl Rig {
         (status.state, status.reason)
     }
 
+    /// How long that took.
     #[track_caller]
     pub fn wait_for(&self, what: &str, state: State, reason: Option<Reason>) -> Duration {
         let start = Instant::now();
@@ -196,20 +163,9 @@ impl Rig {
         (0..count).for_each(|_| drop(self.watcher.probe_now(LIMIT)));
     }
 
-    pub fn vault_is_gone(&self, gone: bool) {
-        *self.provider.is_gone.lock() = gone;
-    }
-
-    /// All is well again, for whoever asks.
-    pub fn mend(&self) {
-        self.vault_is_gone(false);
-        self.fake.fault(Fault::None);
-    }
-
-    /// `byokfs rotate kek --to` the other vault.
-    pub fn move_to_other(&self) {
-        let to = for_key(&self.other.key(), &self.access).unwrap();
-        let url = self.other.key();
+    /// `byokfs rotate kek --to` a key of another service.
+    pub fn move_to(&self, other: &impl Service) {
+        let (url, to) = (other.key(), for_key(&other.key(), &other.access()).unwrap());
         let new = NewKey {
             provider: &*to,
             url: &url,
@@ -217,23 +173,67 @@ impl Rig {
             follow: None,
             forget_earlier: false,
         };
-        let (envelope, pin) = (self.handler.envelope(), self.handler.enrolment.fingerprint);
         let settings = requirement::Settings::default();
-        let rewrapped = rewrap(&*self.provider, &envelope, &pin, &new, &settings, LIMIT);
-        self.watcher.rotated(&rewrapped.unwrap().unwrap(), to);
+        let from = Arc::clone(&*self.handler.provider.lock());
+        let (envelope, pin) = (self.handler.envelope(), self.handler.pin());
+        let rewrapped = rewrap(&*from, &envelope, pin, &new, &settings, LIMIT).unwrap().unwrap();
+        *self.handler.envelope.lock() = rewrapped.envelope.clone();
+        *self.handler.provider.lock() = Arc::clone(&to);
+        self.watcher.rotated(&rewrapped, to);
     }
 
+    /// Why it was Degraded since [`Rig::forget`], one after the other.
     pub fn degradations(&self) -> Vec<Reason> {
+        self.degraded().into_iter().map(|(_, reason)| reason).collect()
+    }
+
+    pub fn degraded(&self) -> Vec<(Instant, Reason)> {
         let notices = self.handler.notices.lock();
-        let degraded = notices.iter().filter_map(|notice| match notice {
-            Notice::Degraded { reason, .. } => Some(*reason),
+        let degraded = notices.iter().filter_map(|(at, notice)| match notice {
+            Notice::Degraded { reason, .. } => Some((*at, *reason)),
             _ => None,
         });
         degraded.collect()
     }
 
+    pub fn alerted_of(&self, reason: Reason) -> bool {
+        let notices = self.handler.notices.lock();
+        notices.iter().any(
+            |(_, notice)| matches!(notice, Notice::Alert { reason: told, .. } if *told == reason),
+        )
+    }
+
+    pub fn orders(&self) -> Vec<CutOffOrder> {
+        self.handler.orders.lock().iter().map(|(_, order)| order.clone()).collect()
+    }
+
     pub fn forget(&self) {
         self.handler.orders.lock().clear();
         self.handler.notices.lock().clear();
+    }
+
+    /// How old the last full success is.
+    pub fn staleness(&self) -> Duration {
+        let success = self.watcher.status().last_success.unwrap();
+        SystemTime::now().duration_since(success).unwrap_or_default()
+    }
+
+    /// Lost for good until a person says otherwise: one cut-off, no way back by itself, and with a
+    /// key that is lost not by hand either.
+    #[track_caller]
+    pub fn back_by_revalidation_only(&self, what: &str, reason: Reason, mend: &dyn Fn(&S)) {
+        let epoch = self.gate.epoch();
+        assert!(self.gate.lease().is_err(), "{what}");
+        assert!(self.handler.revalidate().is_err(), "{what}: a lost key revalidates");
+        mend(&self.service);
+        self.probes(4);
+        let last = self.watcher.status().last_probe.unwrap();
+        assert_eq!(last.result, "Ok", "{what}: {last:?}");
+        assert_eq!(self.state(), (State::Inaccessible, Some(reason)), "{what}: by itself");
+        assert_eq!((self.gate.epoch(), self.orders().len()), (epoch, 1), "{what}");
+        self.handler.revalidate().unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert_eq!(self.state(), (State::Available, None), "{what}");
+        self.probes(2);
+        assert_eq!(self.state(), (State::Available, None), "{what}: not for long");
     }
 }

@@ -69,6 +69,7 @@ fn not_a_volume() {
     let sandbox = Sandbox::bare();
     refused(&sandbox, NOT_A_VOLUME, &[path(&sandbox.back())]);
     sandbox.byokfs(&["info", path(&sandbox.back())]).fails(NOT_A_VOLUME);
+    sandbox.byokfs(&["check-key", path(&sandbox.back())]).fails(NOT_A_VOLUME);
     fs::write(sandbox.back().join("a file"), "of somebody").unwrap();
     refused(&sandbox, NOT_A_VOLUME, &[path(&sandbox.back())]);
     let before = tree::fingerprint(&sandbox.back());

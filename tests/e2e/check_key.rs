@@ -131,7 +131,12 @@ fn a_volume_is_checked_by_its_name() {
     for name in [sandbox.mnt(), sandbox.back()] {
         let json = table(&check(&sandbox, &[path(&name), "--json"]));
         assert_eq!(row(&json, "the volume's envelope").0, "Ok");
+        assert_eq!(sandbox.needed_keys(&name).len(), 1);
+        sandbox.byokfs(&["info", path(&name)]).ok();
     }
+    let (mnt, other) = (sandbox.mnt(), sandbox.kek());
+    let answer = sandbox.byokfs(&["revalidate", path(&mnt), "--accept-key", &other]);
+    assert!(answer.fails(DENIED).contains("none is accepted"));
     let trail = |event: &str| sandbox.audit(event).len();
     assert_eq!(trail("MakeInaccessible"), 0, "a check changes nothing");
     sandbox.vault(&["key", "set-attributes", "--name", KEY, "--expires", "2090-01-01T00:00:00Z"]);

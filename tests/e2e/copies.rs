@@ -231,6 +231,12 @@ fn an_old_envelope_does_not_get_around_a_revocation() {
     let message = sandbox.byokfs(&["revalidate", path(&sandbox.mnt())]).fails(7);
     assert!(message.contains("replaced the envelope"), "{message}");
     sandbox.umount();
+    // Nor by giving it another key: the old version would unwrap it.
+    sandbox.create_key("third", &["--kty", "RSA", "--size", "2048"]);
+    let third = sandbox.key_url("third");
+    let message = sandbox.byokfs(&["rekey", path(&sandbox.back()), "--to", &third]).fails(7);
+    assert!(message.contains("replaced the envelope"), "{message}");
+    assert_eq!(fs::read(&envelope).unwrap(), old);
     sandbox.mount();
     assert_eq!(sandbox.status()["reason"], "NotConfirmed");
     assert!(fs::read_dir(sandbox.mnt()).is_err());

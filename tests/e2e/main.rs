@@ -26,4 +26,5 @@ mod revoke;
 mod rotate_deks;
 mod rotate_volume;
 mod rotation;
+mod services;
 mod tamper;

@@ -1,13 +1,15 @@
 //! MariaDB on a mount that is cut off while it runs: the server is stopped, nothing is served, and
 //! with the key back every acknowledged row is there.
 
+use std::fs::File;
+use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use mysql::prelude::Queryable;
 use rustix::process::Signal;
 
-use crate::support::process::{alive, signal};
+use crate::support::process::{alive, run, signal};
 use crate::support::sandbox::path;
 use crate::support::server::Site;
 use crate::support::writer::{self, AckedWriters, TABLE};
@@ -126,6 +128,50 @@ impl Drop for StopAtEnd<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// Log and audit trail go to pipes that nobody reads, and that are full: as a disk that hangs.
+#[test]
+fn a_log_that_hangs_holds_nothing_up() {
+    if !can_run_mariadb() {
+        return;
+    }
+    let mut pipes = Vec::new();
+    let site = Site::running_after(&[], "", |sandbox| {
+        let config = sandbox.path("config/byokfs.toml");
+        let mut text = std::fs::read_to_string(&config).unwrap();
+        for name in ["log/audit.jsonl", "log/byokfs.log"] {
+            let (file, pipe) = (sandbox.path(name), sandbox.path(&format!("{name}.pipe")));
+            run("mkfifo", &[path(&pipe)]);
+            let held = File::options().read(true).write(true).open(&pipe).unwrap();
+            rustix::io::ioctl_fionbio(&held, true).unwrap();
+            while (&held).write(&[b'x'; 4096]).is_ok() {}
+            pipes.push(held);
+            text = text.replace(path(&file), path(&pipe));
+        }
+        std::fs::write(&config, text).unwrap();
+    });
+    let writers = AckedWriters::start(&site.server, 2, 0);
+    writers.until(150);
+    site.sandbox.enable_key(false);
+    site.server.until_dead();
+    site.sandbox.until_inaccessible();
+    assert!(std::fs::read_dir(site.sandbox.mnt()).is_err());
+    let acked = writers.finish();
+    site.sandbox.recover();
+    site.server.start();
+    writer::assert_all_there(&site.server, &acked);
+    // What has waited is there once somebody reads.
+    let mut trail = String::new();
+    until("the trail", || {
+        let mut buf = [0; 65536];
+        if let Ok(count) = (&pipes[0]).read(&mut buf) {
+            trail.push_str(&String::from_utf8_lossy(&buf[..count]));
+        }
+        ["MakeInaccessible", "MakeAccessible"].iter().all(|event| trail.contains(event))
+    });
+    site.server.stop();
+    site.sandbox.umount();
 }
 
 /// Nobody watches the key when the daemon is gone: its guard fences the server and takes the mount away.

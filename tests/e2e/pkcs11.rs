@@ -242,6 +242,21 @@ fn every_way_to_lose_a_tokens_key_and_every_way_back() {
         assert_eq!(fs::read_to_string(&file).unwrap(), "content", "{reason}");
     }
 
+    // The PIN is set back to what the file holds all along: a person's word has it tried again, by
+    // the watcher too.
+    let change = |hsm: &mut Hsm, from: &str, to: &str| {
+        hsm.step(&Step::ChangePin { from: from.into(), to: to.into() });
+    };
+    change(&mut hsm, "1111", "2222");
+    sandbox.until_inaccessible();
+    change(&mut hsm, "2222", "1111");
+    sandbox.revalidate();
+    for _ in 0..4 {
+        let last = sandbox.status()["last_probe"]["at"].clone();
+        until("another probe", || sandbox.status()["last_probe"]["at"] != last);
+    }
+    assert_eq!(sandbox.state(), "Available");
+
     // A token that is away says nothing about the key.
     let away = hsm.tokens().with_extension("away");
     fs::rename(hsm.tokens(), &away).unwrap();

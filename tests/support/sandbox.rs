@@ -65,8 +65,14 @@ impl Sandbox {
     }
 
     /// Makes the volume and mounts it, open to all users.
-    pub fn and_mounted(mut self, config: &str) -> Sandbox {
+    pub fn and_mounted(self, config: &str) -> Sandbox {
+        self.and_mounted_after(config, |_| ())
+    }
+
+    /// The same, with something else done to the configuration before.
+    pub fn and_mounted_after(mut self, config: &str, change: impl FnOnce(&Sandbox)) -> Sandbox {
         self.configure(config);
+        change(&self);
         self.init().ok();
         self.mount();
         // A new volume's root is its maker's alone.

@@ -269,10 +269,15 @@ impl Site {
     /// Running, with the fence's account and [`super::writer::TABLE`]. `config` is added to the
     /// configuration after the fence's section.
     pub fn running(options: &[&str], config: &str) -> Site {
+        Site::running_after(options, config, |_| ())
+    }
+
+    /// The same, with something else done to the configuration before.
+    pub fn running_after(options: &[&str], config: &str, change: impl FnOnce(&Sandbox)) -> Site {
         let sandbox = Sandbox::bare();
         let dir = sandbox.path("server");
         let fence = fence_config(&sandbox, &dir);
-        let sandbox = sandbox.and_mounted(&format!("{fence}{config}"));
+        let sandbox = sandbox.and_mounted_after(&format!("{fence}{config}"), change);
         let server = Server::create(&sandbox.mnt(), &dir, options);
         server.start();
         server.create_fence_account();

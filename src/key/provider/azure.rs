@@ -104,6 +104,46 @@ impl KeyUrl {
     }
 }
 
+/// A vault with all its keys, or one key with all its versions: what a configuration section may be
+/// for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct VaultScope {
+    base: Url,
+    /// In lower case: names of keys are the same in any.
+    key: Option<String>,
+}
+
+impl VaultScope {
+    pub(super) fn parse(text: &str) -> std::result::Result<VaultScope, String> {
+        let mut base = Url::parse(text).map_err(|error| error.to_string())?;
+        if base.host().is_none() {
+            return Err("no host".into());
+        }
+        let bare = base.username().is_empty() && base.password().is_none();
+        if !bare || base.query().is_some() || base.fragment().is_some() {
+            return Err("it has a user, a query or a fragment".into());
+        }
+        if matches!(base.path().trim_matches('/'), "" | "keys") {
+            base.set_path("/");
+            return Ok(VaultScope { base, key: None });
+        }
+        let key = KeyUrl::parse(text).map_err(|_| "neither a vault nor a key of one")?;
+        if key.version.is_some() {
+            return Err("it names a version: leave that out, it is for all of them".into());
+        }
+        Ok(VaultScope { base: key.base, key: Some(key.name.to_ascii_lowercase()) })
+    }
+
+    /// How closely it fits the key; None: not at all.
+    pub(super) fn fit(&self, kid: &str) -> Option<usize> {
+        let asked = KeyUrl::parse(kid).ok().filter(|asked| asked.base == self.base)?;
+        match &self.key {
+            None => Some(0),
+            Some(key) => asked.name.eq_ignore_ascii_case(key).then_some(1),
+        }
+    }
+}
+
 /// One vault.
 pub struct Azure {
     base: Url,
@@ -164,7 +204,7 @@ impl Session for AzureSession<'_> {
         }
         let service_time = response.date().map(|unix| ServiceTime { unix, heard: BootTime::now() });
         let bundle: KeyBundle = parse(&response)?;
-        let info = bundle.into_info();
+        let info = bundle.into_info().ok_or_else(|| unreadable("key"))?;
         expect_kid(&key, &info.kid)?;
         let region = response.header("x-ms-keyvault-region").map(str::to_owned);
         let tenant = self.azure.tokens.challenge().and_then(|challenge| challenge.tenant);
@@ -183,7 +223,9 @@ impl Session for AzureSession<'_> {
                 return Err(classify(&response, "list"));
             }
             let page: KeyPage = parse(&response)?;
-            versions.extend(page.value.into_iter().map(KeyItem::into_info));
+            for item in page.value {
+                versions.push(item.into_info(&key).ok_or_else(|| unreadable("list of versions"))?);
+            }
             next = page.next_link.filter(|link| !link.is_empty());
             if let Some(link) = &next {
                 self.own_url(link)?;
@@ -282,7 +324,18 @@ impl AzureSession<'_> {
         }
         tokens.forget();
         let challenge = self.challenge(&response)?;
-        self.send(method, url, Some(&challenge), body)
+        let response = self.send(method, url, Some(&challenge), body)?;
+        // A Managed HSM's 401 has no body. With its challenge it is the service's word all the same,
+        // and so soon after a fresh token a refusal.
+        if response.status == 401 {
+            // What it wants may have changed by the next session.
+            tokens.forget_challenge();
+            if self.challenge(&response).is_ok() {
+                let class = Class::Denied(Reason::TokenRefused);
+                return Err(ProviderError { class, ..classify(&response, "token") });
+            }
+        }
+        Ok(response)
     }
 
     fn send(
@@ -377,7 +430,8 @@ struct Jwk {
 #[derive(Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 struct Attributes {
-    enabled: bool,
+    /// Always there, but in an answer that is not the service's.
+    enabled: Option<bool>,
     nbf: Option<i64>,
     exp: Option<i64>,
     created: Option<i64>,
@@ -402,14 +456,14 @@ struct KeyItem {
 }
 
 impl KeyBundle {
-    fn into_info(self) -> KeyInfo {
+    fn into_info(self) -> Option<KeyInfo> {
         let KeyBundle { key, attributes } = self;
-        KeyInfo {
+        Some(KeyInfo {
             bits: key.n.as_deref().and_then(modulus_bits),
             kid: key.kid,
             key_type: key.kty,
             operations: key.key_ops,
-            enabled: attributes.enabled,
+            enabled: attributes.enabled?,
             not_before: attributes.nbf,
             expires: attributes.exp,
             created: attributes.created,
@@ -417,20 +471,23 @@ impl KeyBundle {
             recoverable_days: attributes.recoverable_days,
             exportable: attributes.exportable,
             ..KeyInfo::default()
-        }
+        })
     }
 }
 
 impl KeyItem {
-    fn into_info(self) -> VersionInfo {
+    /// None: it is not a version of this key. One that is may be followed, so its host is the one
+    /// that was asked, whatever it says.
+    fn into_info(self, of: &KeyUrl) -> Option<VersionInfo> {
         let KeyItem { kid, attributes } = self;
-        VersionInfo {
-            kid,
-            enabled: attributes.enabled,
+        let version = KeyUrl::parse(&kid).ok().filter(|_| of.is(&kid))?.version?;
+        Some(VersionInfo {
+            kid: format!("{}/{version}", of.without_version()),
+            enabled: attributes.enabled.unwrap_or(false),
             not_before: attributes.nbf,
             expires: attributes.exp,
             created: attributes.created,
-        }
+        })
     }
 }
 

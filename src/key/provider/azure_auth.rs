@@ -68,13 +68,18 @@ impl Challenge {
 
     /// Whether `host` may be given a token for the resource it asks for.
     pub(super) fn check(&self, host: &Host<&str>, check: ChallengeCheck) -> ProviderResult<()> {
-        let has_domain = matches!(host, Host::Domain(name) if name.contains('.'));
-        if check == ChallengeCheck::Off || check == ChallengeCheck::Auto && !has_domain {
+        if check == ChallengeCheck::Off {
             return Ok(());
         }
+        let has_domain = matches!(host, Host::Domain(name) if name.contains('.'));
         let resource = Url::parse(&self.resource).ok();
         let domain = resource.as_ref().and_then(Url::host_str).unwrap_or("");
         let host = host.to_string();
+        // Else any address, in an envelope that anyone may have written, could ask for a token of
+        // any service, and would be handed it.
+        if check == ChallengeCheck::Auto && !has_domain && domain == host {
+            return Ok(());
+        }
         if !domain.is_empty() && host.strip_suffix(domain).is_some_and(|rest| rest.ends_with('.')) {
             return Ok(());
         }
@@ -82,7 +87,7 @@ impl Challenge {
             Class::Transient(Reason::TlsUntrusted),
             format!(
                 "{host} asks for a token for {}, which is not its domain: no token is sent; see \
-                 verify_challenge_resource",
+                 verify_challenge",
                 self.resource
             ),
         ))
@@ -153,6 +158,11 @@ impl Tokens {
         }
     }
 
+    /// The service refuses a token that answers its challenge: it is asked for another.
+    pub(super) fn forget_challenge(&self) {
+        *self.cached.lock() = None;
+    }
+
     /// The service refused the kept token: the next one is fetched.
     pub(super) fn forget(&self) {
         if let Some(kept) = self.cached.lock().as_mut() {
@@ -188,8 +198,10 @@ mod tests {
 
     #[test]
     fn a_token_goes_only_to_the_resources_own_domain() {
-        let challenge = Challenge { resource: "https://vault.azure.net".into(), tenant: None };
-        let allowed = |host, check| challenge.check(&host, check).is_ok();
+        let asks = |resource: &str, host: Host<&str>, check| {
+            Challenge { resource: resource.into(), tenant: None }.check(&host, check).is_ok()
+        };
+        let allowed = |host, check| asks("https://vault.azure.net", host, check);
         let domain = |name| Host::Domain(name);
         for check in [ChallengeCheck::Auto, ChallengeCheck::On] {
             assert!(allowed(domain("kv1.vault.azure.net"), check));
@@ -197,9 +209,19 @@ mod tests {
             assert!(!allowed(domain("kv1.evil.example"), check));
             assert!(!allowed(domain("kv1evilvault.azure.net"), check));
         }
-        assert!(allowed(Host::Ipv4([127, 0, 0, 1].into()), ChallengeCheck::Auto));
-        assert!(allowed(domain("localhost"), ChallengeCheck::Auto));
-        assert!(!allowed(Host::Ipv4([127, 0, 0, 1].into()), ChallengeCheck::On));
+        let address = || Host::Ipv4([127, 0, 0, 1].into());
+        for (resource, host) in [
+            ("https://127.0.0.1:8443", address()),
+            ("https://localhost:8443", domain("localhost")),
+            ("https://[::1]:8443", Host::Ipv6(std::net::Ipv6Addr::LOCALHOST)),
+        ] {
+            assert!(asks(resource, host.clone(), ChallengeCheck::Auto), "{resource}");
+            assert!(!asks(resource, host.clone(), ChallengeCheck::On), "{resource}");
+            assert!(!allowed(host.clone(), ChallengeCheck::Auto), "{resource}");
+            assert!(allowed(host, ChallengeCheck::Off), "{resource}");
+        }
+        assert!(!asks("https://127.0.0.2", address(), ChallengeCheck::Auto));
+        assert!(!asks("https://kv1.example", domain("kv1.example"), ChallengeCheck::Auto));
         assert!(allowed(domain("kv1.evil.example"), ChallengeCheck::Off));
     }
 }

@@ -69,7 +69,9 @@ fn by_service(status: u16, detail: &ErrorDetail) -> Class {
         401 => Class::Denied(Reason::TokenRefused),
         403 => forbidden(code, inner, detail.message.as_deref().unwrap_or("")),
         404 if code.eq_ignore_ascii_case("VaultNotFound") => Class::Transient(Reason::VaultGone),
-        404 => Class::Revoked(Reason::KeyNotFound),
+        404 if code.eq_ignore_ascii_case("KeyNotFound") => Class::Revoked(Reason::KeyNotFound),
+        // Not the word for it that is known: to be said twice.
+        404 => Class::Denied(Reason::KeyNotFound),
         _ => Class::Transient(Reason::Unreachable),
     }
 }
@@ -92,8 +94,6 @@ fn forbidden(code: &str, inner: &str, message: &str) -> Class {
 
 fn without_word_of_the_service(status: u16) -> Class {
     match status {
-        // A Managed HSM's 401 has no body; a second one after a fresh token is a refusal.
-        401 => Class::Denied(Reason::TokenRefused),
         300..=399 | 400..=407 | 410..=428 => Class::Transient(Reason::ProxyDenied),
         _ => Class::Transient(Reason::Unreachable),
     }
@@ -123,6 +123,7 @@ mod tests {
             (403, "Forbidden", Some("KeyNotYetValid"), Revoked(Reason::KeyNotYetValid)),
             (404, "KeyNotFound", None, Revoked(Reason::KeyNotFound)),
             (404, "VaultNotFound", None, Transient(Reason::VaultGone)),
+            (404, "NotFound", None, Denied(Reason::KeyNotFound)),
             (409, "Conflict", Some("ObjectIsBeingDeleted"), Transient(Reason::Unreachable)),
             (409, "Conflict", Some("ObjectIsBeingRecovered"), Transient(Reason::Unreachable)),
             (403, "Forbidden", Some("ForbiddenByPolicy"), Denied(Reason::PermissionRevoked)),
@@ -150,7 +151,7 @@ mod tests {
     fn nothing_that_is_not_the_services_own_word_counts_as_one() {
         for body in ["", "<html>Access denied</html>", "{}", r#"{"error":"no"}"#, r#"{"error":{}}"#]
         {
-            for status in [302, 400, 403, 404, 407] {
+            for status in [302, 400, 401, 403, 404, 407] {
                 assert_eq!(case(status, body).class, Class::Transient(Reason::ProxyDenied));
             }
             for status in [408, 429, 500, 502, 503, 504] {

@@ -43,6 +43,8 @@ enum Answer {
     /// Says it is longer than it is, and hangs up.
     Truncated,
     Endless,
+    /// This head, and then that part again and again.
+    Forever(&'static str, &'static str),
     Silence,
     HangUp,
 }
@@ -109,6 +111,14 @@ fn serve(mut stream: impl Read + Write, script: &Mutex<Script>, seen: &Mutex<Vec
             return;
         }
         Answer::Truncated => "HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{\"key\":".to_owned(),
+        Answer::Forever(head, part) => {
+            let part = part.repeat(4096 / part.len());
+            let mut next = head.as_bytes();
+            while stream.write_all(next).and_then(|()| stream.flush()).is_ok() {
+                next = part.as_bytes();
+            }
+            return;
+        }
         Answer::Endless => whole(200, "", &" ".repeat(600 * 1024)),
         Answer::Silence => {
             thread::sleep(Duration::from_secs(5));
@@ -254,6 +264,8 @@ fn rig_as(
     let settings = Settings {
         identity: who(&identity, dir.path()),
         ca_file: Some(ca_file),
+        // It says that it is the real one, at an address.
+        verify_challenge_resource: ChallengeCheck::Off,
         ..Settings::default()
     };
     let azure = Azure::new(&format!("https://{}/keys/kek", vault.address), &settings).unwrap();
@@ -361,7 +373,7 @@ fn a_key_without_a_version_is_the_current_one() {
 fn the_table_of_conditions_over_the_wire() {
     use Class::{Denied, Revoked, Transient};
     let rig = rig(authorised(|_| Answer::HangUp));
-    let rows: [(u16, String, Class); 16] = [
+    let rows: [(u16, String, Class); 17] = [
         (403, refusal("Forbidden", "KeyDisabled"), Revoked(Reason::KeyDisabled)),
         (403, refusal("Forbidden", "ForbiddenByPolicy"), Denied(Reason::PermissionRevoked)),
         (403, refusal("Forbidden", "ForbiddenByRbac"), Denied(Reason::PermissionRevoked)),
@@ -378,6 +390,7 @@ fn the_table_of_conditions_over_the_wire() {
         (404, "<html>proxy</html>".into(), Transient(Reason::ProxyDenied)),
         (200, "<html>captive portal</html>".into(), Transient(Reason::Unreachable)),
         (200, "{}".into(), Transient(Reason::Unreachable)),
+        (200, r#"{"kid":"k","value":7}"#.into(), Transient(Reason::Unreachable)),
     ];
     for (status, body, class) in rows {
         let answer = Answer::Json(status, body.clone());
@@ -440,6 +453,57 @@ fn a_hsm_challenge_without_a_body_works_and_no_challenge_is_a_refusal() {
     assert!(rig.get().is_ok());
     rig.vault.answer(|_| Answer::Json(401, refusal("Unauthorized", "")));
     assert_eq!(rig.get().unwrap_err().class, Class::Denied(Reason::TokenRefused));
+}
+
+#[test]
+fn a_401_that_is_not_the_services_is_no_refusal() {
+    let rig = rig(authorised(|_| Answer::Json(200, bundle())));
+    rig.get().unwrap();
+    for header in ["WWW-Authenticate: Basic realm=\"proxy\"", "X: y"] {
+        rig.vault.answer(move |_| Answer::With(401, header, "<html>log in</html>".into()));
+        assert_eq!(rig.get().unwrap_err().class, Class::Transient(Reason::ProxyDenied), "{header}");
+    }
+    // A Managed HSM's has no body, and is one.
+    let header = "WWW-Authenticate: Bearer authorization=\"https://login.example/t\", \
+                  resource=\"https://managedhsm.azure.net\"";
+    rig.vault.answer(move |_| Answer::With(401, header, String::new()));
+    assert_eq!(rig.get().unwrap_err().class, Class::Denied(Reason::TokenRefused));
+}
+
+#[test]
+fn a_token_of_another_service_is_not_handed_to_an_address() {
+    let rig = rig(authorised(|_| Answer::Json(200, bundle())));
+    let Rig { vault, identity, azure, .. } = &rig;
+    let careful = Azure {
+        base: azure.base.clone(),
+        ca_file: azure.ca_file.clone(),
+        challenge_check: ChallengeCheck::Auto,
+        tokens: Tokens::new(&Identity::AppService(AppService {
+            endpoint: Some(format!("http://{}/msi/token", identity.address)),
+            header_file: Some(rig.dir.path().join("header")),
+            client_id: None,
+        }))
+        .unwrap(),
+    };
+    let get = || {
+        let mut session = careful.session(BootTime::now() + Duration::from_secs(10))?;
+        session.get_key(&rig.kid())
+    };
+    assert_eq!(get().unwrap_err().class, Class::Transient(Reason::TlsUntrusted));
+    assert!(identity.seen().is_empty(), "a token was fetched");
+    let own: &'static str = Box::leak(
+        format!(
+            "WWW-Authenticate: Bearer authorization=\"https://login.example/t\", \
+             resource=\"https://{}\"",
+            vault.address
+        )
+        .into_boxed_str(),
+    );
+    vault.answer(move |seen| match seen.bearer {
+        Some(_) => Answer::Json(200, bundle()),
+        None => Answer::With(401, own, String::new()),
+    });
+    get().unwrap();
 }
 
 #[test]
@@ -709,6 +773,39 @@ fn broken_answers_are_no_refusals() {
     assert_eq!(rig.get().unwrap_err().class, lost);
 }
 
+/// Each is cut off by its size or by the deadline, and says nothing about the key.
+#[test]
+fn answers_without_end_are_no_refusals() {
+    let rig = rig(authorised(|_| Answer::HangUp));
+    let limit = Duration::from_millis(1500);
+    for (head, part) in [
+        ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "4\r\nabcd\r\n"),
+        ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4;", "extension"),
+        ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", "Trailer: x\r\n"),
+        ("HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", "body"),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 99999999999999\r\n\r\n", "body"),
+        ("HTTP/1.1 200 OK\r\n", "X-Header: value\r\n"),
+        ("HTTP/1.1 200 OK\r\nX-Header: ", "value"),
+        ("", "HTTP/1.1 100 Continue\r\n\r\n"),
+        ("", "HTTP/1.1 103 Early Hints\r\n\r\n"),
+        ("HTTP/1.1 2", "0"),
+        ("", "\r\n"),
+    ] {
+        rig.vault.answer(authorised(move |_| Answer::Forever(head, part)));
+        let class = rig.get_within(limit);
+        assert_eq!(class, Class::Transient(Reason::Unreachable), "{head:?} {part:?}");
+    }
+}
+
+/// A key whose attributes are missing is not a disabled key.
+#[test]
+fn a_key_without_its_attributes_is_a_broken_answer() {
+    let rig = rig(authorised(|_| Answer::Json(200, bundle().replace("\"enabled\":true,", ""))));
+    assert_eq!(rig.get().unwrap_err().class, Class::Transient(Reason::Unreachable));
+    rig.vault.answer(authorised(|_| Answer::Json(200, bundle().replace("attributes", "other"))));
+    assert_eq!(rig.get().unwrap_err().class, Class::Transient(Reason::Unreachable));
+}
+
 #[test]
 fn redirects_are_not_followed() {
     let target = Server::start(None, Box::new(|_| Answer::Json(200, bundle())));
@@ -790,7 +887,16 @@ fn pages_are_followed_on_the_same_vault_only() {
     let list = |rig: &Rig| {
         rig.with_session(Duration::from_secs(10), |session, kid| session.list_versions(kid))
     };
-    assert_eq!(list(&rig).unwrap().len(), 2);
+    let listed = list(&rig).unwrap();
+    assert_eq!(listed.len(), 2);
+    // Of another host, by its own word; what is followed is asked where this was.
+    assert_eq!(listed[0].kid, rig.kid());
+    for other in ["https://vault.example/keys/other/01", "https://vault.example/keys/kek", "kek/01"]
+    {
+        let page = format!(r#"{{"value":[{{"kid":"{other}","attributes":{{"enabled":true}}}}]}}"#);
+        rig.vault.answer(authorised(move |_| Answer::Json(200, page.clone())));
+        assert_eq!(list(&rig).unwrap_err().class, Class::Transient(Reason::Unreachable), "{other}");
+    }
     let stray = page("https://evil.example/keys/kek/versions?page=2");
     rig.vault.answer(authorised(move |_| Answer::Json(200, stray.clone())));
     assert!(list(&rig).is_err());

@@ -85,19 +85,30 @@ pub(super) fn malformed(what: &str) -> ProviderError {
 }
 
 #[derive(Default, Deserialize)]
-#[serde(default)]
+#[serde(default, rename_all = "camelCase")]
 struct TokenError {
     error: String,
+    #[serde(rename = "error_description")]
     error_description: String,
+    /// App Service has these two in their place.
+    status_code: Option<u16>,
     message: String,
+}
+
+impl TokenError {
+    /// Whether it has a token endpoint's form. Anything can answer with some JSON.
+    fn is_its_word(&self) -> bool {
+        !self.error.is_empty() || self.status_code.is_some() && !self.message.is_empty()
+    }
 }
 
 /// Refusals of an identity endpoint: rows 14 to 17 of the table of conditions.
 fn classify(response: &Response) -> ProviderError {
     let body: Option<TokenError> = serde_json::from_slice(&response.body).ok();
-    let Some(body) = body.filter(|_| response.status < 500) else {
+    let body = body.filter(|body| response.status < 500 && body.is_its_word());
+    let Some(body) = body else {
         let class = match response.status {
-            403 => Class::Transient(Reason::ProxyDenied),
+            300..=399 | 403 | 407 => Class::Transient(Reason::ProxyDenied),
             _ => Class::Transient(Reason::Unreachable),
         };
         return finish(class, response, "the token endpoint does not work", None);
@@ -164,7 +175,11 @@ mod tests {
         for status in [404, 410, 429, 500, 503] {
             assert_eq!(case(status, &body("x", "y")), Class::Transient(Reason::Unreachable));
         }
-        assert_eq!(case(403, "<html>blocked</html>"), Class::Transient(Reason::ProxyDenied));
+        for body in ["<html>blocked</html>", "{}", r#"{"message":"blocked"}"#, r#"{"error":{}}"#] {
+            assert_eq!(case(403, body), Class::Transient(Reason::ProxyDenied), "{body}");
+            assert_eq!(case(302, body), Class::Transient(Reason::ProxyDenied), "{body}");
+            assert_eq!(case(400, body), Class::Transient(Reason::Unreachable), "{body}");
+        }
         assert_eq!(case(400, "not json"), Class::Transient(Reason::Unreachable));
     }
 

@@ -18,6 +18,7 @@ use rustls::CipherSuite;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, TlsProvider};
 use ureq::{Agent, http};
 
+use super::secret_file::regular_file;
 use super::{Class, ProviderError, ProviderResult};
 use crate::crypto::secret::SecretString;
 use crate::key::clock::BootTime;
@@ -25,6 +26,9 @@ use crate::key::reason::Reason;
 
 /// More than any answer of a key service; a longer one is not read to its end.
 const BODY_LIMIT: usize = 256 * 1024;
+
+/// More than all the authorities of the world.
+const CA_LIMIT: u64 = 16 * 1024 * 1024;
 
 const CIPHER_SUITES: [CipherSuite; 6] = [
     CipherSuite::TLS13_AES_128_GCM_SHA256,
@@ -163,7 +167,9 @@ fn trusted_roots(ca_file: Option<&Path>) -> ProviderResult<Vec<Certificate<'stat
 }
 
 fn read_ca_file(path: &Path) -> Result<Vec<Certificate<'static>>, String> {
-    let pem = std::fs::read(path).map_err(|error| error.to_string())?;
+    let mut pem = Vec::new();
+    let read = regular_file(path).and_then(|file| file.take(CA_LIMIT).read_to_end(&mut pem));
+    read.map_err(|error| error.to_string())?;
     let mut certificates = Vec::new();
     for item in ureq::tls::parse_pem(&pem) {
         if let PemItem::Certificate(certificate) = item.map_err(|error| error.to_string())? {

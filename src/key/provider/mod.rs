@@ -18,6 +18,7 @@ mod base64url;
 mod http;
 mod identity;
 pub mod pkcs11;
+mod scope;
 mod secret_file;
 
 use std::fmt;
@@ -30,6 +31,7 @@ use super::reason::Reason;
 use crate::crypto::secret::SecretBytes;
 use crate::error::{Error, Kind, Result};
 pub use identity::{AppService, Application, Identity, Imds};
+pub use scope::Scope;
 
 pub type ProviderResult<T> = std::result::Result<T, ProviderError>;
 
@@ -80,21 +82,20 @@ pub trait Session {
     }
 }
 
-/// How a provider is reached and who asks; see config/byokfs.toml, `[key]`.
+/// How a provider is reached and who asks; see config/byokfs.toml, `[key]` and `[[service]]`.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     pub identity: Identity,
     /// Trusted besides the system's certificate authorities (PEM).
     pub ca_file: Option<PathBuf>,
-    /// Whether the service's challenge must name a domain that the key's host lies in. Off only
-    /// for hosts that have no domain: addresses and single-label names.
+    /// Whether the service's challenge must name a domain that the key's host lies in.
     pub verify_challenge_resource: ChallengeCheck,
     pub pkcs11: pkcs11::Settings,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ChallengeCheck {
-    /// On, except for an IP address or a single-label host, where it could never pass.
+    /// On; an IP address or a single-label host, which has no domain, may ask for itself only.
     #[default]
     Auto,
     On,
@@ -340,9 +341,10 @@ fn scrub(message: &str) -> String {
 }
 
 /// A JSON web token begins with the base64 of `{"`; no other word is that long without a
-/// slash, as URLs have.
+/// slash, as URLs have. A refusal by policy names the caller in the middle of its sentence.
 fn looks_secret(word: &str) -> bool {
-    word.contains("eyJ") && word.len() > 20 || word.len() > 100 && !word.contains('/')
+    let caller = ["appid=", "oid="].iter().any(|name| word.contains(name));
+    word.contains("eyJ") && word.len() > 20 || word.len() > 100 && !word.contains('/') || caller
 }
 
 #[cfg(test)]
@@ -372,6 +374,15 @@ mod tests {
         let same_line =
             ProviderError::unreachable("no. Caller: appid=1; oid=2 Client address: 1.2.3.4");
         assert_eq!(same_line.message(), "no.");
+        let by_policy = ProviderError::unreachable(
+            "The user, group or application 'appid=11;oid=22;iss=https://sts.windows.net/33/' does \
+             not have keys get permission on key vault 'kv1;location=westeurope'.",
+        );
+        assert_eq!(
+            by_policy.message(),
+            "The user, group or application [redacted] does not have keys get permission on key \
+             vault 'kv1;location=westeurope'."
+        );
         let long = ProviderError::unreachable("\u{e9} ".repeat(1000));
         assert!(long.message().len() <= MESSAGE_LIMIT + 3);
         assert!(!ProviderError::unreachable("a".repeat(200)).message().contains("aaa"));

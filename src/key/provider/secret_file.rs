@@ -1,8 +1,8 @@
 //! Files that hold a secret: a header, a password, a private key, a PIN.
 
 use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -62,7 +62,7 @@ impl SecretFile {
 /// end. `key` is the configuration's name for it.
 fn read_private(key: &str, path: &Path) -> Result<SecretString> {
     let name = || format!("{key} {}", path.display());
-    let file = File::open(path).context(name)?;
+    let file = regular_file(path).context(name)?;
     let metadata = file.metadata().context(name)?;
     let me = rustix::process::geteuid().as_raw();
     if metadata.permissions().mode() & 0o077 != 0 || ![0, me].contains(&metadata.uid()) {
@@ -75,8 +75,18 @@ fn read_private(key: &str, path: &Path) -> Result<SecretString> {
 /// As [`read_private`], for what others put there with the modes that they choose.
 fn read_any(key: &str, path: &Path) -> Result<SecretString> {
     let name = format!("{key} {}", path.display());
-    let file = File::open(path).context(|| name.clone())?;
+    let file = regular_file(path).context(|| name.clone())?;
     read(&name, &file)
+}
+
+/// A pipe that nobody writes to would hold up whoever opens it, a probe for example.
+pub(super) fn regular_file(path: &Path) -> io::Result<File> {
+    let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    Ok(file)
 }
 
 fn read(name: &str, file: &File) -> Result<SecretString> {
@@ -107,6 +117,19 @@ mod tests {
         assert!(read_any("token_file", &path).unwrap().ct_eq("s3cret"));
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
         assert!(read_private("pin_file", &path).unwrap().ct_eq("s3cret"));
+        // A pipe, where opening it would wait for a writer.
+        let pipe = dir.path().join("pipe");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &pipe,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR,
+            0,
+        )
+        .unwrap();
+        for read in [read_private, read_any] {
+            assert!(read("pin_file", &pipe).unwrap_err().to_string().contains("pin_file"));
+        }
     }
 
     #[test]

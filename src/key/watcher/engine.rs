@@ -29,10 +29,14 @@ pub(super) const TICK: Duration = Duration::from_secs(1);
 const PROBE_GRACE: Duration = Duration::from_secs(2);
 /// The longest that a service's Retry-After is followed.
 const RETRY_AFTER_LIMIT: Duration = Duration::from_secs(120);
-/// Each so-many-th probe tries every permission.
+/// Each so-many-th probe tries every permission; so does one that comes this long after the last
+/// which did and found all of them, and each one after one that did and did not.
 const COMPLETE_EVERY: u64 = 4;
+pub(super) const COMPLETE_WITHIN: Duration = Duration::from_secs(120);
 /// For [`Gate::drain`] when the watcher itself has to shut the gate.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// Somebody else may be answering: told at once, though the volume serves on.
+const ALARMING: [Reason; 2] = [Reason::TlsUntrusted, Reason::ProxyDenied];
 /// Days before the expiry at which it is told.
 const EXPIRY_WARNINGS: [u64; 3] = [1, 7, 30];
 
@@ -64,6 +68,8 @@ pub(super) struct Inner {
     pub(super) flight: Option<Flight>,
     pub(super) probes_started: u64,
     pub(super) probes_ended: u64,
+    /// From then on a probe is to try every permission.
+    pub(super) complete_due: BootTime,
     /// The first probe that is of the current envelope's key.
     pub(super) envelope_from: u64,
     /// When a newer version of the key was told of.
@@ -75,6 +81,8 @@ pub(super) struct Inner {
     pub(super) healing: bool,
     pub(super) degraded: Option<Reason>,
     pub(super) warned: Option<(i64, u64)>,
+    /// What was alerted of, until a probe finds something else.
+    alerted: Option<Reason>,
     pub(super) validity: Validity,
     pub(super) last_probe: Option<ProbeReport>,
     pub(super) last_success: Option<SystemTime>,
@@ -107,6 +115,7 @@ impl Inner {
             flight: None,
             probes_started: 0,
             probes_ended: 0,
+            complete_due: BootTime::ZERO,
             envelope_from: 0,
             told_newer: None,
             backstop: None,
@@ -114,6 +123,7 @@ impl Inner {
             healing: false,
             degraded: None,
             warned: None,
+            alerted: None,
             validity: Validity::default(),
             last_probe: None,
             last_success: None,
@@ -204,7 +214,8 @@ impl Shared {
         }
         let number = inner.probes_started;
         let routine = inner.policy.is_serving() && !inner.policy.is_pending();
-        let complete = !routine || number.is_multiple_of(COMPLETE_EVERY);
+        let complete =
+            !routine || number.is_multiple_of(COMPLETE_EVERY) || now >= inner.complete_due;
         inner.probes_started += 1;
         inner.due = Some(now + jittered(self.settings.interval));
         inner.flight =
@@ -259,6 +270,12 @@ impl Shared {
                 (Outcome::Failure(error.class), Some(error.to_string()))
             }
         };
+        if flight.complete {
+            inner.complete_due = match result {
+                Ok(_) => flight.started + COMPLETE_WITHIN,
+                Err(_) => BootTime::ZERO,
+            };
+        }
         inner.last_probe = Some(ProbeReport {
             at: system_time_of(flight.started),
             took: now.since(flight.started),
@@ -273,11 +290,16 @@ impl Shared {
                 let wait = wait.clamp(self.settings.interval, RETRY_AFTER_LIMIT);
                 inner.due = Some(now + jittered(wait));
             }
-            if let Class::Transient(reason @ (Reason::TlsUntrusted | Reason::ProxyDenied)) =
-                error.class
-            {
-                self.tell(Event::Notice(Notice::Alert { reason, detail: detail.clone() }));
+        }
+        let alarming = match &outcome {
+            Outcome::Failure(Class::Transient(reason)) => {
+                Some(*reason).filter(|reason| ALARMING.contains(reason))
             }
+            _ => None,
+        };
+        let before = std::mem::replace(&mut inner.alerted, alarming);
+        if let Some(reason) = alarming.filter(|_| alarming != before) {
+            self.tell(Event::Notice(Notice::Alert { reason, detail: detail.clone() }));
         }
         let decision = inner.policy.on_probe(flight.started, now, wall, &outcome);
         self.carry_out(inner, decision, detail);
@@ -297,6 +319,7 @@ impl Shared {
         }
         inner.failures = 0;
         inner.last_success = Some(system_time_of(started));
+        inner.complete_due = started + COMPLETE_WITHIN;
         let outcome = Outcome::Success { complete: true, validity };
         let decision = inner.policy.on_probe(started, BootTime::now(), wall_clock(), &outcome);
         self.carry_out(inner, decision, None);
@@ -365,7 +388,6 @@ impl Shared {
         reason: Reason,
         detail: Option<String>,
     ) {
-        log::error!("cutting off: {}", reason.describe());
         inner.degraded = None;
         inner.backstop = Some((BootTime::now() + self.settings.shut_within, reason));
         let order = CutOffOrder { reason, detail, decided: SystemTime::now() };
@@ -376,6 +398,7 @@ impl Shared {
             self.shut_now(reason);
         }
         self.changed.notify_all();
+        log::error!("cutting off: {}", reason.describe());
     }
 
     /// The handler has had its time.
@@ -383,8 +406,8 @@ impl Shared {
         if self.gate.check().is_err() && self.gate.valid_until() == BootTime::ZERO {
             return;
         }
-        log::error!("the cut-off takes too long: shutting the gate");
         self.gate.shut(reason);
+        log::error!("the cut-off takes too long: the gate is shut");
         let gate = Arc::clone(&self.gate);
         let wiper = spawn("key-wiper", move || {
             gate.drain(DRAIN_LIMIT);

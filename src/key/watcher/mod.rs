@@ -33,10 +33,11 @@ use super::policy;
 use super::provider::Provider;
 use super::reason::Reason;
 use super::rewrap::Rewrapped;
+use super::wall_clock;
 use crate::error::{Error, Kind, Result};
 use engine::{
-    Inner, Shared, TICK, Watched, jittered, run_cut_offs, run_events, spawn, system_time_of,
-    unix_time,
+    COMPLETE_WITHIN, Inner, Shared, TICK, Watched, jittered, run_cut_offs, run_events, spawn,
+    system_time_of, unix_time,
 };
 
 /// How long [`Watcher::admit`] waits for the end of a cut-off.
@@ -202,9 +203,10 @@ impl Watcher {
         }
         let now = BootTime::now();
         let refused = |why: &str| Error::new(Kind::Inaccessible, why);
-        let valid_until = inner.policy.opened(started, now, validity).ok_or_else(|| {
-            refused("the key was denied again while it was being checked; try once more")
-        })?;
+        let valid_until =
+            inner.policy.opened(started, now, wall_clock(), validity).ok_or_else(|| {
+                refused("the key was denied again while it was being checked; try once more")
+            })?;
         if !shared.gate.open(keyring, valid_until) {
             inner.policy.shut(Reason::Unreachable, now);
             return Err(refused("an operation from before the cut-off does not end"));
@@ -215,6 +217,7 @@ impl Watcher {
         inner.failures = 0;
         inner.validity = validity;
         inner.last_success = Some(system_time_of(started));
+        inner.complete_due = started + COMPLETE_WITHIN;
         inner.due = Some(started + jittered(shared.settings.interval));
         shared.warn_of_expiry(&mut inner);
         shared.changed.notify_all();
@@ -250,10 +253,19 @@ impl Watcher {
         self.status()
     }
 
-    /// The envelope is another one: probes go to its key, by `provider`, from now on.
-    pub fn replace_envelope(&self, envelope: Envelope, provider: Arc<dyn Provider>) {
+    /// Probes go to this envelope's key, by `provider`, from now on. What one that is under way
+    /// finds is asked again: it may be of another key or identity.
+    pub fn watch(&self, envelope: Envelope, provider: Arc<dyn Provider>) {
         let mut inner = self.shared.inner.lock();
         self.replace(&mut inner, Watched { provider, envelope });
+    }
+
+    /// The same, unless it is the envelope that is watched already.
+    pub fn replace_envelope(&self, envelope: Envelope, provider: Arc<dyn Provider>) {
+        let mut inner = self.shared.inner.lock();
+        if self.shared.watched.lock().envelope != envelope {
+            self.replace(&mut inner, Watched { provider, envelope });
+        }
     }
 
     /// The envelope was rewrapped and saved: its key, which was just checked in full, is the one
@@ -274,11 +286,7 @@ impl Watcher {
     }
 
     fn replace(&self, inner: &mut MutexGuard<'_, engine::Inner>, new: Watched) {
-        let mut watched = self.shared.watched.lock();
-        if watched.envelope == new.envelope {
-            return;
-        }
-        *watched = Arc::new(new);
+        *self.shared.watched.lock() = Arc::new(new);
         // A probe under way may be of the old key.
         inner.envelope_from = inner.probes_started;
         inner.told_newer = None;

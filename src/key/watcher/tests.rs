@@ -193,6 +193,22 @@ fn a_permission_that_only_complete_probes_miss_is_confirmed() {
     assert!(detail.contains("wrapKey"), "{detail}");
 }
 
+/// Or whoever lets only some calls through could hide for good that a permission is gone.
+#[test]
+fn a_permission_that_cannot_be_tried_is_not_taken_for_granted() {
+    for permission in ["list", "wrapKey"] {
+        let rig = serving();
+        let lost = Class::Transient(Reason::Unreachable);
+        rig.service.change(|key| key.failing = Some((permission, lost)));
+        rig.wait_for(State::Degraded, Some(Reason::Unreachable));
+        rig.watcher.probe_now(LIMIT);
+        assert_eq!(rig.state(), (State::Degraded, Some(Reason::Unreachable)), "{permission}");
+        rig.wait_for(State::Inaccessible, Some(Reason::Unreachable));
+        rig.service.change(|key| key.failing = None);
+        rig.wait_for(State::Available, None);
+    }
+}
+
 #[test]
 fn a_slip_is_forgiven() {
     let rig = started(Settings {

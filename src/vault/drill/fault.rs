@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Asked;
+use crate::vault::permission::Permission;
 
 const MAX_MILLISECONDS: u64 = 600_000;
 const MAX_SECONDS: i64 = 100 * 366 * 86400;
@@ -127,6 +128,10 @@ impl FaultKind {
             FaultKind::ClockShift | FaultKind::TokenLifetime | FaultKind::PropagationDelay
         )
     }
+
+    const fn takes_milliseconds(self) -> bool {
+        matches!(self, FaultKind::Latency | FaultKind::Trickle)
+    }
 }
 
 /// As the administrator sends it.
@@ -178,6 +183,23 @@ impl FaultRequest {
         }
         if kind.is_setting() && self.count.is_some() {
             return Err(format!("the fault {} is not counted", kind.name()));
+        }
+        // What would be ignored, or never hit, makes a drill that proves nothing.
+        for (given, taken, what) in [
+            (self.status.is_some(), kind == FaultKind::Status, "status"),
+            (self.retry_after.is_some(), kind == FaultKind::Throttled, "Retry-After"),
+            (self.seconds.is_some(), kind.needs_seconds(), "seconds"),
+            (self.milliseconds.is_some(), kind.takes_milliseconds(), "milliseconds"),
+            (self.bytes.is_some(), kind == FaultKind::Truncate, "bytes"),
+        ] {
+            if given && !taken {
+                return Err(format!("the fault {} takes no {what}", kind.name()));
+            }
+        }
+        let known =
+            |name: &String| Permission::ALL.iter().any(|one| one.name().eq_ignore_ascii_case(name));
+        if let Some(unknown) = self.operations.iter().find(|name| !known(name)) {
+            return Err(format!("there is no operation '{}'", unknown.escape_debug()));
         }
         if self.count == Some(0) {
             return Err("a fault happens once at least".to_owned());
@@ -244,8 +266,7 @@ impl Fault {
             "status": (self.kind == FaultKind::Status).then_some(self.status),
             "retryAfter": self.retry_after,
             "seconds": self.kind.needs_seconds().then_some(self.seconds),
-            "milliseconds": matches!(self.kind, FaultKind::Latency | FaultKind::Trickle)
-                .then_some(self.milliseconds),
+            "milliseconds": self.kind.takes_milliseconds().then_some(self.milliseconds),
             "bytes": (self.kind == FaultKind::Truncate).then_some(self.bytes),
         })
     }
@@ -285,6 +306,11 @@ mod tests {
             json!({ "kind": "token-lifetime", "seconds": 0 }),
             json!({ "kind": "latency", "milliseconds": 600_001 }),
             json!({ "kind": "close", "fly": 1 }),
+            json!({ "kind": "close", "status": 500 }),
+            json!({ "kind": "status", "retryAfter": 5 }),
+            json!({ "kind": "hang", "milliseconds": 5 }),
+            json!({ "kind": "trickle", "bytes": 5 }),
+            json!({ "kind": "throttled", "operations": ["unwrap"] }),
         ] {
             assert!(check(bad.clone()).is_err(), "{bad}");
         }

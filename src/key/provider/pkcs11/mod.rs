@@ -27,6 +27,7 @@ use ring::digest::{SHA256, digest};
 
 pub use serve::serve;
 pub use uri::SCHEME;
+pub(super) use uri::TokenScope;
 
 use self::process::Process;
 use self::uri::KeyUri;
@@ -78,10 +79,10 @@ impl Pkcs11 {
     pub fn new(kid: &str, settings: &Settings) -> Result<Pkcs11> {
         let token = KeyUri::parse(kid)?;
         let module = settings.module.clone().ok_or_else(|| {
-            Error::new(Kind::Config, "key.pkcs11_module is not set: the vendor's shared library")
+            Error::new(Kind::Config, "pkcs11_module is not set: the vendor's shared library")
         })?;
         if let Err(error) = std::fs::metadata(&module) {
-            let message = format!("key.pkcs11_module {}", module.display());
+            let message = format!("pkcs11_module {}", module.display());
             return Err(Error::new(Kind::Config, message).with_source(error));
         }
         let pin = settings.pin_file.as_deref();

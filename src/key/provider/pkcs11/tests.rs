@@ -52,7 +52,7 @@ fn answering(answers: &[&str]) -> String {
 fn a_module_and_a_private_pin_are_needed() {
     let dir = tempfile::tempdir().unwrap();
     let none = Pkcs11::new(KID, &Settings::default()).unwrap_err();
-    assert!(none.to_string().contains("key.pkcs11_module"), "{none}");
+    assert!(none.to_string().contains("pkcs11_module"), "{none}");
     let missing = Settings { module: Some(dir.path().join("none.so")), ..Settings::default() };
     let missing = Pkcs11::new(KID, &missing).unwrap_err();
     assert!(missing.to_string().contains("none.so"), "{missing}");

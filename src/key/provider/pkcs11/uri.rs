@@ -18,6 +18,80 @@ pub(super) struct KeyUri {
     pub(super) id: Option<Vec<u8>>,
 }
 
+/// What a URI of this scheme says, of a key or of less.
+#[derive(Debug, Default)]
+struct Attributes {
+    token: Option<String>,
+    serial: Option<String>,
+    object: Option<String>,
+    id: Option<Vec<u8>>,
+}
+
+impl Attributes {
+    fn parse(text: &str) -> std::result::Result<Attributes, String> {
+        let path = text.strip_prefix(SCHEME).ok_or("not pkcs11:")?;
+        if path.contains('?') {
+            return Err("it has a query; the module and the PIN are configured".into());
+        }
+        let mut found = Attributes::default();
+        for part in path.split(';').filter(|part| !part.is_empty()) {
+            let (name, value) = part.split_once('=').ok_or("no value")?;
+            let bytes = decode(value).ok_or("a wrong escape")?;
+            if bytes.is_empty() {
+                return Err("an empty value".into());
+            }
+            if name == "id" {
+                if found.id.replace(bytes).is_some() {
+                    return Err("an attribute twice".into());
+                }
+                continue;
+            }
+            let value = String::from_utf8(bytes).map_err(|_| "not UTF-8")?;
+            let place = match name {
+                "token" => &mut found.token,
+                "serial" => &mut found.serial,
+                "object" => &mut found.object,
+                "type" if value == "private" => continue,
+                _ => return Err(format!("the attribute {name}")),
+            };
+            if place.replace(value).is_some() {
+                return Err("an attribute twice".into());
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Every token, those of one label, or one of them: what a configuration section may be for. The
+/// library and the PIN are a token's, so there is none for a single key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TokenScope {
+    token: Option<String>,
+    serial: Option<String>,
+}
+
+impl TokenScope {
+    pub(crate) fn parse(text: &str) -> std::result::Result<TokenScope, String> {
+        let Attributes { token, serial, object, id } = Attributes::parse(text)?;
+        if object.is_some() || id.is_some() {
+            return Err("name the token alone: all its keys have one PIN".into());
+        }
+        if serial.is_some() && token.is_none() {
+            return Err("a serial without its token".into());
+        }
+        Ok(TokenScope { token, serial })
+    }
+
+    /// How closely it fits the key; None: not at all.
+    pub(crate) fn fit(&self, kid: &str) -> Option<usize> {
+        let key = KeyUri::parse(kid).ok()?;
+        let token = self.token.as_ref().is_none_or(|token| *token == key.token);
+        let serial = self.serial.is_none() || self.serial == key.serial;
+        let fit = usize::from(self.token.is_some()) + usize::from(self.serial.is_some());
+        (token && serial).then_some(fit)
+    }
+}
+
 impl KeyUri {
     pub(super) fn parse(text: &str) -> Result<KeyUri> {
         let refuse = |why: &str| {
@@ -26,35 +100,8 @@ impl KeyUri {
                  pkcs11:token=TOKEN;object=LABEL or pkcs11:token=TOKEN;object=LABEL;id=%01"
             ))
         };
-        let path = text.strip_prefix(SCHEME).ok_or_else(|| refuse("not pkcs11:"))?;
-        if path.contains('?') {
-            return Err(refuse("it has a query; the module and the PIN are configured"));
-        }
-        let (mut token, mut serial, mut object, mut id) = (None, None, None, None);
-        for part in path.split(';').filter(|part| !part.is_empty()) {
-            let (name, value) = part.split_once('=').ok_or_else(|| refuse("no value"))?;
-            let bytes = decode(value).ok_or_else(|| refuse("a wrong escape"))?;
-            if bytes.is_empty() {
-                return Err(refuse("an empty value"));
-            }
-            if name == "id" {
-                if id.replace(bytes).is_some() {
-                    return Err(refuse("an attribute twice"));
-                }
-                continue;
-            }
-            let value = String::from_utf8(bytes).map_err(|_| refuse("not UTF-8"))?;
-            let place = match name {
-                "token" => &mut token,
-                "serial" => &mut serial,
-                "object" => &mut object,
-                "type" if value == "private" => continue,
-                _ => return Err(refuse(&format!("the attribute {name}"))),
-            };
-            if place.replace(value).is_some() {
-                return Err(refuse("an attribute twice"));
-            }
-        }
+        let found = Attributes::parse(text).map_err(|why| refuse(&why))?;
+        let Attributes { token, serial, object, id } = found;
         let token = token.ok_or_else(|| refuse("no token"))?;
         if object.is_none() && id.is_none() {
             return Err(refuse("neither object nor id"));
