@@ -26,7 +26,6 @@ use crate::daemon::{harden, hex, mountinfo, rotation, settings, volume};
 use crate::error::{Context, Error, Kind, Result};
 use crate::key::envelope::Envelope;
 use crate::key::gate::Gate;
-use crate::key::provider;
 use crate::key::watcher::{CutOffOrder, Handler, Notice, Watcher};
 use crate::maintenance::check::{Check, Finding, Options, Repair, Report, Severity, Summary};
 use crate::store::VolumeInfo;
@@ -230,7 +229,7 @@ impl Key {
     ) -> Result<Key> {
         let pin = pins::read(&config.dir.0, &info.uuid)?;
         let envelope = Envelope::load(root)?;
-        let provider = provider::for_key(&envelope.kid, &settings::provider(&config.key))?;
+        let provider = settings::provider(config, &envelope.kid)?;
         let standing = pin.standing(back, &envelope.kid);
         if standing != Standing::Confirmed {
             return Err(rotation::unconfirmed(&standing, &envelope));
