@@ -2,13 +2,17 @@
 //!
 //! A worker's two buffers hold plaintext. It overwrites them when asked to ([`Workers::wipe`]),
 //! and after every request that it refuses while the volume is cut off.
+//!
+//! The kernel gives each request to the worker that has waited for one the longest, so that with
+//! many of them no buffer is ever found in a cache. So only a few wait ([`MAX_IDLE`]); the others are
+//! set aside, with nothing in their buffers, until those few are busy.
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::thread;
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -26,10 +30,21 @@ pub(super) const MAX_WRITE: usize = 1 << 20;
 /// Room for headers and fixed arguments beside the largest payload.
 const HEADROOM: usize = 4096;
 
+/// Workers that wait for a request at most.
+const MAX_IDLE: usize = 6;
+/// If fewer do, another one joins them.
+const MIN_IDLE: usize = 2;
+
 /// What the workers of one session share.
 #[derive(Debug)]
 pub(super) struct Workers {
     adapter: Adapter,
+    /// How many wait for a request.
+    idle: AtomicUsize,
+    /// Those set aside, the last one first to come back.
+    aside: Mutex<Vec<usize>>,
+    /// The mount is gone.
+    gone: AtomicBool,
     /// Counts the wipes that were asked for.
     wipes: AtomicU64,
     states: Vec<State>,
@@ -44,6 +59,9 @@ struct State {
     idle: AtomicBool,
     ended: AtomicBool,
     wiped: AtomicU64,
+    thread: OnceLock<Thread>,
+    /// Set aside: its buffers are empty.
+    aside: AtomicBool,
 }
 
 impl Workers {
@@ -51,6 +69,9 @@ impl Workers {
     pub(super) fn start(adapter: Adapter, devices: Vec<Arc<OwnedFd>>) -> Result<Arc<Workers>> {
         let workers = Arc::new(Workers {
             adapter,
+            idle: AtomicUsize::new(0),
+            aside: Mutex::default(),
+            gone: AtomicBool::new(false),
             wipes: AtomicU64::new(0),
             states: devices.iter().map(|_| State::default()).collect(),
             running: Mutex::new(0),
@@ -61,7 +82,7 @@ impl Workers {
             let shared = Arc::clone(&workers);
             let started = thread::Builder::new().name(format!("fuse-{index}")).spawn(move || {
                 let _end = End { workers: &shared, index };
-                Worker::new(&shared, &shared.states[index], device).run();
+                Worker::new(&shared, index, device).run();
             });
             if let Err(error) = started {
                 *workers.running.lock() -= 1;
@@ -98,7 +119,9 @@ impl Workers {
         loop {
             let mut left = false;
             for state in &self.states {
-                if state.ended.load(Ordering::SeqCst) || state.wiped.load(Ordering::SeqCst) >= asked
+                if state.ended.load(Ordering::SeqCst)
+                    || state.aside.load(Ordering::SeqCst)
+                    || state.wiped.load(Ordering::SeqCst) >= asked
                 {
                     continue;
                 }
@@ -117,6 +140,60 @@ impl Workers {
     }
 }
 
+impl Workers {
+    /// One that waited has a request: if too few are left, another one is to wait.
+    fn took_one(&self) {
+        if self.idle.fetch_sub(1, Ordering::SeqCst) > MIN_IDLE {
+            return;
+        }
+        let next = self.aside.lock().pop();
+        if let Some(index) = next {
+            self.bring_back(index);
+        }
+    }
+
+    fn bring_back(&self, index: usize) {
+        let state = &self.states[index];
+        state.aside.store(false, Ordering::SeqCst);
+        if let Some(thread) = state.thread.get() {
+            thread.unpark();
+        }
+    }
+
+    fn are_too_few(&self) -> bool {
+        self.idle.load(Ordering::SeqCst) < MAX_IDLE || self.gone.load(Ordering::SeqCst)
+    }
+
+    /// Counts one in that waits, unless there are enough.
+    fn may_wait(&self) -> bool {
+        let _aside = self.aside.lock();
+        let may = self.are_too_few();
+        if may {
+            self.idle.fetch_add(1, Ordering::SeqCst);
+        }
+        may
+    }
+
+    /// False if there are too few again. Under the lock that [`Workers::took_one`] looks under: who
+    /// takes one of the last requests either finds this one aside, or is seen here.
+    fn set_aside(&self, index: usize) -> bool {
+        let mut aside = self.aside.lock();
+        if self.are_too_few() {
+            return false;
+        }
+        self.states[index].aside.store(true, Ordering::SeqCst);
+        aside.push(index);
+        true
+    }
+
+    /// Nobody waits for what will not come.
+    fn end_all(&self) {
+        self.gone.store(true, Ordering::SeqCst);
+        let aside = std::mem::take(&mut *self.aside.lock());
+        aside.into_iter().for_each(|index| self.bring_back(index));
+    }
+}
+
 /// Counts a worker out, however it ends.
 struct End<'a> {
     workers: &'a Workers,
@@ -128,11 +205,14 @@ impl Drop for End<'_> {
         self.workers.states[self.index].ended.store(true, Ordering::SeqCst);
         *self.workers.running.lock() -= 1;
         self.workers.ended.notify_all();
+        // Whoever is set aside takes its place, or finds that the mount is gone.
+        self.workers.end_all();
     }
 }
 
 struct Worker<'a> {
     workers: &'a Workers,
+    index: usize,
     state: &'a State,
     device: Arc<OwnedFd>,
     request: Buffer,
@@ -157,14 +237,17 @@ impl Buffer {
 }
 
 impl<'a> Worker<'a> {
-    fn new(workers: &'a Workers, state: &'a State, device: Arc<OwnedFd>) -> Worker<'a> {
-        Worker { workers, state, device, request: Buffer::new(), reply: Buffer::new() }
+    fn new(workers: &'a Workers, index: usize, device: Arc<OwnedFd>) -> Worker<'a> {
+        let state = &workers.states[index];
+        Worker { workers, index, state, device, request: Buffer::new(), reply: Buffer::new() }
     }
 
     fn run(&mut self) {
         // Only this thread sets it.
         let _ = self.state.waiter.set(Waiter::current());
+        let _ = self.state.thread.set(thread::current());
         loop {
+            self.stand_by();
             let asked = self.workers.wipes.load(Ordering::SeqCst);
             if self.state.wiped.load(Ordering::SeqCst) < asked {
                 self.wipe();
@@ -173,6 +256,7 @@ impl<'a> Worker<'a> {
             self.state.idle.store(true, Ordering::SeqCst);
             let read = rustix::io::read(self.device.as_fd(), &mut self.request.bytes[..]);
             self.state.idle.store(false, Ordering::SeqCst);
+            self.workers.took_one();
             match read {
                 Ok(len) => {
                     self.request.used = self.request.used.max(len);
@@ -188,6 +272,18 @@ impl<'a> Worker<'a> {
             }
         }
         self.wipe();
+    }
+
+    /// Until this worker may wait for a request.
+    fn stand_by(&mut self) {
+        while !self.workers.may_wait() {
+            self.wipe();
+            if self.workers.set_aside(self.index) {
+                while self.state.aside.load(Ordering::SeqCst) {
+                    thread::park();
+                }
+            }
+        }
     }
 
     fn handle(&mut self, len: usize) {
