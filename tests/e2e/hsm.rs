@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::support::process::Answer;
 use crate::support::sandbox::path;
-use crate::support::{has, skip};
+use crate::support::{has, skip, until};
 
 pub const MODULE: &str = "/usr/lib/softhsm/libsofthsm2.so";
 pub const TOKEN: &str = "byokfs test";
@@ -168,9 +168,18 @@ fn steps() {
 }
 
 fn take(pin: &str, step: &Step) {
-    let library = Pkcs11::new(MODULE).unwrap();
-    library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)).unwrap();
-    let slot = library.get_slots_with_initialized_token().unwrap()[0];
+    // SoftHSM overlooks a token while another process changes one of its objects.
+    let mut loaded = None;
+    until("the token", || {
+        let library = Pkcs11::new(MODULE).unwrap();
+        library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)).unwrap();
+        match library.get_slots_with_initialized_token().unwrap().first().copied() {
+            Some(slot) => loaded = Some((library, slot)),
+            None => library.finalize().unwrap(),
+        }
+        loaded.is_some()
+    });
+    let (library, slot) = loaded.unwrap();
     let session = library.open_rw_session(slot).unwrap();
     session.login(UserType::User, Some(&AuthPin::from(pin.to_owned()))).unwrap();
     match step {

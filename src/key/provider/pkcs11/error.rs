@@ -25,7 +25,8 @@ pub(super) fn classify(error: &Error) -> ProviderError {
 fn class_of(code: &RvError) -> Class {
     use RvError as E;
     match code {
-        E::KeyHandleInvalid | E::ObjectHandleInvalid => Class::Revoked(Reason::KeyNotFound),
+        // A token that fails over, or is just being written to, says so too: a second session tells.
+        E::KeyHandleInvalid | E::ObjectHandleInvalid => Class::Denied(Reason::KeyNotFound),
         E::PinIncorrect
         | E::PinInvalid
         | E::PinLenRange
@@ -104,10 +105,10 @@ mod tests {
 
     #[test]
     fn the_tokens_rows_of_the_table() {
-        use Class::{Denied, Revoked, Transient};
+        use Class::{Denied, Transient};
         use RvError as E;
         let rows = [
-            (E::KeyHandleInvalid, Revoked(Reason::KeyNotFound), "CKR_KEY_HANDLE_INVALID"),
+            (E::KeyHandleInvalid, Denied(Reason::KeyNotFound), "CKR_KEY_HANDLE_INVALID"),
             (E::PinIncorrect, Denied(Reason::CredentialInvalid), PIN_INCORRECT),
             (E::PinLocked, Denied(Reason::CredentialInvalid), "CKR_PIN_LOCKED"),
             (

@@ -184,7 +184,7 @@ impl Token {
         keys.sort_by_key(|found| found.key.not_before);
         let Some(newest) = keys.pop() else {
             let message = format!("the token {} has no private key {kid}", self.label);
-            return Err(ProviderError::new(Class::Revoked(Reason::KeyNotFound), message));
+            return Err(ProviderError::new(Class::Denied(Reason::KeyNotFound), message));
         };
         match keys.last() {
             Some(other) if other.key.not_before == newest.key.not_before => {
