@@ -16,17 +16,15 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::backing::Backing;
 use crate::backing::linux::LinuxBacking;
-use crate::backing::{Backing, NodeRef};
 use crate::config::Config;
 use crate::crypto;
 use crate::daemon::check::resolve;
-use crate::daemon::pins::{self, Standing};
-use crate::daemon::{harden, hex, mountinfo, rotation, settings, volume};
+use crate::daemon::offline::WatchedKey;
+use crate::daemon::{harden, hex, mountinfo};
 use crate::error::{Context, Error, Kind, Result};
-use crate::key::envelope::Envelope;
 use crate::key::gate::Gate;
-use crate::key::watcher::{CutOffOrder, Handler, Notice, Watcher};
 use crate::maintenance::check::{Check, Finding, Options, Repair, Report, Severity, Summary};
 use crate::store::VolumeInfo;
 
@@ -168,7 +166,9 @@ fn run(request: &Request) -> Result<u8> {
         None => check.run(None, &printer)?,
         Some(config) => {
             let key = config
-                .and_then(|config| Key::get(&config, &back, &backing.root(), check.info()))
+                .and_then(|config| {
+                    WatchedKey::get(&config, &back, &backing.root(), check.info(), &Gate::new())
+                })
                 .map_err(|error| {
                     let hint = format!(
                         "{error}; what needs no key can be checked with `byokfs fsck --no-key {}`",
@@ -176,9 +176,7 @@ fn run(request: &Request) -> Result<u8> {
                     );
                     Error::new(error.kind, hint)
                 })?;
-            let checked = check.run(Some(key.gate.clone()), &printer);
-            key.end();
-            checked?
+            check.run(Some(key.gate.clone()), &printer)?
         }
     };
     let code =
@@ -212,68 +210,6 @@ fn expect_unmounted(back: &std::path::Path) -> Result<()> {
             Err(Error::new(Kind::Busy, message))
         }
     }
-}
-
-/// The volume's key, for as long as its service grants it.
-struct Key {
-    gate: Arc<Gate>,
-    watcher: Arc<Watcher>,
-}
-
-impl Key {
-    fn get(
-        config: &Config,
-        back: &std::path::Path,
-        root: &NodeRef,
-        info: &VolumeInfo,
-    ) -> Result<Key> {
-        let pin = pins::read(&config.dir.0, &info.uuid)?;
-        let envelope = Envelope::load(root)?;
-        let provider = settings::provider(config, &envelope.kid)?;
-        let standing = pin.standing(back, &envelope.kid);
-        if standing != Standing::Confirmed {
-            return Err(rotation::unconfirmed(&standing, &envelope));
-        }
-        let revalidated = volume::check_key(&*provider, &envelope, info, &pin, config)?;
-        let gate = Gate::new();
-        let watcher = Watcher::start(
-            settings::watcher(config),
-            provider,
-            envelope,
-            gate.clone(),
-            Arc::new(OnLoss(gate.clone())),
-        )?;
-        watcher.admit(revalidated)?;
-        Ok(Key { gate, watcher })
-    }
-
-    fn end(self) {
-        self.watcher.stop();
-        self.gate.shut(crate::key::reason::Reason::Operator);
-        self.gate.drain(DRAIN_LIMIT);
-        self.gate.wipe();
-    }
-}
-
-const DRAIN_LIMIT: Duration = Duration::from_secs(5);
-
-/// Ends the check by shutting the gate; nothing brings it back.
-struct OnLoss(Arc<Gate>);
-
-impl Handler for OnLoss {
-    fn cut_off(&self, order: &CutOffOrder) {
-        self.0.shut(order.reason);
-        self.0.drain(DRAIN_LIMIT);
-        self.0.wipe();
-    }
-
-    fn heal(&self) -> Result<()> {
-        Err(Error::new(Kind::Inaccessible, "a check does not go on after its key was lost"))
-    }
-
-    fn notice(&self, _: &Notice) {}
-
-    fn newer_version(&self, _: &str) {}
 }
 
 /// Findings go to standard output, the progress bar to standard error.

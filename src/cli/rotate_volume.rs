@@ -21,7 +21,7 @@ pub(super) fn run(args: ReportArgs) -> Result<()> {
             output::progress(&format!("{files} files"));
         }
     };
-    let outcome = volume_key::rotate(volume, &mut told);
+    let outcome = volume_key::rotate(&volume, &mut told);
     if terminal {
         output::end_progress();
     }

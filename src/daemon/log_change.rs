@@ -44,22 +44,18 @@ pub fn change(volume: &Offline, change: &Change) -> Result<()> {
 }
 
 fn carry_out(volume: &Offline, change: &Change) -> Result<()> {
-    let (envelope, provider) = volume.envelope()?;
-    let keyring = volume.key(&envelope, &*provider)?.keyring;
-    match change {
-        Change::Discard(size) => volume.store.discard_log(&keyring, *size),
-        Change::Resize(size) => {
-            volume.unlock(&keyring)?;
-            volume.close()?;
-            volume.store.replace_log(&keyring, None, Some(*size))
+    let (to, size) = match change {
+        Change::Discard(size) => {
+            let _key = volume.key()?;
+            return volume.store.discard_log(*size);
         }
-        Change::Move(to) => {
-            let to = directory(to)?;
-            volume.unlock(&keyring)?;
-            volume.close()?;
-            volume.store.replace_log(&keyring, Some(&to), None)
-        }
-    }
+        Change::Resize(size) => (None, Some(*size)),
+        Change::Move(to) => (Some(directory(to)?), None),
+    };
+    let _key = volume.key()?;
+    volume.recover()?;
+    volume.close()?;
+    volume.store.replace_log(to.as_deref(), size)
 }
 
 fn directory(path: &Path) -> Result<PathBuf> {

@@ -1,7 +1,8 @@
 //! A volume that nobody has mounted, in the hands of one verb: locked, and opened with its key.
 //!
 //! The way to the key is that of a mount: pinned, confirmed for this place, checked in full and
-//! unwrapped by its service just now. No watcher runs: the gate shuts by itself after a while.
+//! unwrapped by its service just now. It is watched as under a mount: a key that is lost ends the
+//! work.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,16 +15,15 @@ use crate::backing::linux::LinuxBacking;
 use crate::backing::{Backing, NodeRef};
 use crate::config::Config;
 use crate::crypto;
-use crate::error::{Error, Kind, Result};
-use crate::key::custody::Revalidated;
+use crate::error::{Error, FsError, Kind, Result};
 use crate::key::envelope::Envelope;
-use crate::key::gate::{BootTime, Gate, Keyring, Reason};
+use crate::key::gate::{Gate, Reason};
 use crate::key::provider::Provider;
+use crate::key::watcher::{CutOffOrder, Handler, Notice, Watcher};
 use crate::observe::audit;
 use crate::store::{Store, VolumeInfo};
 
-/// How long a verb may take with the key in its hands.
-const LIMIT: Duration = Duration::from_secs(3600);
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long a verb waits for the daemon that has just lost its mount.
 const PREDECESSOR_LIMIT: Duration = Duration::from_secs(30);
@@ -47,6 +47,94 @@ pub fn when_free<T>(back: &Path, take: impl Fn() -> Result<T>) -> Result<T> {
     }
 }
 
+/// A volume's key in the hands of a verb: watched as under a mount, and gone for good when it is lost.
+#[derive(Debug)]
+pub struct WatchedKey {
+    pub gate: Arc<Gate>,
+    watcher: Arc<Watcher>,
+}
+
+impl WatchedKey {
+    /// By the way of a mount: pinned, confirmed for `back`, checked in full and unwrapped by its
+    /// service. Opens the gate.
+    pub fn get(
+        config: &Config,
+        back: &Path,
+        root: &NodeRef,
+        info: &VolumeInfo,
+        gate: &Arc<Gate>,
+    ) -> Result<WatchedKey> {
+        let pin = pins::read(&config.dir.0, &info.uuid)?;
+        let (envelope, provider) = confirmed_envelope(config, back, root, info, &pin)?;
+        let revalidated = check_key(&*provider, &envelope, info, &pin, config)?;
+        let watcher = Watcher::start(
+            settings::watcher(config),
+            provider,
+            envelope,
+            Arc::clone(gate),
+            Arc::new(OnLoss(Arc::clone(gate))),
+        )?;
+        watcher.admit(revalidated)?;
+        Ok(WatchedKey { gate: Arc::clone(gate), watcher })
+    }
+}
+
+impl WatchedKey {
+    /// Of the volume key that was unwrapped: the current one, where there are two.
+    pub fn fingerprint(&self) -> Result<[u8; 32]> {
+        let lost = |_| Error::new(Kind::Inaccessible, "the key was lost meanwhile");
+        let lease = self.gate.lease().map_err(lost)?;
+        lease.keyring().fingerprint()
+    }
+}
+
+impl Drop for WatchedKey {
+    fn drop(&mut self) {
+        self.watcher.stop();
+        self.gate.shut(Reason::Operator);
+        self.gate.drain(DRAIN_LIMIT);
+        self.gate.wipe();
+    }
+}
+
+/// The envelope, if it is this volume's and confirmed at this place, and the service of its key.
+fn confirmed_envelope(
+    config: &Config,
+    back: &Path,
+    root: &NodeRef,
+    info: &VolumeInfo,
+    pin: &Pin,
+) -> Result<(Envelope, Arc<dyn Provider>)> {
+    let envelope = Envelope::load(root)?;
+    expect_own_envelope(&envelope, info)?;
+    match pin.standing(back, &envelope.kid) {
+        Standing::Confirmed => {}
+        standing => return Err(rotation::unconfirmed(&standing, &envelope)),
+    }
+    let provider = settings::provider(config, &envelope.kid)?;
+    Ok((envelope, provider))
+}
+
+/// Ends the work by shutting the gate; nothing brings it back.
+#[derive(Debug)]
+struct OnLoss(Arc<Gate>);
+
+impl Handler for OnLoss {
+    fn cut_off(&self, order: &CutOffOrder) {
+        self.0.shut(order.reason);
+        self.0.drain(DRAIN_LIMIT);
+        self.0.wipe();
+    }
+
+    fn heal(&self) -> Result<()> {
+        Err(Error::new(Kind::Inaccessible, "the work does not go on after its key was lost"))
+    }
+
+    fn notice(&self, _: &Notice) {}
+
+    fn newer_version(&self, _: &str) {}
+}
+
 #[derive(Debug)]
 pub struct Offline {
     pub back: PathBuf,
@@ -54,7 +142,6 @@ pub struct Offline {
     pub info: VolumeInfo,
     pub pin: Pin,
     pub store: Arc<Store>,
-    gate: Arc<Gate>,
 }
 
 impl Offline {
@@ -76,10 +163,9 @@ impl Offline {
             check::parent_dir(file)?;
             audit::install(file, &[("volume", hex::uuid(&info.uuid))])?;
         }
-        let gate = Gate::new();
-        let store =
-            when_free(&back, || Store::open(Arc::clone(&backing), Arc::clone(&gate), read_only))?;
-        Ok(Offline { back, config, info, pin, store, gate })
+        let open = || Store::open(Arc::clone(&backing), Gate::new(), read_only);
+        let store = when_free(&back, open)?;
+        Ok(Offline { back, config, info, pin, store })
     }
 
     /// Where the envelope is.
@@ -91,38 +177,27 @@ impl Offline {
         &self.config.dir.0
     }
 
-    /// The envelope, if it is this volume's and confirmed here, and the service of its key.
     pub fn envelope(&self) -> Result<(Envelope, Arc<dyn Provider>)> {
-        let envelope = Envelope::load(&self.dir())?;
-        expect_own_envelope(&envelope, &self.info)?;
-        match self.pin.standing(&self.back, &envelope.kid) {
-            Standing::Confirmed => {}
-            standing => return Err(rotation::unconfirmed(&standing, &envelope)),
-        }
-        let provider = settings::provider(&self.config, &envelope.kid)?;
-        Ok((envelope, provider))
+        confirmed_envelope(&self.config, &self.back, &self.dir(), &self.info, &self.pin)
     }
 
-    /// The volume key, after the full check.
-    pub fn key(&self, envelope: &Envelope, provider: &dyn Provider) -> Result<Revalidated> {
-        check_key(provider, envelope, &self.info, &self.pin, &self.config)
+    /// The volume's key, after the full check, and the gate open. The log is not looked at.
+    pub fn key(&self) -> Result<WatchedKey> {
+        WatchedKey::get(&self.config, &self.back, &self.dir(), &self.info, self.store.gate())
     }
 
-    /// Opens the volume with its key, and brings home what its log holds.
-    pub fn unlock(&self, keyring: &Keyring) -> Result<()> {
-        self.store.start_session(keyring)?;
-        if !self.gate.open(keyring.try_clone()?, BootTime::now() + LIMIT) {
-            return Err(Error::new(Kind::Io, "the gate does not open"));
-        }
+    /// With the gate open: brings home what the log holds.
+    pub fn recover(&self) -> Result<()> {
+        self.store.start_session_by_gate()?;
         self.store.recover().map(drop)
     }
 
-    /// Everything is home and durable afterwards, and no key is left in memory. Nobody else gets the
-    /// volume before this value goes.
+    /// Everything is home and durable afterwards. Nobody else gets the volume before this value
+    /// goes.
     pub fn close(&self) -> Result<()> {
-        let closed = self.store.close().map_err(|error| Error::new(Kind::Io, error.to_string()));
-        self.gate.shut(Reason::Operator);
-        self.gate.wipe();
-        closed
+        self.store.close().map_err(|error| match error {
+            FsError::CutOff(_) => Error::new(Kind::Inaccessible, "the key was lost meanwhile"),
+            error => Error::new(Kind::Io, format!("not everything could be brought home: {error}")),
+        })
     }
 }

@@ -39,7 +39,7 @@ pub struct Outcome {
 }
 
 /// `told` hears of each file whose header was rewritten.
-pub fn rotate(volume: Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
+pub fn rotate(volume: &Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
     let event = |status| Event::new(Name::VolumeKeyRotated).status(status);
     emit(event(Status::Started));
     match carry_out(volume, told) {
@@ -82,32 +82,29 @@ pub fn settle(
     Ok(())
 }
 
-fn carry_out(volume: Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
-    let (envelope, provider) = volume.envelope()?;
+fn carry_out(volume: &Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
+    let (mut envelope, provider) = volume.envelope()?;
     let dir = volume.dir();
-    let (config_dir, uuid) = (volume.config_dir().to_owned(), volume.info.uuid);
+    let (config_dir, uuid) = (volume.config_dir(), &volume.info.uuid);
     let resumed = envelope.retiring.is_some();
-    let (envelope, keyring) = if resumed {
-        let revalidated = volume.key(&envelope, &*provider)?;
-        (envelope, revalidated.keyring)
-    } else {
-        let settings =
-            settings::requirements(&volume.config, &envelope.kid, !volume.pin.requirements);
-        let renewed = custody::renew(&*provider, &envelope, volume.pin.pinned(), &settings, LIMIT)
+    if !resumed {
+        let tolerant = !volume.pin.requirements;
+        let settings = settings::requirements(&volume.config, &envelope.kid, tolerant);
+        envelope = custody::renew(&*provider, &envelope, volume.pin.pinned(), &settings, LIMIT)
             .map_err(|refusal| name_the_service(refusal.error, &envelope.kid))?;
-        pins::begin_volume_key(&config_dir, &uuid, renewed.0.fingerprint)?;
-        renewed.0.save(&dir)?;
-        renewed
-    };
+        pins::begin_volume_key(config_dir, uuid, envelope.fingerprint)?;
+        envelope.save(&dir)?;
+    }
     let from = envelope.retiring.as_ref().map_or(0, |old| old.id);
-    volume.unlock(&keyring)?;
-    let adopted = volume.store.adopt_volume_key(&keyring, told)?;
-    let fingerprint = keyring.fingerprint()?;
-    drop(keyring);
+    let key = volume.key()?;
+    let fingerprint = key.fingerprint()?;
+    volume.recover()?;
+    let adopted = volume.store.adopt_volume_key(told)?;
     volume.close()?;
+    drop(key);
 
     Envelope { retiring: None, ..envelope.clone() }.save_in_place(&dir)?;
     Envelope::remove_previous(&dir)?;
-    pins::end_volume_key(&config_dir, &uuid, fingerprint, from)?;
+    pins::end_volume_key(config_dir, uuid, fingerprint, from)?;
     Ok(Outcome { from, to: envelope.volume_key_id, adopted, resumed })
 }

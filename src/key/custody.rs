@@ -179,15 +179,15 @@ pub fn revalidate(
     })
 }
 
-/// A new volume key for a volume that keeps its KEK: its envelope, with the old one retiring in it,
-/// and both. What is in the envelope has been unwrapped once before this returns.
+/// A new volume key for a volume that keeps its KEK: its envelope, with the old one retiring in it.
+/// What is in the envelope has been unwrapped once before this returns.
 pub fn renew(
     provider: &dyn Provider,
     envelope: &Envelope,
     pinned: impl Into<Pinned>,
     settings: &Settings,
     limit: Duration,
-) -> Result<(Envelope, Keyring), Refusal> {
+) -> Result<Envelope, Refusal> {
     let pinned = pinned.into();
     stack::with_burnt_stack(|| {
         let mut session = provider.session(BootTime::now() + limit)?;
@@ -195,23 +195,21 @@ pub fn renew(
         let Envelope { kid, algorithm, .. } = envelope;
         checked(session, kid, *algorithm, settings)?;
         unwrap_canary(session, envelope)?;
-        let old = pinned_key(session, envelope, &envelope.wrapped_volume_key, &pinned)?;
+        pinned_key(session, envelope, &envelope.wrapped_volume_key, &pinned)?;
         let volume_key = Secret::<32>::random()?;
         let id = envelope.volume_key_id.checked_add(1).ok_or_else(foreign_envelope)?;
         let retiring = RetiringKey {
             id: envelope.volume_key_id,
             wrapped: envelope.wrapped_volume_key.clone(),
         };
-        let renewed = Envelope {
+        Ok(Envelope {
             volume_key_id: id,
             wrapped_volume_key: wrap_and_compare(session, kid, *algorithm, &volume_key)?,
             fingerprint: fingerprint(&volume_key)?,
             retiring: Some(retiring),
             canary: new_canary(session, kid, *algorithm)?,
             ..envelope.clone()
-        };
-        let keyring = Keyring::new(id, volume_key).with_retiring(envelope.volume_key_id, old);
-        Ok((renewed, keyring))
+        })
     })
 }
 

@@ -11,7 +11,6 @@ use super::log_place::{self, Found};
 use super::{Store, volume};
 use crate::crypto::random;
 use crate::error::{Error, Kind, Result};
-use crate::key::gate::Keyring;
 
 impl Store {
     /// Bytes of the log there is, in all, and where it is.
@@ -20,31 +19,27 @@ impl Store {
     }
 
     /// Another log, of `size` bytes in all, in the directory `to`; None: as it is. The volume was
-    /// opened, recovered and closed, and only goes away after this.
-    pub fn replace_log(
-        &self,
-        keyring: &Keyring,
-        to: Option<&Path>,
-        size: Option<u64>,
-    ) -> Result<()> {
+    /// opened, recovered and closed, and only goes away after this. The gate is open.
+    pub fn replace_log(&self, to: Option<&Path>, size: Option<u64>) -> Result<()> {
         let is_empty = self.shared.log.get().is_some_and(|log| log.is_closed());
         if !is_empty {
             let message = "the log still holds changes, which must go home first";
             return Err(Error::new(Kind::Busy, message));
         }
         let size = size.or(self.log_size()).unwrap_or(0);
-        let macs = keys::anchor_macs(keyring)?;
+        let macs = self.key_source().with(keys::anchor_macs)?;
         let old = self.look_for_log(&macs, false)?;
-        self.put_in_place(keyring, &macs, &old, to, size, true)
+        self.put_in_place(&macs, &old, to, size, true)
     }
 
-    /// A new log in the place of one that cannot be recovered from: what only that had is lost.
-    pub fn discard_log(&self, keyring: &Keyring, size: Option<u64>) -> Result<()> {
+    /// A new log in the place of one that cannot be recovered from: what only that had is lost. The
+    /// gate is open; nothing else was done with the volume.
+    pub fn discard_log(&self, size: Option<u64>) -> Result<()> {
         let shown = self.backing.display_path();
-        let held = KeySource::Held(keyring);
-        self.check_header(&held)?;
-        let table = self.load_sessions(&held)?.0;
-        match self.find_log(&held, &table) {
+        let source = self.key_source();
+        self.check_header(&source)?;
+        let table = self.load_sessions(&source)?.0;
+        match self.find_log(&source, &table) {
             Ok(_) => {
                 let message = format!(
                     "the log of {shown} is sound: a mount brings home what it holds, and nothing \
@@ -58,14 +53,18 @@ impl Store {
             }
             Err(error) => return Err(error),
         }
-        let macs = keys::anchor_macs(keyring)?;
+        let macs = self.key_source().with(keys::anchor_macs)?;
         let old = self.look_for_log(&macs, true)?;
         let size = match size {
             Some(size) => size,
             None => super::default_log_size(&*self.backing)
                 .map_err(|error| Error::io(format!("cannot examine {shown}"), error))?,
         };
-        self.put_in_place(keyring, &macs, &old, None, size, false)
+        self.put_in_place(&macs, &old, None, size, false)
+    }
+
+    fn key_source(&self) -> KeySource<'_> {
+        KeySource::Gate(&self.shared.gate)
     }
 
     fn look_for_log(&self, macs: &MacKeys, lost: bool) -> Result<Found> {
@@ -75,7 +74,6 @@ impl Store {
 
     fn put_in_place(
         &self,
-        keyring: &Keyring,
         macs: &MacKeys,
         old: &Found,
         to: Option<&Path>,
@@ -90,7 +88,7 @@ impl Store {
         header.generation += 1;
         let files = log_place::of_new_log(&place);
         Log::format(&files, Size::of_total(size), header.log_id, macs, clean)?;
-        let pages = header.encode(keys::volume_macs(keyring)?.current().1);
+        let pages = header.encode(self.key_source().with(keys::volume_macs)?.current().1);
         volume::rewrite(&self.root, &pages, &backing.display_path())?;
         let ids = (&header.uuid, &header.log_id);
         log_place::finish(backing, ids, macs, old.places(), &place)

@@ -362,6 +362,11 @@ impl Store {
         self.start_session_with(&KeySource::Held(keyring))
     }
 
+    /// The same with the keys that the gate was opened with.
+    pub fn start_session_by_gate(&self) -> Result<()> {
+        self.start_session_with(&KeySource::Gate(&self.shared.gate))
+    }
+
     fn start_session_with(&self, keys: &KeySource<'_>) -> Result<()> {
         let shown = self.backing.display_path();
         self.check_header(keys)?;

@@ -13,13 +13,12 @@
 //! so. A header of which neither copy can be read names nothing.
 
 use super::header::Header;
-use super::keys;
+use super::keys::{self, KeySource};
 use super::layout::HEADERS_LEN;
 use super::session::SessionTable;
 use super::{Store, file, volume};
 use crate::backing::{Access, FileKind, FileRef};
-use crate::error::{Context, Error, FsError, Kind, Result};
-use crate::key::gate::Keyring;
+use crate::error::{Context, Error, FsError, FsResult, Kind, Result};
 
 /// Is shown a file's path on the disk, the file, and its header if that can be read.
 type Show<'a> = dyn FnMut(&str, &FileRef, Option<Header>) -> Result<()> + 'a;
@@ -34,36 +33,34 @@ pub struct Adopted {
 }
 
 impl Store {
-    /// Makes everything name the current volume key of `keyring`, with which the volume was opened.
+    /// Makes everything name the current one of the volume keys that the gate was opened with.
     /// `told` hears of each file.
-    pub fn adopt_volume_key(
-        &self,
-        keyring: &Keyring,
-        told: &mut dyn FnMut(u64),
-    ) -> Result<Adopted> {
+    pub fn adopt_volume_key(&self, told: &mut dyn FnMut(u64)) -> Result<Adopted> {
+        let source = KeySource::Gate(&self.shared.gate);
+        let id = source.with(|keyring| Ok(keyring.id()))?;
         let shown = self.backing.display_path();
         let cannot = || format!("cannot change the volume key of {shown}");
         self.checkpoint().map_err(|error| failed(&cannot(), &error))?;
-        let adopted = self.adopt_headers(keyring, told)?;
+        let adopted = self.adopt_headers(id, told)?;
         self.backing.sync_fs().context(cannot)?;
 
-        let macs = keys::anchor_macs(keyring)?;
+        let macs = source.with(keys::anchor_macs)?;
         let log = self.shared.log().map_err(|error| failed(&cannot(), &error))?;
         log.reseal_anchors(&macs)
             .context(|| format!("cannot write the log's anchors in {shown}"))?;
-        let macs = keys::sessions_macs(keyring)?;
+        let macs = source.with(keys::sessions_macs)?;
         let (table, damaged) = SessionTable::load(&self.root, &self.header.uuid, &macs, &shown)?;
         table.store(&self.root, &self.header.uuid, &macs, damaged, &shown)?;
         let mut header = self.header.clone();
         header.generation += 1;
-        let metadata_key = self.metadata_key(keyring)?;
-        header.wrapped_metadata_key =
-            keys::wrap_metadata_key(keyring, &header.uuid, &metadata_key)?;
-        header.volume_key_id = keyring.id();
-        let pages = header.encode(keys::volume_macs(keyring)?.current().1);
+        header.wrapped_metadata_key = source.with(|keyring| {
+            keys::wrap_metadata_key(keyring, &self.header.uuid, &self.metadata_key(keyring)?)
+        })?;
+        header.volume_key_id = id;
+        let pages = header.encode(source.with(keys::volume_macs)?.current().1);
         volume::rewrite(&self.root, &pages, &shown)?;
 
-        let left = self.count_other(keyring)?;
+        let left = self.count_other(id)?;
         if left > 0 {
             let message = format!("{left} files in {shown} still name the old volume key");
             return Err(Error::new(Kind::Busy, message));
@@ -71,17 +68,18 @@ impl Store {
         Ok(adopted)
     }
 
-    fn adopt_headers(&self, keyring: &Keyring, told: &mut dyn FnMut(u64)) -> Result<Adopted> {
+    fn adopt_headers(&self, id: u32, told: &mut dyn FnMut(u64)) -> Result<Adopted> {
         let mut adopted = Adopted::default();
         self.each_file(&mut |path, file, header| {
             let Some(header) = header else {
                 adopted.unreadable += 1;
                 return Ok(());
             };
-            if header.volume_key_id == keyring.id() {
+            if header.volume_key_id == id {
                 return Ok(());
             }
-            let mut rewrapped = keys::rewrap(keyring, &header)
+            let mut rewrapped = self
+                .rewrapped(&header)
                 .map_err(|error| failed(&format!("cannot rewrap the keys of {path}"), &error))?;
             rewrapped.generation += 1;
             file::write_header(&self.shared, file, &rewrapped)
@@ -93,10 +91,17 @@ impl Store {
         Ok(adopted)
     }
 
-    fn count_other(&self, keyring: &Keyring) -> Result<u64> {
+    fn rewrapped(&self, header: &Header) -> FsResult<Header> {
+        let lease = self.shared.gate.lease()?;
+        let rewrapped = keys::rewrap(lease.keyring(), header)?;
+        lease.still_open()?;
+        Ok(rewrapped)
+    }
+
+    fn count_other(&self, id: u32) -> Result<u64> {
         let mut left = 0;
         self.each_file(&mut |_, _, header| {
-            left += u64::from(header.is_some_and(|header| header.volume_key_id != keyring.id()));
+            left += u64::from(header.is_some_and(|header| header.volume_key_id != id));
             Ok(())
         })?;
         Ok(left)

@@ -48,7 +48,7 @@ fn assert_has(store: &Store, seed: u8) {
 fn change(backing: Arc<dyn Backing>, to: Option<&Path>, size: Option<u64>) -> Result<()> {
     let store = open(backing)?;
     store.close().unwrap();
-    store.replace_log(&keyring(), to, size)
+    store.replace_log(to, size)
 }
 
 #[test]
@@ -154,8 +154,10 @@ fn only_a_log_that_is_lost_is_discarded() {
     write(&store, 2);
     drop(store);
     let discard = || {
-        let store = Store::open(open_backing(), Gate::new(), false).unwrap();
-        store.discard_log(&keyring(), Some(8 << 20))
+        let gate = Gate::new();
+        let store = Store::open(open_backing(), gate.clone(), false).unwrap();
+        assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(600)));
+        store.discard_log(Some(8 << 20))
     };
     assert_eq!(discard().unwrap_err().kind, Kind::Busy);
     // One stream is gone.

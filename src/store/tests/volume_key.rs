@@ -77,7 +77,7 @@ fn the_new_key_opens_everything_and_the_old_one_nothing() {
     let store = open(backing.clone(), &both()).unwrap();
     let metadata_key = store.metadata_key(&both()).unwrap();
     let mut told = 0;
-    let adopted = store.adopt_volume_key(&both(), &mut |files| told = files).unwrap();
+    let adopted = store.adopt_volume_key(&mut |files| told = files).unwrap();
     assert_eq!((adopted.files, adopted.unreadable, told), (3, 0, 3));
     store.close().unwrap();
     drop(store);
@@ -91,7 +91,7 @@ fn the_new_key_opens_everything_and_the_old_one_nothing() {
     // And again, from the second to a third.
     let third = || Keyring::new(3, secret(3)).with_retiring(2, secret(2));
     let store = open(backing.clone(), &third()).unwrap();
-    assert_eq!(store.adopt_volume_key(&third(), &mut |_| {}).unwrap().files, 3);
+    assert_eq!(store.adopt_volume_key(&mut |_| {}).unwrap().files, 3);
     store.close().unwrap();
     drop(store);
     assert_whole(&open(backing, &Keyring::new(3, secret(3))).unwrap());
@@ -102,7 +102,7 @@ fn no_power_cut_is_in_its_way() {
     let backing = volume();
     backing.settle();
     let store = open(backing.clone(), &both()).unwrap();
-    store.adopt_volume_key(&both(), &mut |_| {}).unwrap();
+    store.adopt_volume_key(&mut |_| {}).unwrap();
     store.close().unwrap();
     drop(store);
     let trace = backing.trace();
@@ -114,7 +114,7 @@ fn no_power_cut_is_in_its_way() {
             let store =
                 open(disk.clone(), &both()).unwrap_or_else(|e| panic!("{e} after {crash:?}"));
             assert_whole(&store);
-            let adopted = store.adopt_volume_key(&both(), &mut |_| {}).unwrap();
+            let adopted = store.adopt_volume_key(&mut |_| {}).unwrap();
             unfinished += usize::from(adopted.files > 0);
             assert_eq!(adopted.unreadable, 0);
             store.close().unwrap();
@@ -137,7 +137,7 @@ fn a_file_that_cannot_be_read_stays_as_it_is() {
         file.write_at(&[0x55; 100], page + 20).unwrap();
     }
     let store = open(backing.clone(), &both()).unwrap();
-    let adopted = store.adopt_volume_key(&both(), &mut |_| {}).unwrap();
+    let adopted = store.adopt_volume_key(&mut |_| {}).unwrap();
     assert_eq!((adopted.files, adopted.unreadable), (2, 1));
     let mut bytes = [0; 100];
     file.read_at(&mut bytes, 20).unwrap();

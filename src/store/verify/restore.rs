@@ -47,7 +47,7 @@ pub fn volume_copies(backing: &dyn Backing, gate: &Gate) -> Result<()> {
 pub fn bring_home(backing: &Arc<dyn Backing>, gate: &Arc<Gate>) -> Result<()> {
     let header = volume::read(&backing.root(), &backing.display_path())?;
     let store = Store::assemble(backing.clone(), gate.clone(), false, header, None)?;
-    store.start_session_with(&KeySource::Gate(gate))?;
+    store.start_session_by_gate()?;
     store.recover()?;
     store.close().map_err(|error| {
         Error::new(Kind::Io, format!("the log could not be brought home: {error}"))

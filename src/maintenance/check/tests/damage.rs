@@ -310,7 +310,7 @@ fn a_volume_between_two_volume_keys() {
     let store = Store::open(volume.backing(), gate, false).unwrap();
     store.start_session(&both()).unwrap();
     store.recover().unwrap();
-    store.adopt_volume_key(&both(), &mut |_| {}).unwrap();
+    store.adopt_volume_key(&mut |_| {}).unwrap();
     store.close().unwrap();
     drop(store);
     assert_eq!(check(both()).left, 0);
