@@ -212,6 +212,11 @@ impl Trace {
         trace
     }
 
+    /// Positions of the operations whose line in [`Trace::describe`] `wanted` likes.
+    pub fn find(&self, wanted: impl Fn(&str) -> bool) -> Vec<usize> {
+        (0..self.ops.len()).filter(|&at| wanted(&self.ops[at].describe())).collect()
+    }
+
     /// Positions of the calls that make something durable.
     pub fn syncs(&self) -> Vec<usize> {
         let is_sync = |op: &Op| {

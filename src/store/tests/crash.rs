@@ -9,16 +9,13 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::support::{KEY, keyring, options, pattern};
-use crate::backing::Access;
-use crate::backing::memory::{Crash, MemoryBacking, Options, Random, Trace};
-use crate::key::gate::{BootTime, Gate};
+use super::support::{KEY, Mounted, in_memory, mount, pattern};
+use crate::backing::memory::{Crash, Options, Random, Trace};
 use crate::maintenance::check::Repair;
-use crate::maintenance::check::tests::support::{check_backing, put_envelope};
+use crate::maintenance::check::tests::support::check_backing;
 use crate::store::layout::GROUP_PLAIN;
-use crate::store::{Durability, File, FormatOptions, Rotated, Store, WriteMode};
+use crate::store::{Durability, File, Rotated, Store, WriteMode};
 
 #[derive(Clone, Debug)]
 pub(super) enum Op {
@@ -66,41 +63,6 @@ pub(super) struct Run {
     check_states: bool,
 }
 
-pub(super) struct Mounted {
-    pub(super) store: Arc<Store>,
-    _gate: Arc<Gate>,
-}
-
-pub(super) fn mount(backing: Arc<MemoryBacking>) -> crate::Result<Mounted> {
-    let gate = Gate::new();
-    let store = Store::open(backing, gate.clone(), false)?;
-    store.start_session(&keyring())?;
-    assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(3600)));
-    store.recover()?;
-    Ok(Mounted { store, _gate: gate })
-}
-
-impl Mounted {
-    pub(super) fn file(&self) -> Option<crate::error::FsResult<Arc<File>>> {
-        let node = self.store.tree().lookup(b"f").ok()?;
-        Some(self.store.open_file(node.open(Access::ReadWrite).unwrap()))
-    }
-
-    /// None where the file is not there.
-    pub(super) fn content(&self) -> Option<Result<Vec<u8>, String>> {
-        let file = match self.file()? {
-            Ok(file) => file,
-            Err(error) => return Some(Err(error.to_string())),
-        };
-        let mut bytes = vec![0xee; file.size() as usize];
-        Some(match file.read_at(&mut bytes, 0) {
-            Ok(count) if count == bytes.len() => Ok(bytes),
-            Ok(count) => Err(format!("{count} bytes of {}", bytes.len())),
-            Err(error) => Err(error.to_string()),
-        })
-    }
-}
-
 /// None where it was ended.
 pub(super) fn rotate(
     store: &Store,
@@ -126,17 +88,9 @@ fn grown(content: &mut Vec<u8>, to: u64) {
 }
 
 pub(super) fn run(ops: &[Op]) -> Run {
-    let backing = MemoryBacking::new();
-    // The names of these tests are none that byokfs would make.
-    let options = FormatOptions { plaintext_names: true, ..options() };
-    Store::format(&*backing, &keyring(), options).unwrap();
-    put_envelope(&*backing);
-    let mounted = mount(backing.clone()).unwrap();
-    backing.settle();
+    let (backing, mounted) = in_memory();
     let tree = mounted.store.tree();
-    let unnamed = tree.create_unnamed().unwrap();
-    let file = mounted.store.create_file(unnamed.clone()).unwrap();
-    tree.link_file(&*unnamed, b"f").unwrap();
+    let file = mounted.create("f");
     let mut content = Vec::new();
     let mut steps = vec![Step { position: 0, content: Arc::new(Vec::new()), durable: false }];
     let mut named = false;
@@ -209,7 +163,7 @@ impl Run {
 
     pub(super) fn judge(&self, cut: usize, mounted: &Mounted) -> Result<(), String> {
         let (allowed, promised) = self.allowed(cut);
-        match mounted.content() {
+        match mounted.content("f") {
             None if promised => Err("the file is not there".into()),
             None => Ok(()),
             Some(Err(error)) => Err(error),
@@ -238,7 +192,7 @@ impl Run {
         }
         let mounted = mount(backing.clone()).map_err(|error| at("recovery", &error))?;
         self.judge(crash.cut, &mounted).map_err(|error| at("content", &error))?;
-        let content = mounted.content();
+        let content = mounted.content("f");
         drop(mounted);
         let Some(budget) = again else { return Ok(()) };
         let second = backing.trace();
@@ -249,7 +203,7 @@ impl Run {
                     let inner = format!("{}{inner:?}", second.describe(cut));
                     at(&format!("recovery after\n{inner}"), &error)
                 })?;
-                if mounted.content() != content {
+                if mounted.content("f") != content {
                     let inner = format!("{}{inner:?}", second.describe(cut));
                     return Err(at("content", &format!("another after\n{inner}")));
                 }

@@ -5,8 +5,8 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::crash::{Op, checked, mount, rotate, run, write};
-use super::support::{Volume, pattern, read_all};
+use super::crash::{Op, checked, rotate, run, write};
+use super::support::{Volume, mount, pattern, read_all};
 use crate::backing::memory::Options;
 use crate::store::file::File;
 use crate::store::layout::GROUP_PLAIN;
@@ -191,13 +191,13 @@ fn a_rotation_that_a_power_cut_ended_is_gone_on_with() {
     for cut in (0..=run.trace.len()).step_by(3) {
         for crash in run.trace.crashes(cut, &options) {
             let mounted = mount(run.trace.materialise(&crash)).unwrap();
-            let Some(file) = mounted.file() else { continue };
+            let Some(file) = mounted.try_open("f") else { continue };
             let file = file.unwrap();
             unfinished += usize::from(file.is_between_deks());
-            let content = mounted.content();
+            let content = mounted.content("f");
             let rotated = rotate(&mounted.store, &file, LATER + 50, ALL).unwrap();
             assert!(rotated.destroyed >= 1, "{crash:?}");
-            assert!(!file.is_between_deks() && mounted.content() == content, "{crash:?}");
+            assert!(!file.is_between_deks() && mounted.content("f") == content, "{crash:?}");
             run.judge(cut, &mounted).unwrap_or_else(|error| panic!("{error} after {crash:?}"));
         }
     }
