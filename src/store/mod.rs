@@ -216,6 +216,8 @@ pub struct Store {
     shared: Arc<Shared>,
     /// Found at the start of the first session, for [`Store::recover`].
     found: Mutex<Option<intent_log::Found>>,
+    /// What the log held is in force, but perhaps not home.
+    replayed: OnceLock<Recovery>,
     recovery: OnceLock<Recovery>,
     background: Mutex<Option<Background>>,
     /// Kept locked.
@@ -349,6 +351,7 @@ impl Store {
             info,
             shared,
             found: Mutex::default(),
+            replayed: OnceLock::new(),
             recovery: OnceLock::new(),
             background: Mutex::default(),
             log_places: Mutex::default(),
@@ -454,38 +457,59 @@ impl Store {
         if let Some(done) = self.recovery.get() {
             return Ok(done.clone());
         }
-        let Some(found) = slot.take() else {
-            return Err(Error::new(Kind::Io, "the log of this volume could not be recovered"));
-        };
-        let shown = self.backing.display_path();
-        if !self.shared.read_only {
-            // Whatever an earlier daemon left in the kernel's hands: names above all.
-            self.backing.sync_fs().context(|| format!("cannot flush {shown}"))?;
-        }
-        let report = match self.replay(&found) {
-            Ok(report) => report,
-            Err(error) => {
-                self.shared.dirty.clear();
-                *slot = Some(found);
-                return Err(error);
-            }
+        let report = match self.replayed.get() {
+            Some(report) => report.clone(),
+            None => self.put_into_force(&mut slot)?,
         };
         let start = std::time::Instant::now();
-        if self.shared.log.set(found.resume()).is_err() {
-            return Err(Error::new(Kind::Busy, "recovery ran twice"));
-        }
         if !self.shared.read_only {
-            self.checkpoint().map_err(|error| {
-                let message = format!("cannot bring home what the log in {shown} holds: {error}");
-                match error {
-                    FsError::CutOff(_) => Error::new(Kind::Inaccessible, message),
-                    FsError::Integrity(_) => Error::corrupt(message),
-                    FsError::Os(errno) => Error::io(message, errno.into()),
-                }
-            })?;
+            // Twice, so that both copies of the anchor know of the numbers from here on: one that
+            // does not, alone, would hide all that is logged now.
+            for _ in 0..2 {
+                self.checkpoint().map_err(|error| self.cannot_bring_home(&error))?;
+            }
         }
         let report = Recovery { duration: report.duration + start.elapsed(), ..report };
         Ok(self.recovery.get_or_init(|| report).clone())
+    }
+
+    /// The first half of recovery.
+    fn put_into_force(&self, slot: &mut Option<intent_log::Found>) -> Result<Recovery> {
+        let Some(found) = slot.take() else {
+            return Err(Error::new(Kind::Io, "the log of this volume could not be recovered"));
+        };
+        match self.flush_and_replay(&found) {
+            Ok(report) => {
+                if self.shared.log.set(found.resume()).is_err() {
+                    return Err(Error::new(Kind::Busy, "recovery ran twice"));
+                }
+                Ok(self.replayed.get_or_init(|| report).clone())
+            }
+            Err(error) => {
+                self.shared.dirty.clear();
+                *slot = Some(found);
+                Err(error)
+            }
+        }
+    }
+
+    fn flush_and_replay(&self, found: &intent_log::Found) -> Result<Recovery> {
+        if !self.shared.read_only {
+            // Whatever an earlier daemon left in the kernel's hands: names above all.
+            let shown = || format!("cannot flush {}", self.backing.display_path());
+            self.backing.sync_fs().context(shown)?;
+        }
+        self.replay(found)
+    }
+
+    fn cannot_bring_home(&self, error: &FsError) -> Error {
+        let shown = self.backing.display_path();
+        let message = format!("cannot bring home what the log in {shown} holds: {error}");
+        match error {
+            FsError::CutOff(_) => Error::new(Kind::Inaccessible, message),
+            FsError::Integrity(_) => Error::corrupt(message),
+            FsError::Os(errno) => Error::io(message, (*errno).into()),
+        }
     }
 
     fn ready(&self) -> FsResult<()> {

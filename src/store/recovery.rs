@@ -185,28 +185,39 @@ impl Store {
             return Ok(HashMap::new());
         };
         let later = Later::of(&found.records[from..]);
-        let mut missing: HashMap<FileId, u64> = HashMap::new();
+        // By file: records with a block that is not at home, and the first that replaces it.
+        let mut lacking: HashMap<FileId, Vec<(u64, u64)>> = HashMap::new();
         for record in found.records[from..].iter().filter(|record| open_to_doubt(record)) {
             let id = record.draft.file_id;
-            let Some(file) = files.get(&id).filter(|_| !missing.contains_key(&id)) else {
-                continue;
-            };
+            let Some(file) = files.get(&id) else { continue };
             for listed in record.direct() {
-                if later.replaces(&id, listed.block, record.place.order) {
-                    continue;
-                }
-                let entry = Entry::decode(&listed.bytes);
-                let there = match entry {
+                let there = match Entry::decode(&listed.bytes) {
                     Some(entry) => file.is_home(listed.block, &entry),
                     None => Ok(false),
                 };
                 if !there.map_err(|error| cannot_replay(&id, &error))? {
-                    missing.insert(id, record.place.order);
-                    break;
+                    let order = record.place.order;
+                    let replaced = later.replaces(&id, listed.block, order);
+                    lacking.entry(id).or_default().push((order, replaced.unwrap_or(u64::MAX)));
                 }
             }
         }
-        Ok(missing)
+        let missing =
+            lacking.into_iter().filter_map(|(id, lacking)| Some((id, first_cut(lacking)?)));
+        Ok(missing.collect())
+    }
+}
+
+/// The first record that does not count, given those that lack a block and what replaces it. Who
+/// replaces a block must count itself, so one that goes may take an earlier one along.
+fn first_cut(lacking: Vec<(u64, u64)>) -> Option<u64> {
+    let mut cut = u64::MAX;
+    loop {
+        let bare = lacking.iter().filter(|(order, replaced)| *order < cut && *replaced >= cut);
+        match bare.map(|(order, _)| *order).min() {
+            Some(order) => cut = order,
+            None => return (cut < u64::MAX).then_some(cut),
+        }
     }
 }
 
@@ -223,9 +234,9 @@ fn has_no_header(file: &FileRef) -> std::io::Result<bool> {
     Ok(pages.iter().all(|&byte| byte == 0))
 }
 
-/// What later records do to blocks.
+/// What later records do to blocks, in order.
 struct Later {
-    blocks: HashMap<(FileId, u64), u64>,
+    blocks: HashMap<(FileId, u64), Vec<u64>>,
     holes: HashMap<FileId, Vec<(u64, Range<u64>)>>,
 }
 
@@ -235,7 +246,7 @@ impl Later {
         for record in records {
             let (id, order) = (record.draft.file_id, record.place.order);
             for entry in &record.draft.entries {
-                later.blocks.insert((id, entry.block), order);
+                later.blocks.entry((id, entry.block)).or_default().push(order);
             }
             let (from, to) = record.draft.holes;
             if from < to {
@@ -245,10 +256,12 @@ impl Later {
         later
     }
 
-    fn replaces(&self, id: &FileId, block: u64, order: u64) -> bool {
+    /// The first record after `order` after which nobody needs the block any more.
+    fn replaces(&self, id: &FileId, block: u64, order: u64) -> Option<u64> {
+        let written = self.blocks.get(&(*id, block)).into_iter().flatten().copied();
         let holes = self.holes.get(id).into_iter().flatten();
-        self.blocks.get(&(*id, block)).is_some_and(|&last| last > order)
-            || holes.into_iter().any(|(at, range)| *at > order && range.contains(&block))
+        let emptied = holes.filter(|(_, range)| range.contains(&block)).map(|(at, _)| *at);
+        written.chain(emptied).filter(|&at| at > order).min()
     }
 }
 

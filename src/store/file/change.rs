@@ -236,7 +236,10 @@ impl<'a> Change<'a> {
             self.region(group)?;
             let page = match self.file.tag_page(group)? {
                 Some(old) => self.page_to_change(&old, group, whole)?,
-                None => Page::empty(PageId::Tags(group)),
+                None => {
+                    self.file.note_unfinished(group)?;
+                    Page::empty(PageId::Tags(group))
+                }
             };
             self.pages.insert(group, page);
         }

@@ -135,6 +135,20 @@ impl File {
         }
     }
 
+    /// The same for a group that is holes: an unfinished checkpoint may have given it a page that
+    /// nothing counts yet.
+    pub(super) fn note_unfinished(&self, group: u64) -> FsResult<()> {
+        if !self.recovering.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut bytes = Box::new([0; BLOCK_LEN]);
+        self.backing.read_at(&mut bytes[..], tag_page_at(group))?;
+        let page = Page::from_disk(PageId::Tags(group), bytes, Accepts::Any);
+        self.verify_what_is_right(&page)?;
+        self.note_generation(&page);
+        Ok(())
+    }
+
     pub(super) fn damaged_sector(&self, id: PageId, sector: usize) -> FsError {
         let (PageId::Tags(index) | PageId::Generations(index)) = id;
         let index = index * SECTORS_PER_PAGE as u64 + sector as u64;
