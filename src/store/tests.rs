@@ -1,6 +1,6 @@
 //! The store as a whole, over a real directory.
 
-//CK
+mod checkpoint;
 mod concurrency;
 mod crash;
 mod cutoff;
