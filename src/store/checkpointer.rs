@@ -158,7 +158,12 @@ impl Shared {
     /// Everything at home, and every name, is on stable storage afterwards.
     pub(super) fn sync_fs(&self) -> FsResult<()> {
         let mark = self.newborn.mark();
-        self.backing.sync_fs()?;
+        if let Err(error) = self.backing.sync_fs() {
+            if let Ok(log) = self.log() {
+                log.home_failed(None, &error);
+            }
+            return Err(error.into());
+        }
         if let Some(mark) = mark {
             self.newborn.flushed(mark);
         }

@@ -286,7 +286,15 @@ impl File {
         let file = hex(&self.file_id);
         log::error!("file {file}: write-back failed ({error}); it takes no more writes");
         self.failed.store(true, Ordering::Release);
+        self.tell_log(&error);
         error.into()
+    }
+
+    /// Of a flush that failed.
+    fn tell_log(&self, error: &std::io::Error) {
+        if let Ok(log) = self.shared.log() {
+            log.home_failed(Some(&self.backing), error);
+        }
     }
 
     fn cache_id(&self) -> u64 {

@@ -159,7 +159,10 @@ impl File {
 
     /// The flush of steps 3 to 5.
     pub(in crate::store) fn sync_home(&self) -> FsResult<()> {
-        Ok(self.backing.sync_data()?)
+        self.backing.sync_data().map_err(|error| {
+            self.tell_log(&error);
+            error.into()
+        })
     }
 
     /// Step 6. True if something is dirty again.

@@ -315,6 +315,20 @@ impl Log {
         }
     }
 
+    /// Somebody else's flush of a home file, or with None of all, has failed. The kernel may tell of
+    /// it once: what went there directly and was not flushed before must not count as durable by a
+    /// later flush that knows nothing of it.
+    pub fn home_failed(&self, home: Option<&FileRef>, error: &io::Error) {
+        let mut streams = self.streams.lock();
+        for index in 0..STREAMS {
+            let mut homes = streams.queues[index].homes.iter();
+            if homes.any(|known| home.is_none_or(|home| Arc::ptr_eq(home, &known.file))) {
+                let what = "blocks that went home directly cannot be flushed";
+                self.poison_locked(&mut streams, index, what, error);
+            }
+        }
+    }
+
     pub(super) fn poison(&self, index: usize, what: &str, error: &io::Error) -> FsError {
         self.poison_locked(&mut self.streams.lock(), index, what, error);
         Errno::IO.into()

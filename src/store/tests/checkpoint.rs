@@ -3,7 +3,7 @@
 use rustix::io::Errno;
 
 use super::support::{Volume, in_memory, pattern, read_all};
-use crate::backing::fault::Call;
+use crate::backing::fault::{Call, Rule};
 use crate::error::FsError;
 use crate::store::layout::{BLOCK, BLOCK_LEN, GROUP_PLAIN, block_at, tag_page_at};
 use crate::store::{File, WriteMode};
@@ -78,4 +78,46 @@ fn space_that_was_given_back_is_asked_for_again() {
         write(&file, block * BLOCK, &pattern(BLOCK_LEN, 3));
         assert!(has_space(&file, block_at(block)), "block {block}");
     }
+}
+
+/// The kernel tells of a failed write-back once. Whoever hears it must not keep it from those who
+/// wait for the same blocks.
+#[test]
+fn a_flush_that_fails_in_a_checkpoint_is_not_forgotten_by_the_next_fsync() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    write(&file, 0, b"something to bring home");
+    let (faults, writer) = (volume.faults.clone(), file.clone());
+    volume.faults.arm_hook(Call::Write, move || {
+        // Directly to its place, when the log has been flushed already.
+        write(&writer, 16 * BLOCK, &pattern(256 << 10, 1));
+        let once = Rule { call: Call::Sync, after: 0, lasting: false, errno: Errno::IO, partial: None };
+        faults.arm(once);
+    });
+    volume.store.checkpoint().unwrap_err();
+    assert!(volume.faults.disarm());
+    file.sync(false).expect_err("nobody knows whether the blocks are there");
+    write_fails(&file);
+    let mut bytes = vec![0; 256 << 10];
+    file.read_at(&mut bytes, 16 * BLOCK).unwrap();
+    assert!(bytes == pattern(256 << 10, 1));
+}
+
+fn write_fails(file: &File) {
+    let done = file.write_at(b"x", 0, WriteMode::default());
+    assert!(matches!(done, Err(FsError::Os(Errno::IO))), "{done:?}");
+}
+
+#[test]
+fn a_flush_that_fails_in_a_checkpoint_alone_is_made_good_by_the_next() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    write(&file, 0, b"something to bring home");
+    file.sync(true).unwrap();
+    let once = Rule { call: Call::Sync, after: 0, lasting: false, errno: Errno::IO, partial: None };
+    volume.faults.arm(once);
+    volume.store.checkpoint().unwrap_err();
+    file.sync(false).unwrap();
+    volume.store.checkpoint().unwrap();
+    write(&file, 0, b"more");
 }
