@@ -91,7 +91,8 @@ fn a_flush_that_fails_in_a_checkpoint_is_not_forgotten_by_the_next_fsync() {
     volume.faults.arm_hook(Call::Write, move || {
         // Directly to its place, when the log has been flushed already.
         write(&writer, 16 * BLOCK, &pattern(256 << 10, 1));
-        let once = Rule { call: Call::Sync, after: 0, lasting: false, errno: Errno::IO, partial: None };
+        let once =
+            Rule { call: Call::Sync, after: 0, lasting: false, errno: Errno::IO, partial: None };
         faults.arm(once);
     });
     volume.store.checkpoint().unwrap_err();

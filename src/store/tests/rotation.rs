@@ -178,7 +178,7 @@ fn a_block_that_was_being_written_when_the_key_changed_can_be_read() {
     volume.faults.arm_hook(Call::Allocate, move || {
         sealed.send(()).unwrap();
         // Whoever waits for this writer, as it should, says nothing.
-        drop(is_changed.recv_timeout(Duration::from_millis(300)));
+        let _ = is_changed.recv_timeout(Duration::from_millis(300));
     });
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| file.write_at(&[7; 4096], 0, WriteMode::default()).unwrap());
@@ -187,7 +187,7 @@ fn a_block_that_was_being_written_when_the_key_changed_can_be_read() {
         for group in 0..file.groups() {
             file.reseal(group).unwrap();
         }
-        drop(changed.send(()));
+        let _ = changed.send(());
         writer.join().unwrap();
     });
     volume.store.checkpoint().unwrap();

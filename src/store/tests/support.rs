@@ -9,7 +9,7 @@ use crate::backing::linux::LinuxBacking;
 use crate::backing::memory::MemoryBacking;
 use crate::backing::{Access, Backing};
 use crate::crypto::secret::Secret;
-use crate::key::gate::{BootTime, Gate, Keyring};
+use crate::key::gate::{BootTime, Gate, Keyring, Reason};
 use crate::maintenance::check::tests::support::put_envelope;
 use crate::store::{File, FormatOptions, Store};
 
@@ -27,7 +27,7 @@ pub(super) fn keyring() -> Keyring {
 }
 
 pub(super) fn options() -> FormatOptions {
-    FormatOptions { log_size: Some(12 << 20), ..FormatOptions::default() }
+    FormatOptions { log_size: Some(8 << 20), ..FormatOptions::default() }
 }
 
 fn open(dir: &std::path::Path, read_only: bool) -> (Arc<Store>, Arc<Gate>, Arc<Faults>) {
@@ -78,6 +78,15 @@ pub(super) fn in_memory() -> (Arc<MemoryBacking>, Mounted) {
     let mounted = mount(backing.clone()).unwrap();
     backing.settle();
     (backing, mounted)
+}
+
+/// Cuts the volume off, and opens it again.
+pub(super) fn revalidate(store: &Store, gate: &Gate) {
+    gate.shut(Reason::Unreachable);
+    assert!(gate.drain(Duration::from_secs(5)));
+    gate.wipe();
+    store.start_session(&keyring()).unwrap();
+    assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(3600)));
 }
 
 impl Mounted {
