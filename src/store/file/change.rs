@@ -54,6 +54,8 @@ pub(super) struct Change<'a> {
     expected: usize,
     /// Blocks of `logged` that have no space at home yet, by group.
     unreserved: Vec<Range<u64>>,
+    /// Some of `logged` were there before.
+    overwrites: bool,
     /// Blocks that become holes, about.
     freed: u64,
     mtime: Option<Timestamp>,
@@ -173,6 +175,7 @@ impl<'a> Change<'a> {
             direct: Blocks::default(),
             expected: 0,
             unreserved: Vec::new(),
+            overwrites: false,
             freed: 0,
             mtime: None,
             unseen: None,
@@ -436,6 +439,7 @@ impl<'a> Change<'a> {
             let Some(page) = self.pages.get_mut(&group) else { continue };
             let was_hole = page.entry(slot).is_none();
             page.set_entry(slot, Some(*entry));
+            self.overwrites |= !was_hole;
             if i < logged && was_hole {
                 match self.unreserved.last_mut() {
                     Some(range)
@@ -512,7 +516,11 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
-    /// Hands the device what went home directly.
+    pub(super) fn overwrites(&self) -> bool {
+        self.overwrites
+    }
+
+    /// Where what went home directly is: positions and lengths.
     pub(super) fn direct_ranges(&self) -> Vec<(u64, u64)> {
         let runs = self.direct.runs().into_iter();
         runs.map(|(first, bytes)| (block_at(first), bytes.len() as u64)).collect()

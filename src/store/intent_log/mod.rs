@@ -113,8 +113,6 @@ pub struct Position {
     pub seq: u64,
     /// Of the record's body in its stream's file.
     pub body_at: u64,
-    at: u64,
-    len: u64,
 }
 
 /// The key of one session's records.
@@ -135,6 +133,7 @@ pub struct Log {
     streams: Mutex<Streams>,
     /// A batch of the stream is in the kernel's hands, or its oldest record is ready to go there.
     written: [Condvar; STREAMS],
+    /// More of the stream is on the device, or on stable storage.
     durable: [Condvar; STREAMS],
     space: [Condvar; STREAMS],
     /// The newest on disk. One trim at a time.
@@ -324,7 +323,7 @@ impl Log {
         let head = draft.encode_head(&place, &key.key);
         let body_at = spot.at + head.len() as u64;
         slot.fill(head, draft.body);
-        Ok(Position { stream, seq: spot.seq, body_at, at: spot.at, len: pages * PAGE as u64 })
+        Ok(Position { stream, seq: spot.seq, body_at })
     }
 
     /// Reads ciphertext of a record that has not been trimmed.
@@ -457,7 +456,8 @@ impl Found {
     }
 
     /// Opens the log with its records in it. Before the first append the caller owes: all of
-    /// [`Found::records`] durable at home, and a [`Log::trim`] of everything.
+    /// [`Found::records`] durable at home, and a [`Log::trim`] of everything, twice, so that both
+    /// copies of the anchor know the numbers from here on.
     pub fn resume(self) -> Arc<Log> {
         let queue = |stream: usize| {
             let anchor = self.anchors[stream];
