@@ -8,6 +8,8 @@
 //! may find nothing but notes. Now and then recovery itself is cut, and what
 //! recovers from that; now and then the volume is written to again, and cut again.
 
+mod nonces;
+mod planted;
 mod workloads;
 
 use std::ops::ControlFlow;
