@@ -53,8 +53,8 @@ impl Store {
         if found.clean && found.records.is_empty() {
             return Ok(report);
         }
-        let wanted: HashSet<FileId> =
-            found.records.iter().map(|record| record.draft.file_id).collect();
+        let all = || found.records.iter().chain(&found.cut_short);
+        let wanted: HashSet<FileId> = all().map(|record| record.draft.file_id).collect();
         let (homes, unborn) = self.find_homes(&wanted)?;
         if !self.shared.read_only {
             report.unborn = unborn.len() as u64;
@@ -66,6 +66,18 @@ impl Store {
             files.insert(id, file);
         }
         report.files = files.len() as u64;
+        for record in &found.cut_short {
+            let id = record.draft.file_id;
+            let Some(file) = files.get(&id) else { continue };
+            let brought = file.has_brought_home(&record.draft.entries);
+            if brought.map_err(|error| cannot_replay(&id, &error))? {
+                return Err(Error::corrupt(format!(
+                    "the log is damaged: records of file {} are missing that were on stable storage; \
+                     restore the volume from a backup",
+                    hex(&id)
+                )));
+            }
+        }
         let incomplete = self.incomplete(found, &files)?;
         let mut told = start;
         for (i, record) in found.records.iter().enumerate() {
@@ -202,10 +214,30 @@ impl Store {
                 }
             }
         }
-        let missing =
-            lacking.into_iter().filter_map(|(id, lacking)| Some((id, first_cut(lacking)?)));
-        Ok(missing.collect())
+        let mut missing = HashMap::new();
+        for (id, mut lacking) in lacking {
+            let Some(file) = files.get(&id) else { continue };
+            let brought = brought_home(found, &id, file);
+            let brought = brought.map_err(|error| cannot_replay(&id, &error))?;
+            lacking.retain(|(order, _)| *order > brought);
+            if let Some(cut) = first_cut(lacking) {
+                missing.insert(id, cut);
+            }
+        }
+        Ok(missing)
     }
+}
+
+/// The last record of the file that an unfinished checkpoint is known to have brought home, by its
+/// order: it, and all before it, was on stable storage, whatever has become of its blocks since.
+fn brought_home(found: &Found, id: &FileId, file: &File) -> FsResult<u64> {
+    let mine = found.records.iter().rev().filter(|record| record.draft.file_id == *id);
+    for record in mine {
+        if file.has_brought_home(&record.draft.entries)? {
+            return Ok(record.place.order);
+        }
+    }
+    Ok(0)
 }
 
 /// The first record that does not count, given those that lack a block and what replaces it. Who

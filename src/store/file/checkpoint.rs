@@ -170,7 +170,6 @@ impl File {
         // Nobody reads from the log what it is about to forget.
         let _guard = self.locks.exclusive(0..=u64::MAX);
         self.give_back(snapshot)?;
-        self.recovering.store(false, Ordering::Release);
         let (clean, times) = {
             let mut state = self.state.lock();
             let done = state.inflight.take().unwrap_or_default();

@@ -147,6 +147,8 @@ pub struct Log {
 pub struct Found {
     /// What has to go home, in order.
     pub records: Vec<Record>,
+    /// What does not count, since it follows something that is not there.
+    pub cut_short: Vec<Record>,
     /// One anchor copy of a stream is damaged; the other serves.
     pub damaged_copy: bool,
     /// The volume was closed, and nothing has been written since.
@@ -246,6 +248,14 @@ impl Log {
             let tail = anchors[0].tails[stream];
             let scan = Scan::run(&files[stream], &anchors[stream], tail, proof)
                 .context(|| at[stream].cannot("read"))?;
+            if let Some(session) = scan.unknown {
+                return Err(Error::corrupt(format!(
+                    "the log {} has records of session {session}, which the session table does not \
+                     have, or whose key cannot be made; restore sessions.a and sessions.b as they \
+                     were with this log",
+                    at[stream].path()
+                )));
+            }
             if scan.damaged {
                 return Err(Error::corrupt(format!(
                     "the log {} is damaged: record {} was on stable storage and is not there; \
@@ -270,12 +280,13 @@ impl Log {
             let claims = scans[i].records.iter().map(|record| record.place.durable_seq);
             claims.max().unwrap_or(0)
         });
-        let records = scan::merge(scans);
+        let (records, cut_short) = scan::merge(scans);
         let damaged_copy = hot_damaged || bulk_damaged;
         let clean = anchors[0].clean;
         let paths = [0, 1].map(|i: usize| at[i].path());
         Ok(Found {
             records,
+            cut_short,
             damaged_copy,
             clean,
             durable,

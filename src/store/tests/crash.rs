@@ -10,6 +10,7 @@
 
 mod nonces;
 mod planted;
+mod tampered;
 mod workloads;
 
 use std::ops::ControlFlow;
