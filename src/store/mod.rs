@@ -597,12 +597,21 @@ impl Store {
         }
     }
 
-    /// What was written to a file is on stable storage afterwards, if the log has anything of it.
-    pub fn flush_file(&self, node: NodeId) -> FsResult<()> {
-        match self.shared.registry.get(node) {
+    /// What was written to a file is on stable storage afterwards, if the log has anything of it, and
+    /// a new file is there at all.
+    pub fn flush_file(&self, node: &NodeRef) -> FsResult<()> {
+        match self.shared.registry.get(node.id()) {
             Some(file) => file.sync(false),
+            None if self.shared.newborn.contains(node.id()) => {
+                Ok(node.open(Access::Peek)?.sync_all()?)
+            }
             None => Ok(()),
         }
+    }
+
+    /// Files that were made and not flushed since are on stable storage afterwards, names and all.
+    pub fn flush_new_files(&self) -> FsResult<()> {
+        if self.shared.newborn.mark().is_some() { self.shared.sync_fs() } else { Ok(()) }
     }
 
     /// Everything acknowledged so far is on stable storage afterwards, except names and attributes.

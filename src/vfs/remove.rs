@@ -16,6 +16,12 @@ pub(super) struct Victim {
     target: Option<Vec<u8>>,
 }
 
+impl Victim {
+    pub(super) fn node(&self) -> &NodeRef {
+        &self.node
+    }
+}
+
 impl Filesystem {
     /// The inode works on as long as someone has it open.
     pub fn unlink(&self, parent: u64, name: &[u8]) -> FsResult<()> {
