@@ -58,7 +58,7 @@ impl Filesystem {
                 }
                 Ok(())
             }
-            (_, Some(victim)) => self.bury(victim),
+            (_, Some(victim)) => self.bury(&to, victim),
             (_, None) => Ok(()),
         }
     }

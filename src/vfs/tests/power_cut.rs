@@ -160,3 +160,32 @@ fn a_file_of_which_a_directory_could_not_be_flushed_at_first() {
         assert_eq!(after.text(node), TEXT, "{crash:?}");
     }
 }
+
+#[test]
+fn a_link_with_a_long_target_has_it_as_long_as_it_is_there() {
+    let (backing, machine) = in_memory();
+    let target = [b'x'; 2000];
+    for name in [b"a", b"b"] {
+        machine.fs.symlink(ME, ROOT, name, &target).unwrap();
+    }
+    machine.store.sync_all().unwrap();
+    machine.fs.unlink(ROOT, b"a").unwrap();
+    machine.fs.rename(ROOT, b"b", ROOT, b"c", RenameMode::Replace).unwrap();
+    machine.fs.symlink(ME, ROOT, b"a", b"short").unwrap();
+    machine.fs.rename(ROOT, b"a", ROOT, b"c", RenameMode::Replace).unwrap();
+    let trace = backing.trace();
+    let mut found = 0;
+    for cut in 0..=trace.len() {
+        for crash in trace.crashes(cut, &Options::default()) {
+            let after = mount(trace.materialise(&crash));
+            for name in [b"a", b"b", b"c"] {
+                let Ok(entry) = after.fs.lookup(ROOT, name) else { continue };
+                let read =
+                    after.fs.readlink(entry.node).unwrap_or_else(|e| panic!("{e} {crash:?}"));
+                assert!(read == target || read == b"short");
+                found += 1;
+            }
+        }
+    }
+    assert!(found > trace.len());
+}
