@@ -32,6 +32,7 @@ pub mod verify;
 mod volume;
 mod volume_key;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -138,6 +139,7 @@ struct Shared {
     checkpointer: Checkpointer,
     settled_times: SettledTimes,
     newborn: Newborn,
+    unborn: OnceLock<HashSet<NodeId>>,
     registry: Registry,
     cache_ids: AtomicU64,
 }
@@ -168,13 +170,17 @@ impl Shared {
         file.read_at(&mut pages, 0)?;
         let lease = self.gate.lease()?;
         let keys = self.keys.header_macs(&lease)?;
-        let decoded = Header::decode(&pages, &self.volume, &keys).map_err(|error| {
-            let detail = match error {
-                HeaderError::Damaged => "neither copy of the file header is authentic",
-                HeaderError::Unsupported => "the file header is of a format not known here",
-            };
-            FsError::integrity("header", "", None, detail)
-        })?;
+        let decoded = match Header::decode(&pages, &self.volume, &keys) {
+            Ok(decoded) => decoded,
+            Err(_) if self.is_unborn(file)? => return Err(Errno::NOENT.into()),
+            Err(error) => {
+                let detail = match error {
+                    HeaderError::Damaged => "neither copy of the file header is authentic",
+                    HeaderError::Unsupported => "the file header is of a format not known here",
+                };
+                return Err(FsError::integrity("header", "", None, detail));
+            }
+        };
         lease.still_open()?;
         if decoded.damaged_copy {
             log::warn!(
@@ -184,6 +190,12 @@ impl Shared {
             );
         }
         Ok(decoded.header)
+    }
+
+    /// A crash has left its name and nothing else, which a read-only mount cannot move away.
+    fn is_unborn(&self, file: &FileRef) -> FsResult<bool> {
+        let Some(unborn) = self.unborn.get() else { return Ok(false) };
+        Ok(unborn.contains(&file.metadata()?.id))
     }
 }
 
@@ -337,6 +349,7 @@ impl Store {
             checkpointer: Checkpointer::default(),
             settled_times: SettledTimes::default(),
             newborn: Newborn::default(),
+            unborn: OnceLock::new(),
             registry: Registry::default(),
             cache_ids: AtomicU64::new(0),
         });

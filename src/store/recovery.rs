@@ -56,8 +56,10 @@ impl Store {
         let all = || found.records.iter().chain(&found.cut_short);
         let wanted: HashSet<FileId> = all().map(|record| record.draft.file_id).collect();
         let (homes, unborn) = self.find_homes(&wanted)?;
-        if !self.shared.read_only {
-            report.unborn = unborn.len() as u64;
+        report.unborn = unborn.len() as u64;
+        if self.shared.read_only {
+            self.shared.unborn.get_or_init(|| unborn.iter().map(|unborn| unborn.node).collect());
+        } else {
             self.put_aside(unborn)?;
         }
         let mut files: HashMap<FileId, Arc<File>> = HashMap::new();
@@ -129,8 +131,9 @@ impl Store {
                         let file = node.open(Access::Peek).context(cannot)?;
                         let Some(id) = self.id_of(&file)? else {
                             if has_no_header(&file).context(cannot)? {
-                                let directory = directory.clone();
-                                unborn.push(Unborn { directory, name: entry.name, path: here });
+                                let (directory, node) = (directory.clone(), node.id());
+                                let name = entry.name;
+                                unborn.push(Unborn { directory, name, node, path: here });
                             }
                             continue;
                         };
@@ -166,7 +169,7 @@ impl Store {
         }
         let cannot = || format!("cannot move a file to {}/lost", self.backing.display_path());
         let mut lost = Lost::open(&self.root).context(cannot)?;
-        for Unborn { directory, name, path } in unborn {
+        for Unborn { directory, name, path, .. } in unborn {
             let aside = lost.free_name().context(cannot)?;
             lost.take(&*directory, &name, &aside).context(cannot)?;
             log::warn!("{path} was never flushed and is empty: moved to lost/{aside}");
@@ -257,6 +260,7 @@ fn first_cut(lacking: Vec<(u64, u64)>) -> Option<u64> {
 struct Unborn {
     directory: NodeRef,
     name: Vec<u8>,
+    node: NodeId,
     path: String,
 }
 

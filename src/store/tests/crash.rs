@@ -16,7 +16,7 @@ mod workloads;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use super::support::{KEY, Mounted, in_memory, mount, pattern, revalidate};
+use super::support::{KEY, Mounted, in_memory, mount, mount_read_only, pattern, revalidate};
 use crate::backing::Backing;
 use crate::backing::memory::{Crash, MemoryBacking, Options, Random, Trace};
 use crate::maintenance::check::Repair;
@@ -360,6 +360,9 @@ impl Run {
             if effort.checked > 0 && i % effort.checked == 0 {
                 self.look_at(crash)?;
             }
+            if effort.checked > 0 && i % effort.checked == 1 {
+                self.only_read(crash, effort)?;
+            }
             let count = |chosen: &[usize]| chosen.iter().filter(|&&chosen| chosen == i).count();
             self.try_crash(crash, effort, count(&again) > 0, count(&lives) > 0).map_err(
                 |error| {
@@ -369,6 +372,20 @@ impl Run {
             )?;
         }
         Ok(crashes.len())
+    }
+
+    /// A read-only mount of a state: it shows the same, and leaves it as it was.
+    fn only_read(&self, crash: &Crash, effort: &Effort) -> Result<(), String> {
+        let backing = self.trace.materialise(crash);
+        let mounted = mount_read_only(backing.clone());
+        let mounted = mounted.map_err(|error| format!("read-only: {error}"))?;
+        let contents = contents(&mounted).map_err(|error| format!("read-only: {error}"))?;
+        self.judge_contents(crash.cut, &contents, effort.volatile_cache)
+            .map_err(|error| format!("read-only: {error}"))?;
+        match backing.position() {
+            0 => Ok(()),
+            _ => Err(format!("read-only: {}", backing.trace().describe(usize::MAX))),
+        }
     }
 
     /// What fsck says of a state.

@@ -4,11 +4,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use crate::backing::fault::{FaultBacking, Faults};
 use crate::backing::linux::LinuxBacking;
 use crate::backing::memory::MemoryBacking;
 use crate::backing::{Access, Backing};
 use crate::crypto::secret::Secret;
+use crate::error::FsError;
 use crate::key::gate::{BootTime, Gate, Keyring, Reason};
 use crate::maintenance::check::tests::support::put_envelope;
 use crate::store::{File, FormatOptions, Store};
@@ -113,6 +116,8 @@ impl Mounted {
     pub(super) fn content(&self, name: &str) -> Option<Result<Vec<u8>, String>> {
         let file = match self.try_open(name)? {
             Ok(file) => file,
+            // A name that a crash has left alone.
+            Err(FsError::Os(Errno::NOENT)) if self.store.is_read_only() => return None,
             Err(error) => return Some(Err(error.to_string())),
         };
         let mut bytes = vec![0xee; file.size() as usize];

@@ -34,14 +34,18 @@ pub(super) fn in_memory() -> (Arc<MemoryBacking>, Machine) {
 }
 
 pub(super) fn mount(backing: Arc<dyn Backing>) -> Machine {
+    mount_as(backing, false)
+}
+
+pub(super) fn mount_as(backing: Arc<dyn Backing>, read_only: bool) -> Machine {
     let gate = Gate::new();
-    let store = Store::open(Arc::clone(&backing), Arc::clone(&gate), false).unwrap();
+    let store = Store::open(Arc::clone(&backing), Arc::clone(&gate), read_only).unwrap();
     store.start_session(&keyring()).unwrap();
     assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(600)));
     store.recover().unwrap();
     let events = Arc::new(Events::default());
     let sink: Arc<dyn AuditSink> = Arc::clone(&events) as _;
-    let options = FilesystemOptions::default();
+    let options = FilesystemOptions { read_only };
     let fs = Filesystem::new(Arc::clone(&store), backing, gate, sink, options);
     Machine { fs, store, events }
 }
