@@ -100,7 +100,7 @@ pub(super) struct Effort {
 
 impl Effort {
     pub(super) fn of(budget: usize, seed: u64) -> Effort {
-        Effort { budget, seed, deep: seeds(5) as usize / 2, volatile_cache: true, checked: 2 }
+        Effort { budget, seed, deep: seeds(4) as usize / 2, volatile_cache: true, checked: 8 }
     }
 
     fn options(&self) -> Options {

@@ -237,7 +237,7 @@ pub(super) fn random_workload(seed: u64) -> Vec<Op> {
 
 #[test]
 fn random_workloads_survive() {
-    for seed in 0..seeds(5) {
+    for seed in 0..seeds(3) {
         let ops = random_workload(seed);
         let run = run(&ops);
         let volatile_cache = seed % 3 != 2;
