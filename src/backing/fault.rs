@@ -51,6 +51,18 @@ pub struct Rule {
     pub partial: Option<usize>,
 }
 
+/// What a call does first.
+struct Hook {
+    call: Call,
+    run: Box<dyn FnOnce() + Send>,
+}
+
+impl Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Hook").field(&self.call).finish()
+    }
+}
+
 /// The armed rules and a count of all calls.
 #[derive(Debug, Default)]
 pub struct Faults(Mutex<State>);
@@ -59,6 +71,7 @@ pub struct Faults(Mutex<State>);
 struct State {
     rules: Vec<Rule>,
     panic: Option<Call>,
+    hook: Option<Hook>,
     calls: usize,
     failed: bool,
 }
@@ -71,6 +84,11 @@ impl Faults {
     /// The next such call panics: a mistake of the code above, not of the disk.
     pub fn arm_panic(&self, call: Call) {
         self.0.lock().panic = Some(call);
+    }
+
+    /// The next such call runs `hook` first: something that happens just then.
+    pub fn arm_hook(&self, call: Call, hook: impl FnOnce() + Send + 'static) {
+        self.0.lock().hook = Some(Hook { call, run: Box::new(hook) });
     }
 
     /// Takes all rules back; true if any call has failed since the last time.
@@ -91,6 +109,10 @@ impl Faults {
     }
 
     fn hit(&self, call: Call) -> Option<Rule> {
+        let hook = self.0.lock().hook.take_if(|hook| hook.call == call);
+        if let Some(hook) = hook {
+            (hook.run)();
+        }
         let mut state = self.0.lock();
         state.calls += 1;
         if state.panic == Some(call) {

@@ -40,6 +40,9 @@ const REFUSED: [(u32, &str); 10] = [
 /// A directory of this machine that holds a volume.
 pub struct LinuxBacking {
     root: Arc<LinuxNode>,
+    /// For [`Backing::sync_fs`]. Always the same, since each is told once of what failed, and a new
+    /// one nothing that somebody else has been told of.
+    whole: OwnedFd,
     path: PathBuf,
 }
 
@@ -69,9 +72,12 @@ impl LinuxBacking {
             ));
         }
         let root = LinuxNode::new(fd, times).context(|| format!("cannot examine {shown}"))?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let whole = fs::openat(root.fd(), ".", flags, Mode::empty())
+            .context(|| format!("cannot open the backing directory {shown}"))?;
         // Messages outlive a change of the working directory.
         let path = std::path::absolute(path).context(|| format!("cannot resolve {shown}"))?;
-        Ok(Arc::new(LinuxBacking { root: Arc::new(root), path }))
+        Ok(Arc::new(LinuxBacking { root: Arc::new(root), whole, path }))
     }
 }
 
@@ -115,9 +121,7 @@ impl Backing for LinuxBacking {
     }
 
     fn sync_fs(&self) -> io::Result<()> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd = retry_on_intr(|| fs::openat(self.root.fd(), ".", flags, Mode::empty()))?;
-        Ok(retry_on_intr(|| fs::syncfs(&fd))?)
+        Ok(retry_on_intr(|| fs::syncfs(&self.whole))?)
     }
 
     fn lock(&self, name: &[u8]) -> io::Result<Box<dyn fmt::Debug + Send + Sync>> {

@@ -160,7 +160,7 @@ impl MemoryBacking {
     /// What was recorded so far.
     pub fn trace(&self) -> Trace {
         let state = self.0.state.lock();
-        Trace { initial: state.initial.clone(), ops: state.ops.clone() }
+        Trace::new(state.initial.clone(), state.ops.clone())
     }
 
     /// Takes everything done so far as durable and starts the recording anew.

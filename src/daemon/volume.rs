@@ -343,8 +343,14 @@ impl Volume {
             Asked::ByWatcher => watcher.replace_envelope(envelope, provider),
         }
         if open {
+            let before = self.gate.status().reason.unwrap_or(Reason::Unreachable);
             watcher.admit(revalidated)?;
-            super::start::recover(self)?;
+            if let Err(error) = super::start::recover(self) {
+                // It counts as cut off, and no cut-off would take these keys away again.
+                watcher.cut_off(before);
+                self.shut_and_wipe(before);
+                return Err(error);
+            }
         }
         self.confirm(&kid);
         Ok(report)
@@ -399,6 +405,14 @@ impl Volume {
         }))
     }
 
+    fn shut_and_wipe(&self, reason: Reason) {
+        self.gate.shut(reason);
+        if !self.gate.drain(Duration::from_secs(5)) {
+            log::error!("operations still hold keys");
+        }
+        self.gate.wipe();
+    }
+
     /// Ends the keys' life in this process, after the mount is gone or never was.
     pub fn close(&self) -> Result<()> {
         self.dek_rotation.close();
@@ -412,11 +426,7 @@ impl Volume {
         if let Some(watcher) = self.watcher.get() {
             watcher.stop();
         }
-        self.gate.shut(Reason::Operator);
-        if !self.gate.drain(Duration::from_secs(5)) {
-            log::error!("operations still hold keys");
-        }
-        self.gate.wipe();
+        self.shut_and_wipe(Reason::Operator);
         self.store.sync_all().map_err(sync_error)
     }
 }

@@ -7,6 +7,7 @@
 //! fails is tried again; until one succeeds, writers go on as long as the log has room, and get the
 //! checkpoint's error when it has none.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -157,7 +158,12 @@ impl Shared {
     /// Everything at home, and every name, is on stable storage afterwards.
     pub(super) fn sync_fs(&self) -> FsResult<()> {
         let mark = self.newborn.mark();
-        self.backing.sync_fs()?;
+        if let Err(error) = self.backing.sync_fs() {
+            if let Ok(log) = self.log() {
+                log.home_failed(None, &error);
+            }
+            return Err(error.into());
+        }
         if let Some(mark) = mark {
             self.newborn.flushed(mark);
         }
@@ -172,7 +178,9 @@ impl Shared {
     /// With `last`, notes that the volume is closed, if everything is home.
     pub(super) fn checkpoint_and(&self, last: bool) -> FsResult<()> {
         let _one = self.checkpointer.running.lock();
-        let done = self.checkpoint_locked(last);
+        // A panic is a failure like any other: those who wait for room must not wait for ever.
+        let run = AssertUnwindSafe(|| self.checkpoint_locked(last));
+        let done = catch_unwind(run).unwrap_or_else(|_| Err(Errno::IO.into()));
         if let Err(error) = &done {
             log::warn!("a checkpoint failed: {error}");
         }

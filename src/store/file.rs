@@ -80,7 +80,8 @@ pub struct File {
     unsynced: AtomicBool,
     /// A write-back of the inode failed: what is on the disk is no longer known.
     failed: AtomicBool,
-    /// An unfinished checkpoint may have left tag pages that are newer than the rest.
+    /// A record is put into force again: an unfinished checkpoint may have left pages that are newer
+    /// than the rest. It has left no others than records in the log change.
     recovering: AtomicBool,
     /// Writes since somebody last waited for the disk.
     since_sync: AtomicU64,
@@ -239,7 +240,10 @@ impl File {
     /// Puts a record of the log into force, at recovery.
     pub(super) fn replay(&self, record: &Record) -> FsResult<()> {
         self.recovering.store(true, Ordering::Release);
-        Change::of_record(self, record)?.replay(record, self.shared.read_only)
+        let change = Change::of_record(self, record);
+        let done = change.and_then(|change| change.replay(record, self.shared.read_only));
+        self.recovering.store(false, Ordering::Release);
+        done
     }
 
     /// Notes, before a record is appended, that from here on the log holds something of this file.
@@ -286,7 +290,15 @@ impl File {
         let file = hex(&self.file_id);
         log::error!("file {file}: write-back failed ({error}); it takes no more writes");
         self.failed.store(true, Ordering::Release);
+        self.tell_log(&error);
         error.into()
+    }
+
+    /// Of a flush that failed.
+    fn tell_log(&self, error: &std::io::Error) {
+        if let Ok(log) = self.shared.log() {
+            log.home_failed(Some(&self.backing), error);
+        }
     }
 
     fn cache_id(&self) -> u64 {

@@ -32,6 +32,7 @@ pub mod verify;
 mod volume;
 mod volume_key;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -138,6 +139,7 @@ struct Shared {
     checkpointer: Checkpointer,
     settled_times: SettledTimes,
     newborn: Newborn,
+    unborn: OnceLock<HashSet<NodeId>>,
     registry: Registry,
     cache_ids: AtomicU64,
 }
@@ -168,13 +170,17 @@ impl Shared {
         file.read_at(&mut pages, 0)?;
         let lease = self.gate.lease()?;
         let keys = self.keys.header_macs(&lease)?;
-        let decoded = Header::decode(&pages, &self.volume, &keys).map_err(|error| {
-            let detail = match error {
-                HeaderError::Damaged => "neither copy of the file header is authentic",
-                HeaderError::Unsupported => "the file header is of a format not known here",
-            };
-            FsError::integrity("header", "", None, detail)
-        })?;
+        let decoded = match Header::decode(&pages, &self.volume, &keys) {
+            Ok(decoded) => decoded,
+            Err(_) if self.is_unborn(file)? => return Err(Errno::NOENT.into()),
+            Err(error) => {
+                let detail = match error {
+                    HeaderError::Damaged => "neither copy of the file header is authentic",
+                    HeaderError::Unsupported => "the file header is of a format not known here",
+                };
+                return Err(FsError::integrity("header", "", None, detail));
+            }
+        };
         lease.still_open()?;
         if decoded.damaged_copy {
             log::warn!(
@@ -184,6 +190,12 @@ impl Shared {
             );
         }
         Ok(decoded.header)
+    }
+
+    /// A crash has left its name and nothing else, which a read-only mount cannot move away.
+    fn is_unborn(&self, file: &FileRef) -> FsResult<bool> {
+        let Some(unborn) = self.unborn.get() else { return Ok(false) };
+        Ok(unborn.contains(&file.metadata()?.id))
     }
 }
 
@@ -216,6 +228,8 @@ pub struct Store {
     shared: Arc<Shared>,
     /// Found at the start of the first session, for [`Store::recover`].
     found: Mutex<Option<intent_log::Found>>,
+    /// What the log held is in force, but perhaps not home.
+    replayed: OnceLock<Recovery>,
     recovery: OnceLock<Recovery>,
     background: Mutex<Option<Background>>,
     /// Kept locked.
@@ -335,6 +349,7 @@ impl Store {
             checkpointer: Checkpointer::default(),
             settled_times: SettledTimes::default(),
             newborn: Newborn::default(),
+            unborn: OnceLock::new(),
             registry: Registry::default(),
             cache_ids: AtomicU64::new(0),
         });
@@ -349,6 +364,7 @@ impl Store {
             info,
             shared,
             found: Mutex::default(),
+            replayed: OnceLock::new(),
             recovery: OnceLock::new(),
             background: Mutex::default(),
             log_places: Mutex::default(),
@@ -459,38 +475,59 @@ impl Store {
         if let Some(done) = self.recovery.get() {
             return Ok(done.clone());
         }
-        let Some(found) = slot.take() else {
-            return Err(Error::new(Kind::Io, "the log of this volume could not be recovered"));
-        };
-        let shown = self.backing.display_path();
-        if !self.shared.read_only {
-            // Whatever an earlier daemon left in the kernel's hands: names above all.
-            self.backing.sync_fs().context(|| format!("cannot flush {shown}"))?;
-        }
-        let report = match self.replay(&found) {
-            Ok(report) => report,
-            Err(error) => {
-                self.shared.dirty.clear();
-                *slot = Some(found);
-                return Err(error);
-            }
+        let report = match self.replayed.get() {
+            Some(report) => report.clone(),
+            None => self.put_into_force(&mut slot)?,
         };
         let start = std::time::Instant::now();
-        if self.shared.log.set(found.resume()).is_err() {
-            return Err(Error::new(Kind::Busy, "recovery ran twice"));
-        }
         if !self.shared.read_only {
-            self.checkpoint().map_err(|error| {
-                let message = format!("cannot bring home what the log in {shown} holds: {error}");
-                match error {
-                    FsError::CutOff(_) => Error::new(Kind::Inaccessible, message),
-                    FsError::Integrity(_) => Error::corrupt(message),
-                    FsError::Os(errno) => Error::io(message, errno.into()),
-                }
-            })?;
+            // Twice, so that both copies of the anchor know of the numbers from here on: one that
+            // does not, alone, would hide all that is logged now.
+            for _ in 0..2 {
+                self.checkpoint().map_err(|error| self.cannot_bring_home(&error))?;
+            }
         }
         let report = Recovery { duration: report.duration + start.elapsed(), ..report };
         Ok(self.recovery.get_or_init(|| report).clone())
+    }
+
+    /// The first half of recovery.
+    fn put_into_force(&self, slot: &mut Option<intent_log::Found>) -> Result<Recovery> {
+        let Some(found) = slot.take() else {
+            return Err(Error::new(Kind::Io, "the log of this volume could not be recovered"));
+        };
+        match self.flush_and_replay(&found) {
+            Ok(report) => {
+                if self.shared.log.set(found.resume()).is_err() {
+                    return Err(Error::new(Kind::Busy, "recovery ran twice"));
+                }
+                Ok(self.replayed.get_or_init(|| report).clone())
+            }
+            Err(error) => {
+                self.shared.dirty.clear();
+                *slot = Some(found);
+                Err(error)
+            }
+        }
+    }
+
+    fn flush_and_replay(&self, found: &intent_log::Found) -> Result<Recovery> {
+        if !self.shared.read_only {
+            // Whatever an earlier daemon left in the kernel's hands: names above all.
+            let shown = || format!("cannot flush {}", self.backing.display_path());
+            self.backing.sync_fs().context(shown)?;
+        }
+        self.replay(found)
+    }
+
+    fn cannot_bring_home(&self, error: &FsError) -> Error {
+        let shown = self.backing.display_path();
+        let message = format!("cannot bring home what the log in {shown} holds: {error}");
+        match error {
+            FsError::CutOff(_) => Error::new(Kind::Inaccessible, message),
+            FsError::Integrity(_) => Error::corrupt(message),
+            FsError::Os(errno) => Error::io(message, (*errno).into()),
+        }
     }
 
     fn ready(&self) -> FsResult<()> {
@@ -578,12 +615,21 @@ impl Store {
         }
     }
 
-    /// What was written to a file is on stable storage afterwards, if the log has anything of it.
-    pub fn flush_file(&self, node: NodeId) -> FsResult<()> {
-        match self.shared.registry.get(node) {
+    /// What was written to a file is on stable storage afterwards, if the log has anything of it, and
+    /// a new file is there at all.
+    pub fn flush_file(&self, node: &NodeRef) -> FsResult<()> {
+        match self.shared.registry.get(node.id()) {
             Some(file) => file.sync(false),
+            None if self.shared.newborn.contains(node.id()) => {
+                Ok(node.open(Access::Peek)?.sync_all()?)
+            }
             None => Ok(()),
         }
+    }
+
+    /// Files that were made and not flushed since are on stable storage afterwards, names and all.
+    pub fn flush_new_files(&self) -> FsResult<()> {
+        if self.shared.newborn.mark().is_some() { self.shared.sync_fs() } else { Ok(()) }
     }
 
     /// Everything acknowledged so far is on stable storage afterwards, except names and attributes.

@@ -138,8 +138,10 @@ pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {
 /// Which generation a sector on disk may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Accepts {
-    /// Nothing says: a generation page.
+    /// Nothing says: a generation page, while a crash is recovered from.
     Any,
+    /// A generation page: that of the header, or of one before. It was not written after that.
+    AtMost(u64),
     /// The one that its group has. Another is an old sector put back, or that of another checkpoint.
     Exactly(u64),
     /// While a crash is recovered from: also what a checkpoint wrote that never came to its end.
@@ -150,6 +152,7 @@ impl Accepts {
     pub(super) fn takes(self, generation: u64) -> bool {
         match self {
             Accepts::Any => true,
+            Accepts::AtMost(newest) => generation <= newest,
             Accepts::Exactly(expected) => generation == expected,
             Accepts::AtLeast(expected) => generation >= expected,
         }
@@ -371,6 +374,7 @@ mod tests {
         assert!(takes(Accepts::Exactly(3)) && !takes(Accepts::Exactly(4)));
         assert!(!takes(Accepts::Exactly(2)));
         assert!(takes(Accepts::AtLeast(2)) && !takes(Accepts::AtLeast(4)));
+        assert!(takes(Accepts::AtMost(3)) && !takes(Accepts::AtMost(2)));
     }
 
     #[test]

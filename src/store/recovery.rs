@@ -53,11 +53,13 @@ impl Store {
         if found.clean && found.records.is_empty() {
             return Ok(report);
         }
-        let wanted: HashSet<FileId> =
-            found.records.iter().map(|record| record.draft.file_id).collect();
+        let all = || found.records.iter().chain(&found.cut_short);
+        let wanted: HashSet<FileId> = all().map(|record| record.draft.file_id).collect();
         let (homes, unborn) = self.find_homes(&wanted)?;
-        if !self.shared.read_only {
-            report.unborn = unborn.len() as u64;
+        report.unborn = unborn.len() as u64;
+        if self.shared.read_only {
+            self.shared.unborn.get_or_init(|| unborn.iter().map(|unborn| unborn.node).collect());
+        } else {
             self.put_aside(unborn)?;
         }
         let mut files: HashMap<FileId, Arc<File>> = HashMap::new();
@@ -66,6 +68,18 @@ impl Store {
             files.insert(id, file);
         }
         report.files = files.len() as u64;
+        for record in &found.cut_short {
+            let id = record.draft.file_id;
+            let Some(file) = files.get(&id) else { continue };
+            let brought = file.has_brought_home(&record.draft.entries);
+            if brought.map_err(|error| cannot_replay(&id, &error))? {
+                return Err(Error::corrupt(format!(
+                    "the log is damaged: records of file {} are missing that were on stable storage; \
+                     restore the volume from a backup",
+                    hex(&id)
+                )));
+            }
+        }
         let incomplete = self.incomplete(found, &files)?;
         let mut told = start;
         for (i, record) in found.records.iter().enumerate() {
@@ -117,8 +131,9 @@ impl Store {
                         let file = node.open(Access::Peek).context(cannot)?;
                         let Some(id) = self.id_of(&file)? else {
                             if has_no_header(&file).context(cannot)? {
-                                let directory = directory.clone();
-                                unborn.push(Unborn { directory, name: entry.name, path: here });
+                                let (directory, node) = (directory.clone(), node.id());
+                                let name = entry.name;
+                                unborn.push(Unborn { directory, name, node, path: here });
                             }
                             continue;
                         };
@@ -154,7 +169,7 @@ impl Store {
         }
         let cannot = || format!("cannot move a file to {}/lost", self.backing.display_path());
         let mut lost = Lost::open(&self.root).context(cannot)?;
-        for Unborn { directory, name, path } in unborn {
+        for Unborn { directory, name, path, .. } in unborn {
             let aside = lost.free_name().context(cannot)?;
             lost.take(&*directory, &name, &aside).context(cannot)?;
             log::warn!("{path} was never flushed and is empty: moved to lost/{aside}");
@@ -185,28 +200,59 @@ impl Store {
             return Ok(HashMap::new());
         };
         let later = Later::of(&found.records[from..]);
-        let mut missing: HashMap<FileId, u64> = HashMap::new();
+        // By file: records with a block that is not at home, and the first that replaces it.
+        let mut lacking: HashMap<FileId, Vec<(u64, u64)>> = HashMap::new();
         for record in found.records[from..].iter().filter(|record| open_to_doubt(record)) {
             let id = record.draft.file_id;
-            let Some(file) = files.get(&id).filter(|_| !missing.contains_key(&id)) else {
-                continue;
-            };
+            let Some(file) = files.get(&id) else { continue };
             for listed in record.direct() {
-                if later.replaces(&id, listed.block, record.place.order) {
-                    continue;
-                }
-                let entry = Entry::decode(&listed.bytes);
-                let there = match entry {
+                let there = match Entry::decode(&listed.bytes) {
                     Some(entry) => file.is_home(listed.block, &entry),
                     None => Ok(false),
                 };
                 if !there.map_err(|error| cannot_replay(&id, &error))? {
-                    missing.insert(id, record.place.order);
-                    break;
+                    let order = record.place.order;
+                    let replaced = later.replaces(&id, listed.block, order);
+                    lacking.entry(id).or_default().push((order, replaced.unwrap_or(u64::MAX)));
                 }
             }
         }
+        let mut missing = HashMap::new();
+        for (id, mut lacking) in lacking {
+            let Some(file) = files.get(&id) else { continue };
+            let brought = brought_home(found, &id, file);
+            let brought = brought.map_err(|error| cannot_replay(&id, &error))?;
+            lacking.retain(|(order, _)| *order > brought);
+            if let Some(cut) = first_cut(lacking) {
+                missing.insert(id, cut);
+            }
+        }
         Ok(missing)
+    }
+}
+
+/// The last record of the file that an unfinished checkpoint is known to have brought home, by its
+/// order: it, and all before it, was on stable storage, whatever has become of its blocks since.
+fn brought_home(found: &Found, id: &FileId, file: &File) -> FsResult<u64> {
+    let mine = found.records.iter().rev().filter(|record| record.draft.file_id == *id);
+    for record in mine {
+        if file.has_brought_home(&record.draft.entries)? {
+            return Ok(record.place.order);
+        }
+    }
+    Ok(0)
+}
+
+/// The first record that does not count, given those that lack a block and what replaces it. Who
+/// replaces a block must count itself, so one that goes may take an earlier one along.
+fn first_cut(lacking: Vec<(u64, u64)>) -> Option<u64> {
+    let mut cut = u64::MAX;
+    loop {
+        let bare = lacking.iter().filter(|(order, replaced)| *order < cut && *replaced >= cut);
+        match bare.map(|(order, _)| *order).min() {
+            Some(order) => cut = order,
+            None => return (cut < u64::MAX).then_some(cut),
+        }
     }
 }
 
@@ -214,6 +260,7 @@ impl Store {
 struct Unborn {
     directory: NodeRef,
     name: Vec<u8>,
+    node: NodeId,
     path: String,
 }
 
@@ -223,9 +270,9 @@ fn has_no_header(file: &FileRef) -> std::io::Result<bool> {
     Ok(pages.iter().all(|&byte| byte == 0))
 }
 
-/// What later records do to blocks.
+/// What later records do to blocks, in order.
 struct Later {
-    blocks: HashMap<(FileId, u64), u64>,
+    blocks: HashMap<(FileId, u64), Vec<u64>>,
     holes: HashMap<FileId, Vec<(u64, Range<u64>)>>,
 }
 
@@ -235,7 +282,7 @@ impl Later {
         for record in records {
             let (id, order) = (record.draft.file_id, record.place.order);
             for entry in &record.draft.entries {
-                later.blocks.insert((id, entry.block), order);
+                later.blocks.entry((id, entry.block)).or_default().push(order);
             }
             let (from, to) = record.draft.holes;
             if from < to {
@@ -245,10 +292,12 @@ impl Later {
         later
     }
 
-    fn replaces(&self, id: &FileId, block: u64, order: u64) -> bool {
+    /// The first record after `order` after which nobody needs the block any more.
+    fn replaces(&self, id: &FileId, block: u64, order: u64) -> Option<u64> {
+        let written = self.blocks.get(&(*id, block)).into_iter().flatten().copied();
         let holes = self.holes.get(id).into_iter().flatten();
-        self.blocks.get(&(*id, block)).is_some_and(|&last| last > order)
-            || holes.into_iter().any(|(at, range)| *at > order && range.contains(&block))
+        let emptied = holes.filter(|(_, range)| range.contains(&block)).map(|(at, _)| *at);
+        written.chain(emptied).filter(|&at| at > order).min()
     }
 }
 

@@ -1,5 +1,6 @@
 //! The store as a whole, over a real directory.
 
+mod checkpoint;
 mod concurrency;
 mod crash;
 mod cutoff;
@@ -7,6 +8,7 @@ mod fault;
 mod format;
 mod log_change;
 mod model;
+mod recovery;
 mod rotation;
 mod support;
 mod tamper;

@@ -122,8 +122,9 @@ impl Filesystem {
     /// The names in the directory are on stable storage afterwards.
     pub fn fsyncdir(&self, handle: u64) -> FsResult<()> {
         self.gate.check()?;
-        // In order: what was written to files before comes first.
+        // In order: what was written to files before comes first, and new files themselves.
         self.store.flush_log()?;
+        self.store.flush_new_files()?;
         Ok(self.handles.dir(handle)?.inode.node.sync()?)
     }
 

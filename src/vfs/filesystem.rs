@@ -20,6 +20,8 @@ use crate::error::{CutOff, FsError, FsResult, IntegrityFailure};
 use crate::key::gate::Gate;
 use crate::store::{FEATURE_PLAINTEXT_NAMES, Store};
 
+/// Directories one below the other, at most.
+const PATH_MAX: usize = 1000;
 /// Foreign names reported at most: someone may have copied a whole tree into the volume.
 const FOREIGN_REPORTED_MAX: usize = 1000;
 
@@ -130,25 +132,29 @@ impl Filesystem {
     /// Before anything of a new file may count as durable: its name, and those of the directories
     /// above it.
     pub(super) fn sync_names(&self, inode: &Inode) -> FsResult<()> {
+        // Where it was seen last is one of its names.
+        if inode.node.metadata()?.nlink > 1 {
+            return self.store.sync_all();
+        }
         let mut place = inode.place();
+        let mut above: Vec<(Arc<Inode>, u64)> = Vec::new();
         while let Some(step) = place {
-            let Ok(parent) = self.inodes.get(step.parent) else {
-                // Forgotten by the kernel: which directory it was is not known any more.
+            // Forgotten by the kernel: which directory it was is not known any more. And a rename that
+            // is under way could show a loop.
+            let (Ok(parent), true) = (self.inodes.get(step.parent), above.len() < PATH_MAX) else {
                 return self.store.sync_all();
             };
-            let fresh = parent.take_fresh();
-            if let Err(error) = parent.node.sync() {
-                parent.set_fresh();
-                return Err(error.into());
-            }
-            if !fresh || parent.id == ROOT {
-                break;
-            }
+            let fresh = parent.fresh().filter(|_| parent.id != ROOT);
+            parent.node.sync()?;
+            let Some(moves) = fresh else { break };
             place = parent.place();
             if place.is_none() {
                 return self.store.sync_all();
             }
+            above.push((parent, moves));
         }
+        // Not before all of them are: others rely on it.
+        above.into_iter().for_each(|(parent, moves)| parent.settle(moves));
         Ok(())
     }
 
@@ -252,7 +258,7 @@ impl Filesystem {
                 return Some(path);
             }
             // A rename that is under way could show a loop.
-            if path.len() > 1000 {
+            if path.len() > PATH_MAX {
                 return None;
             }
             place = self.inodes.get(parent).ok()?.place();

@@ -1,6 +1,6 @@
 //! The side files of names that do not fit in a name of the disk.
 //!
-//! A side file is on the device before its entry appears and goes after it: a crash leaves at
+//! A side file is on the device before its entry appears and goes when that has gone from there: a crash leaves at
 //! most a side file without an entry, which is hidden, and in nobody's way (`remove` sweeps it
 //! when its directory is to go).
 
@@ -77,7 +77,8 @@ impl Filesystem {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             _ => return,
         }
-        match dir.unlink(&long.side) {
+        // Or a crash could leave the entry, and not its name.
+        match dir.sync().and_then(|()| dir.unlink(&long.side)) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 log::warn!("a long name's side file stays behind: {error}");
             }

@@ -16,6 +16,12 @@ pub(super) struct Victim {
     target: Option<Vec<u8>>,
 }
 
+impl Victim {
+    pub(super) fn node(&self) -> &NodeRef {
+        &self.node
+    }
+}
+
 impl Filesystem {
     /// The inode works on as long as someone has it open.
     pub fn unlink(&self, parent: u64, name: &[u8]) -> FsResult<()> {
@@ -24,7 +30,7 @@ impl Filesystem {
         let disk = self.seal_name(name)?;
         let victim = self.victim(&dir, &disk.entry)?.ok_or(FsError::Os(Errno::NOENT))?;
         self.unnamed_entry(&dir, &disk, || Ok(dir.node.unlink(&disk.entry)?))?;
-        self.bury(victim)
+        self.bury(&dir, victim)
     }
 
     pub fn rmdir(&self, parent: u64, name: &[u8]) -> FsResult<()> {
@@ -41,7 +47,7 @@ impl Filesystem {
                 }
                 self.unnamed_entry(&dir, &disk, || Ok(dir.node.rmdir(&disk.entry)?))
             })?;
-        self.bury(victim)
+        self.bury(&dir, victim)
     }
 
     /// Who has the name now; before the operation, because afterwards it cannot be found.
@@ -56,8 +62,8 @@ impl Filesystem {
         Ok(Some(Victim { node, target }))
     }
 
-    /// After the operation: forgets the identity of an inode that has no name any more.
-    pub(super) fn bury(&self, victim: Victim) -> FsResult<()> {
+    /// After the operation on `dir`: forgets the identity of an inode that has no name any more.
+    pub(super) fn bury(&self, dir: &Inode, victim: Victim) -> FsResult<()> {
         let metadata = victim.node.metadata()?;
         let gone = metadata.nlink == 0
             || (metadata.kind == FileKind::Directory
@@ -67,7 +73,11 @@ impl Filesystem {
         if gone {
             self.inodes.unnamed(victim.node.id());
             if let Some(side) = victim.target {
-                self.remove_target_file(&side);
+                // Or a crash could leave the link, and not its target.
+                match dir.node.sync() {
+                    Ok(()) => self.remove_target_file(&side),
+                    Err(error) => log::warn!("a link's target file stays behind: {error}"),
+                }
             }
         }
         Ok(())

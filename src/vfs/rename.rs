@@ -24,9 +24,12 @@ impl Filesystem {
         let target = self.seal_name(to_name)?;
         let moved = present(&from.node, &source.entry)?.ok_or(FsError::Os(Errno::NOENT))?;
         let replaced = self.victim(&to, &target.entry)?;
-        if replaced.is_some() {
+        if let Some(replaced) = &replaced {
             // Whoever replaces a file that way expects the new content under the name, or the old.
-            self.store.flush_file(moved.id())?;
+            self.store.flush_file(&moved)?;
+            if mode == RenameMode::Exchange {
+                self.store.flush_file(replaced.node())?;
+            }
         }
         self.move_entry(&from, &source, &to, &target, mode).or_else(|error| {
             let full = matches!(error, FsError::Os(Errno::NOTEMPTY | Errno::EXIST));
@@ -55,7 +58,7 @@ impl Filesystem {
                 }
                 Ok(())
             }
-            (_, Some(victim)) => self.bury(victim),
+            (_, Some(victim)) => self.bury(&to, victim),
             (_, None) => Ok(()),
         }
     }

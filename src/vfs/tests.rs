@@ -1,5 +1,6 @@
 //! The operations over a real directory and store, without FUSE.
 
+mod names_cut;
 mod power_cut;
 
 use std::fs;

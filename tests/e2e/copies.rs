@@ -144,6 +144,37 @@ fn a_restored_copy_opens_with_its_own_identity_and_gets_its_own_key() {
 }
 
 #[test]
+fn a_copy_that_cannot_be_recovered_stays_shut_until_it_can() {
+    if !can_mount() {
+        return;
+    }
+    let source = Sandbox::mounted();
+    fs::write(source.mnt().join("file"), "from the source").unwrap();
+    source.kill_daemon();
+    until("the guard to unmount", || !source.is_mounted());
+    let host = Host::new(&source, "restored");
+    host.restore(&source.back());
+    host.grant(PERMISSIONS);
+    // Somebody has copied a file beside itself: to which of the two the log belongs is not clear.
+    let tree = host.back().join("tree");
+    let file = fs::read_dir(&tree).unwrap().next().unwrap().unwrap().path();
+    let twin = tree.join("twin");
+    run("cp", &["-a", path(&file), path(&twin)]);
+
+    host.byokfs(&["mount", path(&host.back()), path(&host.mnt())]).ok();
+    let answer = host.byokfs(&["revalidate", path(&host.mnt())]);
+    assert!(answer.err.contains("copies of one file"), "{answer}");
+    let status = host.status();
+    assert_eq!((&status["state"], host.reason()), (&"Inaccessible".into(), "NotConfirmed".into()));
+    assert_eq!(host.content().unwrap_err().raw_os_error(), Some(5));
+    assert!(fs::read_dir(host.mnt()).is_err(), "without a recovery nothing is served");
+
+    fs::remove_file(twin).unwrap();
+    host.byokfs(&["revalidate", path(&host.mnt())]).ok();
+    assert_eq!(host.content().unwrap(), "from the source");
+}
+
+#[test]
 fn a_replica_gets_its_own_key_before_it_is_ever_mounted() {
     if !can_mount() {
         return;

@@ -3,6 +3,7 @@
 //! Images share what they have in common, so that one can be cloned for every crash state.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::trace::{Change, Op, Part};
@@ -13,6 +14,48 @@ pub(super) const SECTOR_LEN: usize = 512;
 pub(super) const ROOT: u64 = 2;
 
 type Page = [u8; PAGE_LEN];
+
+/// Pages that are shared and looked up together.
+const CHUNK: u64 = 64;
+
+/// The pages of a file, by their index.
+#[derive(Clone, Debug, Default)]
+struct Pages(BTreeMap<u64, Arc<Chunk>>);
+
+type Chunk = [Option<Arc<Page>>; CHUNK as usize];
+
+impl Pages {
+    fn get(&self, index: u64) -> Option<&Arc<Page>> {
+        self.0.get(&(index / CHUNK))?[(index % CHUNK) as usize].as_ref()
+    }
+
+    /// To be changed; of zeros where there is none.
+    fn page(&mut self, index: u64) -> &mut Page {
+        let empty = || Arc::new(std::array::from_fn(|_| None));
+        let chunk = Arc::make_mut(self.0.entry(index / CHUNK).or_insert_with(empty));
+        let page = &mut chunk[(index % CHUNK) as usize];
+        Arc::make_mut(page.get_or_insert_with(|| Arc::new([0; PAGE_LEN])))
+    }
+
+    fn remove(&mut self, index: u64) {
+        let Some(chunk) = self.0.get_mut(&(index / CHUNK)) else { return };
+        let chunk = Arc::make_mut(chunk);
+        chunk[(index % CHUNK) as usize] = None;
+        if chunk.iter().all(Option::is_none) {
+            self.0.remove(&(index / CHUNK));
+        }
+    }
+
+    /// The indexes of those in the range, in order.
+    fn in_range(&self, range: Range<u64>) -> impl Iterator<Item = u64> + '_ {
+        let chunks = self.0.range(range.start / CHUNK..range.end.div_ceil(CHUNK));
+        let there = chunks.flat_map(|(number, chunk)| {
+            let pages = (number * CHUNK..).zip(chunk.iter());
+            pages.filter(|(_, page)| page.is_some()).map(|(index, _)| index)
+        });
+        there.filter(move |index| range.contains(index))
+    }
+}
 
 #[derive(Clone, Debug)]
 pub(super) struct Inode {
@@ -29,7 +72,7 @@ pub(super) struct Inode {
     pub target: Vec<u8>,
     /// Of a directory.
     pub names: BTreeMap<Vec<u8>, u64>,
-    pages: BTreeMap<u64, Arc<Page>>,
+    pages: Pages,
 }
 
 impl Inode {
@@ -46,12 +89,12 @@ impl Inode {
             xattrs: BTreeMap::new(),
             target: Vec::new(),
             names: BTreeMap::new(),
-            pages: BTreeMap::new(),
+            pages: Pages::default(),
         }
     }
 
     pub(super) fn allocated_pages(&self) -> u64 {
-        self.pages.len() as u64
+        self.pages.in_range(0..u64::MAX).count() as u64
     }
 
     pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> usize {
@@ -62,7 +105,7 @@ impl Inode {
             let within = (at % PAGE_LEN as u64) as usize;
             let take = (PAGE_LEN - within).min(len - done);
             let to = &mut buf[done..done + take];
-            match self.pages.get(&(at / PAGE_LEN as u64)) {
+            match self.pages.get(at / PAGE_LEN as u64) {
                 Some(page) => to.copy_from_slice(&page[within..within + take]),
                 None => to.fill(0),
             }
@@ -85,21 +128,18 @@ impl Inode {
     }
 
     fn page(&mut self, index: u64) -> &mut Page {
-        Arc::make_mut(self.pages.entry(index).or_insert_with(|| Arc::new([0; PAGE_LEN])))
+        self.pages.page(index)
     }
 
     /// Zeroes the range and gives back the pages that lie in it whole.
     fn clear(&mut self, offset: u64, end: u64) {
         let page_len = PAGE_LEN as u64;
-        let touched: Vec<u64> = self
-            .pages
-            .range(offset / page_len..end.div_ceil(page_len))
-            .map(|(&index, _)| index)
-            .collect();
+        let touched: Vec<u64> =
+            self.pages.in_range(offset / page_len..end.div_ceil(page_len)).collect();
         for index in touched {
             let (from, to) = (offset.max(index * page_len), end.min((index + 1) * page_len));
             if to - from == page_len {
-                self.pages.remove(&index);
+                self.pages.remove(index);
             } else {
                 self.page(index)
                     [(from - index * page_len) as usize..(to - index * page_len) as usize]
@@ -109,11 +149,11 @@ impl Inode {
     }
 
     pub(super) fn next_page(&self, from: u64) -> Option<u64> {
-        self.pages.range(from..).next().map(|(&index, _)| index)
+        self.pages.in_range(from..u64::MAX).next()
     }
 
     pub(super) fn has_page(&self, index: u64) -> bool {
-        self.pages.contains_key(&index)
+        self.pages.get(index).is_some()
     }
 
     fn change(&mut self, change: &Change) {
@@ -245,6 +285,14 @@ impl Image {
                 inode.put(&data[sector.clone()], offset + sector.start as u64);
             }
         }
+    }
+
+    /// Which sectors of `data` are at `offset` already.
+    pub(super) fn has(&self, ino: u64, offset: u64, data: &[u8]) -> Vec<bool> {
+        let mut there = vec![0; data.len()];
+        let count = self.inode(ino).map_or(0, |inode| inode.read(&mut there, offset));
+        let sectors = super::trace::sectors(offset, data.len());
+        sectors.map(|range| range.end <= count && there[range.clone()] == data[range]).collect()
     }
 
     fn set_name(&mut self, dir: u64, name: &[u8], ino: u64) {

@@ -134,6 +134,51 @@ fn reordering_lets_a_later_name_come_first() {
 }
 
 #[test]
+fn what_is_written_as_it_was_makes_no_states_unless_it_was_not_so_for_long() {
+    let backing = MemoryBacking::new();
+    let file = named(&backing, b"f");
+    file.write_at(&[1; 1024], 0).unwrap();
+    backing.settle();
+    let mut half = [1; 1024];
+    half[700] = 2;
+    file.write_at(&half, 0).unwrap();
+    for order in BOTH {
+        let found = outcomes(&backing, b"f", order);
+        assert_eq!(found, HashSet::from([Some(vec![1; 1024]), Some(half.to_vec())]));
+        let trace = backing.trace();
+        let options = Options { orders: vec![order], ..Options::default() };
+        assert_eq!(trace.crashes(trace.len(), &options).len(), 2);
+    }
+    // Again, over what may not be there.
+    file.write_at(&half, 0).unwrap();
+    file.punch_hole(0, 512).unwrap();
+    file.write_at(&[0; 512], 0).unwrap();
+    let mut punched = half;
+    punched[..512].fill(0);
+    for order in BOTH {
+        let found = outcomes(&backing, b"f", order);
+        let old = vec![1; 1024];
+        assert!(
+            [old, half.to_vec(), punched.to_vec()].into_iter().all(|c| found.contains(&Some(c)))
+        );
+    }
+}
+
+#[test]
+fn a_moved_operation_is_done_at_another_time() {
+    let backing = MemoryBacking::new();
+    let file = named(&backing, b"f");
+    backing.settle();
+    file.write_at(b"a", 0).unwrap();
+    file.write_at(b"b", 0).unwrap();
+    let trace = backing.trace();
+    assert_eq!(content(&trace.at(2), b"f"), Some(b"b".to_vec()));
+    let moved = trace.moved(0, 1);
+    assert_eq!(content(&moved.at(2), b"f"), Some(b"a".to_vec()));
+    assert!(trace.brings(|bytes| bytes == b"a") && !trace.brings(|bytes| bytes == b"c"));
+}
+
+#[test]
 fn a_device_without_a_volatile_cache_keeps_what_was_written_out() {
     let backing = MemoryBacking::new();
     let file = named(&backing, b"f");

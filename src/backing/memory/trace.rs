@@ -1,7 +1,7 @@
 //! The operations that were done on a [`super::MemoryBacking`], in order.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::image::{Image, Inode, SECTOR_LEN};
 use crate::backing::{SetTime, Timestamp};
@@ -186,9 +186,30 @@ impl Part {
 pub struct Trace {
     pub(super) initial: Image,
     pub(super) ops: Vec<Op>,
+    same: OnceLock<Vec<Vec<bool>>>,
 }
 
 impl Trace {
+    pub(super) fn new(initial: Image, ops: Vec<Op>) -> Trace {
+        Trace { initial, ops, same: OnceLock::new() }
+    }
+
+    /// For each operation, if it is a write, which of its sectors it found as it left them.
+    pub(super) fn same(&self) -> &[Vec<bool>] {
+        self.same.get_or_init(|| {
+            let mut image = self.initial.clone();
+            let same = self.ops.iter().map(|op| {
+                let same = match op {
+                    Op::Write { ino, offset, data, .. } => image.has(*ino, *offset, data),
+                    _ => Vec::new(),
+                };
+                image.apply(op, &Part::ALL);
+                same
+            });
+            same.collect()
+        })
+    }
+
     /// The number of operations; a cut may be anywhere from 0 to this.
     pub fn len(&self) -> usize {
         self.ops.len()
@@ -207,9 +228,38 @@ impl Trace {
     /// The same recording without its operation `at`: what a forgotten call would have left.
     /// For tests that plant bugs.
     pub fn without(&self, at: usize) -> Trace {
-        let mut trace = self.clone();
-        trace.ops.remove(at);
-        trace
+        let mut ops = self.ops.clone();
+        ops.remove(at);
+        Trace::new(self.initial.clone(), ops)
+    }
+
+    /// The same recording with its operation `from` done as number `to` instead, which is what a
+    /// wrong order would have left.
+    pub fn moved(&self, from: usize, to: usize) -> Trace {
+        let mut ops = self.ops.clone();
+        let op = ops.remove(from);
+        ops.insert(to, op);
+        Trace::new(self.initial.clone(), ops)
+    }
+
+    /// Whether `wanted` likes anything that an operation brings to the disk: data, names, link
+    /// targets, attributes. What a crash leaves is made of nothing else.
+    pub fn brings(&self, wanted: impl Fn(&[u8]) -> bool) -> bool {
+        self.ops.iter().any(|op| match op {
+            Op::Write { data, .. } => wanted(data),
+            Op::Create { inode, .. } => wanted(&inode.target),
+            Op::Link { name, .. } => wanted(name),
+            Op::Rename { to_name, .. } => wanted(to_name),
+            Op::Attribute { change: Change::SetXattr(name, value), .. } => {
+                wanted(name) || wanted(value)
+            }
+            _ => false,
+        })
+    }
+
+    /// Positions of the operations whose line in [`Trace::describe`] `wanted` likes.
+    pub fn find(&self, wanted: impl Fn(&str) -> bool) -> Vec<usize> {
+        (0..self.ops.len()).filter(|&at| wanted(&self.ops[at].describe())).collect()
     }
 
     /// Positions of the calls that make something durable.

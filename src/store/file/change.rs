@@ -54,6 +54,8 @@ pub(super) struct Change<'a> {
     expected: usize,
     /// Blocks of `logged` that have no space at home yet, by group.
     unreserved: Vec<Range<u64>>,
+    /// Some of `logged` were there before.
+    overwrites: bool,
     /// Blocks that become holes, about.
     freed: u64,
     mtime: Option<Timestamp>,
@@ -173,6 +175,7 @@ impl<'a> Change<'a> {
             direct: Blocks::default(),
             expected: 0,
             unreserved: Vec::new(),
+            overwrites: false,
             freed: 0,
             mtime: None,
             unseen: None,
@@ -236,7 +239,10 @@ impl<'a> Change<'a> {
             self.region(group)?;
             let page = match self.file.tag_page(group)? {
                 Some(old) => self.page_to_change(&old, group, whole)?,
-                None => Page::empty(PageId::Tags(group)),
+                None => {
+                    self.file.note_unfinished(group)?;
+                    Page::empty(PageId::Tags(group))
+                }
             };
             self.pages.insert(group, page);
         }
@@ -433,6 +439,7 @@ impl<'a> Change<'a> {
             let Some(page) = self.pages.get_mut(&group) else { continue };
             let was_hole = page.entry(slot).is_none();
             page.set_entry(slot, Some(*entry));
+            self.overwrites |= !was_hole;
             if i < logged && was_hole {
                 match self.unreserved.last_mut() {
                     Some(range)
@@ -448,30 +455,43 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
-    /// Makes sure that what is in the log will have its place at home.
-    fn reserve_home(&self) -> FsResult<()> {
-        for blocks in &self.unreserved {
-            let group = blocks.start / BLOCKS_PER_GROUP as u64;
-            let region = region_of_group(group);
-            let mut from = block_at(blocks.start);
-            let (generation, size, ahead) = {
-                let state = self.file.state.lock();
-                let page = state.page(PageId::Generations(region)).cloned();
-                let page = page.or_else(|| self.regions.get(&region).cloned().flatten());
-                let generation = page.map(|page| page.generation(slot_of_group(group)));
-                (generation, state.header.size, state.ahead.clone())
-            };
-            if generation.is_none_or(|generation| generation == 0) {
-                from = tag_page_at(group);
+    /// The first page that a group needs beside its blocks, if they are its first, or `from`.
+    fn reserve_pages(&self, group: u64, from: u64) -> FsResult<u64> {
+        let region = region_of_group(group);
+        let page = self.file.state.lock().page(PageId::Generations(region)).cloned();
+        let page = page.or_else(|| self.regions.get(&region).cloned().flatten());
+        match page.map(|page| page.generation(slot_of_group(group))) {
+            None if slot_of_group(group) == 0 => Ok(generation_page_at(region)),
+            None => {
+                self.file.backing.allocate(generation_page_at(region), BLOCK, true)?;
+                Ok(tag_page_at(group))
             }
-            if generation.is_none() {
-                let page = generation_page_at(region);
-                if slot_of_group(group) == 0 {
-                    from = page;
-                } else {
-                    self.file.backing.allocate(page, BLOCK, true)?;
+            Some(0) => Ok(tag_page_at(group)),
+            Some(_) => Ok(from),
+        }
+    }
+
+    /// Makes sure that what is in the log will have its place at home, and what went home directly
+    /// one for its tags.
+    fn reserve_home(&self) -> FsResult<()> {
+        let mut last = None;
+        for block in &self.direct.numbers {
+            let group = block / BLOCKS_PER_GROUP as u64;
+            if last.replace(group) != Some(group) {
+                let blocks = tag_page_at(group) + BLOCK;
+                let from = self.reserve_pages(group, blocks)?;
+                if from < blocks {
+                    self.file.backing.allocate(from, blocks - from, true)?;
                 }
             }
+        }
+        for blocks in &self.unreserved {
+            let group = blocks.start / BLOCKS_PER_GROUP as u64;
+            let from = self.reserve_pages(group, block_at(blocks.start))?;
+            let (size, ahead) = {
+                let state = self.file.state.lock();
+                (state.header.size, state.ahead.clone())
+            };
             let mut to = block_at(blocks.end - 1) + BLOCK;
             if ahead.start <= from && to <= ahead.end {
                 continue;
@@ -496,7 +516,11 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
-    /// Hands the device what went home directly.
+    pub(super) fn overwrites(&self) -> bool {
+        self.overwrites
+    }
+
+    /// Where what went home directly is: positions and lengths.
     pub(super) fn direct_ranges(&self) -> Vec<(u64, u64)> {
         let runs = self.direct.runs().into_iter();
         runs.map(|(first, bytes)| (block_at(first), bytes.len() as u64)).collect()

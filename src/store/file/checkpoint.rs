@@ -13,7 +13,6 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::File;
 use super::overlay::{Part, Spot};
@@ -45,6 +44,8 @@ impl File {
     pub(in crate::store) fn begin_checkpoint(&self) -> Option<Snapshot> {
         let _guard = self.locks.exclusive(0..=u64::MAX);
         let mut state = self.state.lock();
+        // Of one that came to no end at all, not even a failed one.
+        state.put_back();
         if !state.dirty.changed {
             state.dirty.first = None;
             return None;
@@ -157,7 +158,10 @@ impl File {
 
     /// The flush of steps 3 to 5.
     pub(in crate::store) fn sync_home(&self) -> FsResult<()> {
-        Ok(self.backing.sync_data()?)
+        self.backing.sync_data().map_err(|error| {
+            self.tell_log(&error);
+            error.into()
+        })
     }
 
     /// Step 6. True if something is dirty again.
@@ -165,7 +169,6 @@ impl File {
         // Nobody reads from the log what it is about to forget.
         let _guard = self.locks.exclusive(0..=u64::MAX);
         self.give_back(snapshot)?;
-        self.recovering.store(false, Ordering::Release);
         let (clean, times) = {
             let mut state = self.state.lock();
             let done = state.inflight.take().unwrap_or_default();
@@ -216,13 +219,18 @@ impl File {
                 first = until;
             }
         }
-        let (length, allowed) = {
+        let length = backing_len(snapshot.header.size.max(size));
+        let (unused, wanted) = {
             let state = self.state.lock();
-            let ahead = !state.keep_ahead && !state.dirty.changed && !state.ahead.is_empty();
-            (backing_len(snapshot.header.size.max(size)), ahead)
+            // What was punched may have been a part of it.
+            let punched = snapshot.removed.iter().any(|part| !part.keep);
+            let unused = !state.ahead.is_empty() && (punched || !state.dirty.changed);
+            (unused, state.keep_ahead)
         };
-        if allowed || self.backing.metadata()?.size > length {
+        if (unused && !wanted) || self.backing.metadata()?.size > length {
             self.backing.set_len(length)?;
+            self.state.lock().ahead = 0..0;
+        } else if unused {
             self.state.lock().ahead = 0..0;
         }
         Ok(())

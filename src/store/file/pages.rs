@@ -7,10 +7,12 @@ use super::File;
 use super::overlay::Spot;
 use crate::crypto::mac::MacKey;
 use crate::error::{FsError, FsResult};
+use crate::store::intent_log::Entry as Listed;
 use crate::store::keys::hex;
 use crate::store::layout::{
-    BLOCK_LEN, BLOCKS_PER_GROUP, GROUPS_PER_SECTOR, SECTOR_LEN, SECTORS_PER_PAGE,
-    generation_page_at, region_of_group, slot_of_block, slot_of_group, tag_page_at,
+    BLOCK_LEN, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, GROUPS_PER_SECTOR, SECTOR_LEN,
+    SECTORS_PER_PAGE, generation_page_at, region_of_group, slot_of_block, slot_of_group,
+    tag_page_at,
 };
 use crate::store::page::{Accepts, Page, PageId, PageMac};
 
@@ -67,7 +69,7 @@ impl File {
 
     pub(super) fn generation_page(&self, region: u64) -> FsResult<Option<Arc<Page>>> {
         let id = PageId::Generations(region);
-        {
+        let newest = {
             let state = self.state.lock();
             if !state.header.has_region(region) {
                 return Ok(None);
@@ -75,11 +77,14 @@ impl File {
             if let Some(page) = state.page(id) {
                 return Ok(Some(page.clone()));
             }
-        }
+            state.header.generation
+        };
         if let Some(page) = self.shared.pages.get(&(self.cache_id(), id)) {
             return Ok(Some(page));
         }
-        self.load_page(id, Accepts::Any).map(Some)
+        let recovering = self.recovering.load(Ordering::Acquire);
+        let accepts = if recovering { Accepts::Any } else { Accepts::AtMost(newest) };
+        self.load_page(id, accepts).map(Some)
     }
 
     fn load_page(&self, id: PageId, accepts: Accepts) -> FsResult<Arc<Page>> {
@@ -133,6 +138,45 @@ impl File {
             let header = &mut self.state.lock().header;
             header.generation = header.generation.max(page.newest());
         }
+    }
+
+    /// The same for a group that is holes: an unfinished checkpoint may have given it a page that
+    /// nothing counts yet.
+    pub(super) fn note_unfinished(&self, group: u64) -> FsResult<()> {
+        if !self.recovering.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.note_generation(&self.uncounted_page(group)?);
+        Ok(())
+    }
+
+    /// Whether the tag page at home, counted or not, has one of these entries. Then a checkpoint put
+    /// it there, and the record that it is of was on stable storage before that.
+    pub(in crate::store) fn has_brought_home(&self, entries: &[Listed]) -> FsResult<bool> {
+        let mut last: Option<(u64, Page)> = None;
+        for listed in entries {
+            let group = listed.block / BLOCKS_PER_GROUP as u64;
+            if last.as_ref().is_none_or(|(of, _)| *of != group) {
+                last = Some((group, self.uncounted_page(group)?));
+            }
+            let slot = slot_of_block(listed.block);
+            let sector = slot / BLOCKS_PER_SECTOR;
+            let found = last.as_ref().filter(|(_, page)| page.is_verified(sector, sector));
+            let entry = found.and_then(|(_, page)| page.entry(slot));
+            if entry.is_some_and(|entry| entry.encode() == listed.bytes) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// A tag page as it is at home, whether or not its group has one.
+    fn uncounted_page(&self, group: u64) -> FsResult<Page> {
+        let mut bytes = Box::new([0; BLOCK_LEN]);
+        self.backing.read_at(&mut bytes[..], tag_page_at(group))?;
+        let page = Page::from_disk(PageId::Tags(group), bytes, Accepts::Any);
+        self.verify_what_is_right(&page)?;
+        Ok(page)
     }
 
     pub(super) fn damaged_sector(&self, id: PageId, sector: usize) -> FsError {

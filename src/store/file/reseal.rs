@@ -83,8 +83,10 @@ impl File {
         self.state.lock().header.active_dek != in_use
     }
 
-    /// Seals with the DEK that the header names, which is on stable storage.
+    /// Seals with the DEK that the header names, which is on stable storage. What was being written
+    /// until then is in force when this returns, and in [`File::groups`].
     pub(in crate::store) fn use_newest_dek(&self) {
+        let _guard = self.locks.exclusive(0..=u64::MAX);
         let state = self.state.lock();
         *self.keys.write() = FileKeys::of(&state.header).into();
     }

@@ -2,7 +2,6 @@
 //! them, what the log holds over what the disk has.
 
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 
 use super::File;
 use super::pages::position;
@@ -65,7 +64,7 @@ impl File {
                 continue;
             }
             let newest = self.state.lock().header.generation;
-            if generation > newest && !self.recovering.load(Ordering::Acquire) {
+            if generation > newest && self.is_clean() {
                 let detail =
                     format!("group {group} is of generation {generation}, the header of {newest}");
                 sink(of_group(What::Generation, group, size, detail));

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use super::change::{Change, room_for};
 use super::{Durability, File, WriteMode};
 use crate::error::FsResult;
-use crate::store::intent_log::{Kind, Position, Stream};
+use crate::store::intent_log::{Kind, Stream};
 use crate::store::layout::{
     BLOCK, MAX_SIZE, block_of, blocks_for, group_of, groups, part_in_group,
 };
@@ -53,7 +53,7 @@ impl File {
         let len = data.len() as u64;
         let room =
             self.shared.reserve(self.stream_for(len, durability), room_for(len / BLOCK + 2))?;
-        let (offset, position, direct) = {
+        let (offset, direct, overwrites) = {
             let (_guard, offset) = self.lock_for_write(offset, len, append)?;
             let mut change = Change::new(self, Kind::Write);
             change.expect(data.len());
@@ -61,22 +61,35 @@ impl File {
             if offset + len > self.size() {
                 change.set_size(offset + len);
             }
-            let position = change.commit(room)?;
-            (offset, position, change.direct_ranges())
+            change.commit(room)?;
+            (offset, change.direct_ranges(), change.overwrites())
         };
         match durability {
             Durability::Handed => {}
-            Durability::OnDevice => self.wait_on_device(&position, &direct)?,
+            Durability::OnDevice => self.wait_on_device(&direct, overwrites)?,
             Durability::Flushed => self.sync(false)?,
         }
         Ok(offset)
     }
 
-    fn wait_on_device(&self, position: &Position, direct: &[(u64, u64)]) -> FsResult<()> {
+    /// What was there already and is overwritten lasts on a device that keeps what it is handed, as
+    /// on a plain file system. So what the record needs in order to count must be there too: every
+    /// earlier one of its stream, and of its file in the other, with the blocks that those name.
+    fn wait_on_device(&self, direct: &[(u64, u64)], overwrites: bool) -> FsResult<()> {
+        let log = self.shared.log()?;
+        if overwrites && log.owes_flush_of(&self.backing) {
+            return self.sync(false);
+        }
         for &(at, len) in direct {
             self.backing.write_out(at, len).map_err(|error| self.fail(error))?;
         }
-        self.shared.log()?.wait_on_device(position)
+        let last = self.state.lock().last;
+        for stream in [Stream::Bulk, Stream::Hot] {
+            if last[stream as usize] > 0 {
+                log.write_out_through(stream, last[stream as usize])?;
+            }
+        }
+        Ok(())
     }
 
     fn stream_for(&self, len: u64, durability: Durability) -> Stream {

@@ -36,8 +36,11 @@ pub(super) struct Queue {
     written: u64,
     /// Records before this are on stable storage, and so is what they say is home.
     durable: u64,
+    /// Records before this are on the device, perhaps in its cache.
+    on_device: u64,
     writing: bool,
     flushing: bool,
+    writing_out: bool,
     homes: Vec<Home>,
 }
 
@@ -64,8 +67,10 @@ impl Queue {
             waiting,
             written: next,
             durable: next,
+            on_device: next,
             writing: false,
             flushing: false,
+            writing_out: false,
             homes: Vec::new(),
         }
     }
@@ -183,13 +188,22 @@ impl Log {
         self.write_until(position.stream as usize, position.seq + 1)
     }
 
-    /// Returns when the record is on the device, perhaps in its cache.
+    /// Returns when the record, and all before it in its stream, is on the device, perhaps in its
+    /// cache. Blocks that records only name are the caller's business.
     pub fn wait_on_device(&self, position: &Position) -> FsResult<()> {
-        self.wait_written(position)?;
-        let index = position.stream as usize;
-        self.files[index]
-            .write_out(position.at, position.len)
-            .map_err(|error| self.poison(index, "a record cannot be written out", &error))
+        self.write_out_until(position.stream as usize, position.seq + 1)
+    }
+
+    /// As [`Log::wait_on_device`], by the number alone.
+    pub fn write_out_through(&self, stream: Stream, seq: u64) -> FsResult<()> {
+        self.write_out_until(stream as usize, seq + 1)
+    }
+
+    /// Whether records name blocks in this home file that no flush has covered yet.
+    pub fn owes_flush_of(&self, home: &FileRef) -> bool {
+        let streams = self.streams.lock();
+        let mut homes = streams.queues.iter().flat_map(|queue| &queue.homes);
+        homes.any(|known| Arc::ptr_eq(home, &known.file))
     }
 
     /// Returns when the record, and all before it in its stream, is on stable storage.
@@ -312,6 +326,54 @@ impl Log {
                 }
             }
             self.durable[index].notify_all();
+        }
+    }
+
+    fn write_out_until(&self, index: usize, seq: u64) -> FsResult<()> {
+        self.write_until(index, seq)?;
+        let mut streams = self.streams.lock();
+        loop {
+            let queue = &mut streams.queues[index];
+            let from = queue.on_device.max(queue.durable);
+            if from >= seq {
+                return Ok(());
+            }
+            streams.check()?;
+            let queue = &mut streams.queues[index];
+            if queue.writing_out {
+                self.durable[index].wait(&mut streams);
+                continue;
+            }
+            queue.writing_out = true;
+            let covered = queue.written;
+            let ranges = queue.ring.ranges(from, covered);
+            let result = leading(&mut streams, || {
+                ranges.iter().try_for_each(|&(at, len)| self.files[index].write_out(at, len))
+            });
+            let queue = &mut streams.queues[index];
+            queue.writing_out = false;
+            match result {
+                Ok(()) => queue.on_device = queue.on_device.max(covered),
+                Err(error) => {
+                    let what = "a record cannot be written out";
+                    self.poison_locked(&mut streams, index, what, &error);
+                }
+            }
+            self.durable[index].notify_all();
+        }
+    }
+
+    /// Somebody else's flush of a home file, or with None of all, has failed. The kernel may tell of
+    /// it once: what went there directly and was not flushed before must not count as durable by a
+    /// later flush that knows nothing of it.
+    pub fn home_failed(&self, home: Option<&FileRef>, error: &io::Error) {
+        let mut streams = self.streams.lock();
+        for index in 0..STREAMS {
+            let mut homes = streams.queues[index].homes.iter();
+            if homes.any(|known| home.is_none_or(|home| Arc::ptr_eq(home, &known.file))) {
+                let what = "blocks that went home directly cannot be flushed";
+                self.poison_locked(&mut streams, index, what, error);
+            }
         }
     }
 

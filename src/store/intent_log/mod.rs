@@ -113,8 +113,6 @@ pub struct Position {
     pub seq: u64,
     /// Of the record's body in its stream's file.
     pub body_at: u64,
-    at: u64,
-    len: u64,
 }
 
 /// The key of one session's records.
@@ -135,6 +133,7 @@ pub struct Log {
     streams: Mutex<Streams>,
     /// A batch of the stream is in the kernel's hands, or its oldest record is ready to go there.
     written: [Condvar; STREAMS],
+    /// More of the stream is on the device, or on stable storage.
     durable: [Condvar; STREAMS],
     space: [Condvar; STREAMS],
     /// The newest on disk. One trim at a time.
@@ -148,6 +147,8 @@ pub struct Log {
 pub struct Found {
     /// What has to go home, in order.
     pub records: Vec<Record>,
+    /// What does not count, since it follows something that is not there.
+    pub cut_short: Vec<Record>,
     /// One anchor copy of a stream is damaged; the other serves.
     pub damaged_copy: bool,
     /// The volume was closed, and nothing has been written since.
@@ -247,6 +248,14 @@ impl Log {
             let tail = anchors[0].tails[stream];
             let scan = Scan::run(&files[stream], &anchors[stream], tail, proof)
                 .context(|| at[stream].cannot("read"))?;
+            if let Some(session) = scan.unknown {
+                return Err(Error::corrupt(format!(
+                    "the log {} has records of session {session}, which the session table does not \
+                     have, or whose key cannot be made; restore sessions.a and sessions.b as they \
+                     were with this log",
+                    at[stream].path()
+                )));
+            }
             if scan.damaged {
                 return Err(Error::corrupt(format!(
                     "the log {} is damaged: record {} was on stable storage and is not there; \
@@ -271,12 +280,13 @@ impl Log {
             let claims = scans[i].records.iter().map(|record| record.place.durable_seq);
             claims.max().unwrap_or(0)
         });
-        let records = scan::merge(scans);
+        let (records, cut_short) = scan::merge(scans);
         let damaged_copy = hot_damaged || bulk_damaged;
         let clean = anchors[0].clean;
         let paths = [0, 1].map(|i: usize| at[i].path());
         Ok(Found {
             records,
+            cut_short,
             damaged_copy,
             clean,
             durable,
@@ -324,7 +334,7 @@ impl Log {
         let head = draft.encode_head(&place, &key.key);
         let body_at = spot.at + head.len() as u64;
         slot.fill(head, draft.body);
-        Ok(Position { stream, seq: spot.seq, body_at, at: spot.at, len: pages * PAGE as u64 })
+        Ok(Position { stream, seq: spot.seq, body_at })
     }
 
     /// Reads ciphertext of a record that has not been trimmed.
@@ -457,7 +467,8 @@ impl Found {
     }
 
     /// Opens the log with its records in it. Before the first append the caller owes: all of
-    /// [`Found::records`] durable at home, and a [`Log::trim`] of everything.
+    /// [`Found::records`] durable at home, and a [`Log::trim`] of everything, twice, so that both
+    /// copies of the anchor know the numbers from here on.
     pub fn resume(self) -> Arc<Log> {
         let queue = |stream: usize| {
             let anchor = self.anchors[stream];

@@ -20,6 +20,8 @@ pub(crate) struct Spot {
 #[derive(Debug)]
 struct Live {
     spot: Spot,
+    /// Of the record.
+    own: u64,
     /// With the pages left over before it.
     len: u64,
 }
@@ -53,7 +55,7 @@ impl Ring {
                 _ => 0,
             };
             ring.used += len + leftover;
-            ring.live.push_back(Live { spot, len: len + leftover });
+            ring.live.push_back(Live { spot, own: len, len: len + leftover });
         }
         ring.trimmed = records.first().map_or(next.seq, |(spot, _)| spot.seq);
         ring
@@ -96,10 +98,25 @@ impl Ring {
         self.unreserve(pages);
         let (at, len) = self.with_leftover(pages);
         let spot = Spot { seq: self.next.seq, at };
-        self.next = Spot { seq: spot.seq + 1, at: at + pages * PAGE as u64 };
+        let own = pages * PAGE as u64;
+        self.next = Spot { seq: spot.seq + 1, at: at + own };
         self.used += len;
-        self.live.push_back(Live { spot, len });
+        self.live.push_back(Live { spot, own, len });
         spot
+    }
+
+    /// Where the records from `from` to before `to` are, those of them that are live: positions and
+    /// lengths.
+    pub(crate) fn ranges(&self, from: u64, to: u64) -> Vec<(u64, u64)> {
+        let first = self.live.partition_point(|live| live.spot.seq < from);
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        for live in self.live.range(first..).take_while(|live| live.spot.seq < to) {
+            match ranges.last_mut() {
+                Some((at, len)) if *at + *len == live.spot.at => *len += live.own,
+                _ => ranges.push((live.spot.at, live.own)),
+            }
+        }
+        ranges
     }
 
     /// The first record that is not before `seq`: the tail, once all before `seq` is home.
@@ -151,7 +168,14 @@ mod tests {
         assert!(ring.reserve(most - 1) && !ring.reserve(2) && ring.reserve(1));
         ring.unreserve(most);
         assert_eq!(place(&mut ring, most).map(|spot| spot.seq), Some(7));
-        assert_eq!(ring.tail_for(6), Spot { seq: 6, at: START + most * PAGE as u64 });
+        let page = PAGE as u64;
+        assert_eq!(ring.tail_for(6), Spot { seq: 6, at: START + most * page });
+        assert_eq!(ring.ranges(6, 7), [(START + most * page, most * page)]);
+        assert_eq!(ring.ranges(6, 9), [(START + most * page, 2 * most * page)]);
+        assert_eq!(ring.ranges(8, 9), []);
+        ring.trim(7);
+        assert_eq!(place(&mut ring, 2), Some(Spot { seq: 8, at: START }));
+        assert_eq!(ring.ranges(7, 9), [(START + 2 * most * page, most * page), (START, 2 * page)]);
     }
 
     #[test]
@@ -165,6 +189,7 @@ mod tests {
         assert_eq!(ring.used(), 0);
         assert_eq!(place(&mut ring, 10), Some(Spot { seq: 8, at: START }));
         assert_eq!(ring.used(), 13 * PAGE as u64);
+        assert_eq!(ring.ranges(0, 9), [(START, 10 * PAGE as u64)]);
         ring.trim(9);
         assert_eq!(ring.used(), 0);
     }

@@ -54,6 +54,8 @@ pub(crate) struct Scan {
     pub end_at: u64,
     /// A record that was durable is not there.
     pub damaged: bool,
+    /// Records are of a session whose key is not to be had: whether they count is not known.
+    pub unknown: Option<u32>,
 }
 
 struct Reader<'a> {
@@ -61,6 +63,8 @@ struct Reader<'a> {
     anchor: &'a Anchor,
     proof: Proof<'a>,
     buffer: Vec<u8>,
+    /// The session of a record that would be wanted, without a key.
+    unknown: Option<u32>,
 }
 
 impl Reader<'_> {
@@ -83,7 +87,12 @@ impl Reader<'_> {
         }
         let key = match self.proof {
             Proof::Keys(_, sessions) => {
-                let Some(key) = sessions(claim.place.session) else { return Ok(None) };
+                let Some(key) = sessions(claim.place.session) else {
+                    // The head is in one sector: it is as it was written. And before anything is,
+                    // its session is on stable storage.
+                    self.unknown.get_or_insert(claim.place.session);
+                    return Ok(None);
+                };
                 Some(key)
             }
             Proof::Form => None,
@@ -103,13 +112,11 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Whether a valid record after `missing` says that `missing` was durable.
+    /// Whether a valid record after `missing` says that `missing` was durable. One of a later life
+    /// says so too, of all that was before: then the anchor is older than it may be.
     fn was_durable(&mut self, missing: u64) -> io::Result<bool> {
         let most = self.anchor.ring_len / PAGE as u64;
-        let proof = |claim: &Claim| {
-            let seq = claim.place.seq;
-            seq > missing && seq - missing <= most && claim.place.durable_seq >= missing
-        };
+        let proof = |claim: &Claim| claim.place.seq > missing && claim.place.durable_seq >= missing;
         for page in 0..most {
             if self.record(ANCHORS_LEN + page * PAGE as u64, proof)?.is_some() {
                 return Ok(true);
@@ -126,7 +133,8 @@ impl Scan {
         tail: Spot,
         proof: Proof<'_>,
     ) -> io::Result<Scan> {
-        let mut reader = Reader { file, anchor, proof, buffer: vec![0; MAX_PAGES * PAGE] };
+        let mut reader =
+            Reader { file, anchor, proof, buffer: vec![0; MAX_PAGES * PAGE], unknown: None };
         let mut records = Vec::new();
         let Spot { seq: mut next_seq, mut at } = tail;
         loop {
@@ -140,25 +148,24 @@ impl Scan {
             records.push(record);
         }
         let damaged = reader.was_durable(next_seq)?;
-        Ok(Scan { records, next_seq, end_at: at, damaged })
+        Ok(Scan { records, next_seq, end_at: at, damaged, unknown: reader.unknown })
     }
 }
 
-/// The records of both streams in the order in which they were made. A record that follows one of
-/// the same file which the crash took from the other stream goes too, and so does all after it:
-/// nothing of it was acknowledged as durable.
-pub(crate) fn merge(scans: [Scan; STREAMS]) -> Vec<Record> {
+/// The records of both streams in the order in which they were made, and those that do not count. A
+/// record that follows one of the same file which the crash took from the other stream goes, and so
+/// do all after it: nothing of it was acknowledged as durable.
+pub(crate) fn merge(scans: [Scan; STREAMS]) -> (Vec<Record>, Vec<Record>) {
     let ends = [scans[0].next_seq, scans[1].next_seq];
     let mut all: Vec<Record> = scans.into_iter().flat_map(|scan| scan.records).collect();
     all.sort_by_key(|record| record.place.order);
     let mut cut_short: HashSet<[u8; 16]> = HashSet::new();
-    all.retain(|record| {
+    all.into_iter().partition(|record| {
         let other_end = ends[1 - usize::from(record.place.stream)];
         let follows = record.draft.other == 0 || record.draft.other < other_end;
         if !follows {
             cut_short.insert(record.draft.file_id);
         }
         !cut_short.contains(&record.draft.file_id)
-    });
-    all
+    })
 }

@@ -1,24 +1,32 @@
 //! Power cuts: every state that a disk may be in after one, recovered by the real code.
 //!
-//! A workload runs on the recording backing. After each operation the content of the file is
+//! A workload runs on the recording backing. After each operation the content of each file is
 //! noted, and whether the operation promised that it would last. Then the trace is cut at every
 //! call, in every way that [`Options`] asks for, and what recovery makes of it must be the content
 //! after one of the operations: no earlier one than the last that promised, no later one than the
 //! last that was begun. Nothing may read as an error, and a check of the state, before its recovery,
-//! may find nothing but notes.
+//! may find nothing but notes. Now and then recovery itself is cut, and what
+//! recovers from that; now and then the volume is written to again, and cut again.
+
+mod nonces;
+mod planted;
+mod tampered;
+mod workloads;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::support::{KEY, keyring, options, pattern};
-use crate::backing::Access;
+use super::support::{KEY, Mounted, in_memory, mount, mount_read_only, pattern, revalidate};
+use crate::backing::Backing;
 use crate::backing::memory::{Crash, MemoryBacking, Options, Random, Trace};
-use crate::key::gate::{BootTime, Gate};
 use crate::maintenance::check::Repair;
-use crate::maintenance::check::tests::support::{check_backing, put_envelope};
-use crate::store::layout::GROUP_PLAIN;
-use crate::store::{Durability, File, FormatOptions, Rotated, Store, WriteMode};
+use crate::maintenance::check::tests::support::check_backing;
+use crate::store::intent_log::FILES as LOGS;
+use crate::store::{Durability, File, Rotated, Store, WriteMode};
+
+/// The files of a workload.
+const NAMES: [&str; 2] = ["f", "g"];
+const FILES: usize = NAMES.len();
 
 #[derive(Clone, Debug)]
 pub(super) enum Op {
@@ -43,61 +51,61 @@ pub(super) enum Op {
     },
     Sync,
     Checkpoint,
+    /// Everything is on stable storage, names too.
+    SyncAll,
     /// Of everything that was sealed with keys made by then; ended after so many groups.
     Rotate {
         before: u64,
         groups: usize,
     },
+    /// The volume is cut off, and opened again.
+    Revalidate,
+    /// The same with the other file.
+    Other(Box<Op>),
 }
 
+/// A file as it reads; None where it is not there.
+type Content = Option<Arc<Vec<u8>>>;
+
 /// What there was after an operation.
+#[derive(Clone, Debug)]
 struct Step {
     /// Calls recorded when it returned.
     position: usize,
-    content: Arc<Vec<u8>>,
-    durable: bool,
+    contents: [Content; FILES],
+    durable: [bool; FILES],
+    /// As durable as the device is.
+    on_device: [bool; FILES],
 }
 
 pub(super) struct Run {
     pub(super) trace: Trace,
-    /// The first is the empty file before its first operation.
+    /// The first is what there was before the first operation.
     steps: Vec<Step>,
-    /// Each state is looked at before it is recovered.
-    check_states: bool,
 }
 
-pub(super) struct Mounted {
-    pub(super) store: Arc<Store>,
-    _gate: Arc<Gate>,
+/// How much is tried.
+#[derive(Clone, Debug)]
+pub(super) struct Effort {
+    /// States for each cut and order.
+    pub budget: usize,
+    pub seed: u64,
+    /// So many states have their recovery cut, and as many are written to again.
+    pub deep: usize,
+    /// The device may lose what it was handed and not told to flush.
+    pub volatile_cache: bool,
+    /// One in so many states is looked at by fsck before it is recovered; 0 for none.
+    pub checked: usize,
 }
 
-pub(super) fn mount(backing: Arc<MemoryBacking>) -> crate::Result<Mounted> {
-    let gate = Gate::new();
-    let store = Store::open(backing, gate.clone(), false)?;
-    store.start_session(&keyring())?;
-    assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(3600)));
-    store.recover()?;
-    Ok(Mounted { store, _gate: gate })
-}
-
-impl Mounted {
-    pub(super) fn file(&self) -> Option<crate::error::FsResult<Arc<File>>> {
-        let node = self.store.tree().lookup(b"f").ok()?;
-        Some(self.store.open_file(node.open(Access::ReadWrite).unwrap()))
+impl Effort {
+    pub(super) fn of(budget: usize, seed: u64) -> Effort {
+        Effort { budget, seed, deep: seeds(4) as usize / 2, volatile_cache: true, checked: 8 }
     }
 
-    /// None where the file is not there.
-    pub(super) fn content(&self) -> Option<Result<Vec<u8>, String>> {
-        let file = match self.file()? {
-            Ok(file) => file,
-            Err(error) => return Some(Err(error.to_string())),
-        };
-        let mut bytes = vec![0xee; file.size() as usize];
-        Some(match file.read_at(&mut bytes, 0) {
-            Ok(count) if count == bytes.len() => Ok(bytes),
-            Ok(count) => Err(format!("{count} bytes of {}", bytes.len())),
-            Err(error) => Err(error.to_string()),
-        })
+    fn options(&self) -> Options {
+        let Effort { budget, seed, volatile_cache, .. } = *self;
+        Options { budget, seed, volatile_cache, ..Options::default() }
     }
 }
 
@@ -119,50 +127,86 @@ pub(super) fn rotate(
     rotated.into_iter().next()
 }
 
-fn grown(content: &mut Vec<u8>, to: u64) {
-    if content.len() < to as usize {
-        content.resize(to as usize, 0);
-    }
+/// Runs operations and notes what they leave.
+struct Driver {
+    backing: Arc<MemoryBacking>,
+    mounted: Mounted,
+    contents: [Content; FILES],
+    /// Its name is durable.
+    named: [bool; FILES],
+    /// As much of it was durable once, and has been neither cut off nor punched since.
+    kept: [usize; FILES],
+    steps: Vec<Step>,
 }
 
-pub(super) fn run(ops: &[Op]) -> Run {
-    let backing = MemoryBacking::new();
-    // The names of these tests are none that byokfs would make.
-    let options = FormatOptions { plaintext_names: true, ..options() };
-    Store::format(&*backing, &keyring(), options).unwrap();
-    put_envelope(&*backing);
-    let mounted = mount(backing.clone()).unwrap();
-    backing.settle();
-    let tree = mounted.store.tree();
-    let unnamed = tree.create_unnamed().unwrap();
-    let file = mounted.store.create_file(unnamed.clone()).unwrap();
-    tree.link_file(&*unnamed, b"f").unwrap();
-    let mut content = Vec::new();
-    let mut steps = vec![Step { position: 0, content: Arc::new(Vec::new()), durable: false }];
-    let mut named = false;
-    for op in ops {
-        let mut durable = false;
-        let mut promise = |file: &File| {
-            // As the name layer does before anything of a new file may count as durable.
-            if file.is_unsynced() || !named {
-                tree.sync().unwrap();
-                named = true;
-            }
+impl Driver {
+    /// In a new volume, with the first file.
+    fn new() -> Driver {
+        let (backing, mounted) = in_memory();
+        let mut driver = Driver::after(backing, mounted, [None, None]);
+        driver.contents[0] = Some(Arc::default());
+        driver.steps[0].contents = driver.contents.clone();
+        driver.mounted.create(NAMES[0]);
+        driver
+    }
+
+    /// In one that was recovered, and has this in it.
+    fn after(backing: Arc<MemoryBacking>, mounted: Mounted, contents: [Content; FILES]) -> Driver {
+        let there = contents.each_ref().map(Option::is_some);
+        let kept = contents.each_ref().map(|content| content.as_ref().map_or(0, |c| c.len()));
+        let steps = vec![Step {
+            position: backing.position(),
+            contents: contents.clone(),
+            durable: there,
+            on_device: there,
+        }];
+        Driver { backing, mounted, contents, named: there, kept, steps }
+    }
+
+    fn file(&mut self, which: usize) -> Arc<File> {
+        if self.contents[which].is_none() {
+            let file = self.mounted.create(NAMES[which]);
+            self.contents[which] = Some(Arc::default());
+            self.note(which, false, false);
+            return file;
+        }
+        self.mounted.open(NAMES[which])
+    }
+
+    /// As the name layer does before anything of a new file may count as durable.
+    fn name(&mut self, which: usize, file: &File) {
+        if file.is_unsynced() || !self.named[which] {
+            self.mounted.store.tree().sync().unwrap();
+            self.named[which] = true;
+        }
+    }
+
+    fn run(&mut self, op: &Op) {
+        let (which, op) = match op {
+            Op::Other(op) => (1, &**op),
+            op => (0, op),
         };
+        let file = self.file(which);
+        let mut content = self.contents[which].as_ref().map_or_else(Vec::new, |c| c.to_vec());
+        let (mut durable, mut on_device) = (false, false);
         match *op {
             Op::Write { offset, len, seed, durability } => {
                 let data = pattern(len, seed);
                 if durability == Durability::Flushed {
-                    promise(&file);
-                    durable = true;
+                    self.name(which, &file);
                 }
+                durable = durability == Durability::Flushed;
+                // A plain file system promises no more than that either.
+                let inside = offset as usize + len <= self.kept[which];
+                on_device = durability == Durability::OnDevice && inside;
                 file.write_at(&data, offset, WriteMode { append: false, durability }).unwrap();
-                grown(&mut content, offset + len as u64);
+                grow(&mut content, offset + len as u64);
                 content[offset as usize..offset as usize + len].copy_from_slice(&data);
             }
             Op::Truncate(len) => {
                 file.truncate(len).unwrap();
                 content.resize(len as usize, 0);
+                self.kept[which] = self.kept[which].min(len as usize);
             }
             Op::Punch { offset, len } | Op::Zero { offset, len } => {
                 if let Op::Zero { .. } = op {
@@ -174,103 +218,267 @@ pub(super) fn run(ops: &[Op]) -> Run {
                 if (offset as usize) < end {
                     content[offset as usize..end].fill(0);
                 }
+                self.kept[which] = self.kept[which].min(offset as usize);
             }
             Op::Allocate { offset, len } => {
                 file.allocate(offset, len, false).unwrap();
-                grown(&mut content, offset + len);
+                grow(&mut content, offset + len);
             }
             Op::Sync => {
-                promise(&file);
+                self.name(which, &file);
                 file.sync(false).unwrap();
                 file.name_is_durable();
                 durable = true;
             }
-            Op::Checkpoint => mounted.store.checkpoint().unwrap(),
-            Op::Rotate { before, groups } => {
-                rotate(&mounted.store, &file, before, groups);
+            Op::Checkpoint => self.mounted.store.checkpoint().unwrap(),
+            Op::SyncAll => {
+                self.mounted.store.sync_all().unwrap();
+                self.named = [true; FILES];
+                durable = true;
             }
+            Op::Rotate { before, groups } => {
+                rotate(&self.mounted.store, &file, before, groups);
+            }
+            Op::Revalidate => revalidate(&self.mounted.store, &self.mounted.gate),
+            Op::Other(_) => unreachable!("of two files there is one other"),
         }
-        let content = Arc::new(content.clone());
-        steps.push(Step { position: backing.position(), content, durable });
+        if durable {
+            self.kept[which] = content.len();
+        }
+        self.contents[which] = Some(Arc::new(content));
+        self.note(which, durable, durable || on_device);
     }
-    let trace = backing.trace();
-    Run { trace, steps, check_states: true }
+
+    /// Everything is as it is now, and that was promised of one file.
+    fn note(&mut self, which: usize, durable: bool, on_device: bool) {
+        let mut step = Step {
+            position: self.backing.position(),
+            contents: self.contents.clone(),
+            durable: [false; FILES],
+            on_device: [false; FILES],
+        };
+        step.durable[which] = durable;
+        step.on_device[which] = on_device;
+        self.steps.push(step);
+    }
+
+    fn end(self) -> Run {
+        Run { trace: self.backing.trace(), steps: self.steps }
+    }
+}
+
+fn grow(content: &mut Vec<u8>, to: u64) {
+    if content.len() < to as usize {
+        content.resize(to as usize, 0);
+    }
+}
+
+pub(super) fn run(ops: &[Op]) -> Run {
+    let mut driver = Driver::new();
+    ops.iter().for_each(|op| driver.run(op));
+    driver.end()
+}
+
+/// What is in the files, or why that cannot be read.
+fn contents(mounted: &Mounted) -> Result<[Content; FILES], String> {
+    let mut contents = [None, None];
+    for (name, content) in NAMES.into_iter().zip(&mut contents) {
+        if let Some(read) = mounted.content(name) {
+            *content = Some(Arc::new(read.map_err(|error| format!("{name}: {error}"))?));
+        }
+    }
+    Ok(contents)
 }
 
 impl Run {
+    /// What follows so many operations.
+    fn after(mut self, ops: usize) -> Run {
+        self.steps.drain(..ops);
+        self
+    }
+
+    /// Of one of the files, or of a log.
+    fn ino(&self, name: &str) -> u64 {
+        let root = self.trace.at(self.trace.len()).root();
+        let log = LOGS.iter().any(|log| *log == name.as_bytes());
+        let dir = if log { root } else { root.lookup(b"tree").unwrap() };
+        dir.lookup(name.as_bytes()).unwrap().id().ino
+    }
+
     /// Which contents a cut there may leave: the steps from the last that promised to the one that
     /// was under way.
-    fn allowed(&self, cut: usize) -> (&[Step], bool) {
-        let promised = self.steps.iter().rposition(|step| step.durable && step.position <= cut);
+    fn allowed(&self, which: usize, cut: usize, volatile_cache: bool) -> (&[Step], bool) {
+        let promises = |step: &Step| match volatile_cache {
+            true => step.durable[which],
+            false => step.on_device[which],
+        };
+        let promised = self.steps.iter().rposition(|step| promises(step) && step.position <= cut);
         let begun = self.steps.iter().position(|step| step.position > cut);
         let last = begun.map_or(self.steps.len(), |begun| begun + 1);
         (&self.steps[promised.unwrap_or(0)..last], promised.is_some())
     }
 
     pub(super) fn judge(&self, cut: usize, mounted: &Mounted) -> Result<(), String> {
-        let (allowed, promised) = self.allowed(cut);
-        match mounted.content() {
-            None if promised => Err("the file is not there".into()),
-            None => Ok(()),
-            Some(Err(error)) => Err(error),
-            Some(Ok(content)) => {
-                if allowed.iter().any(|step| *step.content == content) {
-                    return Ok(());
-                }
-                let known = self.steps.iter().position(|step| *step.content == content);
-                Err(format!("{} bytes, as after step {known:?}", content.len()))
-            }
-        }
+        self.judge_contents(cut, &contents(mounted)?, true)
     }
 
-    /// Tries one state, and with `again` cuts inside its recovery too.
-    fn try_crash(&self, trace: &Trace, crash: &Crash, again: Option<usize>) -> Result<(), String> {
-        let backing = trace.materialise(crash);
-        let at = |what: &str, error: &dyn std::fmt::Display| {
-            format!("cut {}: {}; {crash:?}: {what}: {error}", crash.cut, trace.describe(crash.cut))
-        };
-        if self.check_states {
-            let checked = check_backing(backing.clone(), Some(KEY), Repair::No);
-            let checked = checked.map_err(|error| at("check", &error))?;
-            if let Some(finding) = checked.serious().first() {
-                return Err(at("check", &format!("{finding:#?}")));
-            }
-        }
-        let mounted = mount(backing.clone()).map_err(|error| at("recovery", &error))?;
-        self.judge(crash.cut, &mounted).map_err(|error| at("content", &error))?;
-        let content = mounted.content();
-        drop(mounted);
-        let Some(budget) = again else { return Ok(()) };
-        let second = backing.trace();
-        let options = Options { budget, ..Options::default() };
-        for cut in 0..=second.len() {
-            for inner in second.crashes(cut, &options) {
-                let mounted = mount(second.materialise(&inner)).map_err(|error| {
-                    let inner = format!("{}{inner:?}", second.describe(cut));
-                    at(&format!("recovery after\n{inner}"), &error)
-                })?;
-                if mounted.content() != content {
-                    let inner = format!("{}{inner:?}", second.describe(cut));
-                    return Err(at("content", &format!("another after\n{inner}")));
+    fn judge_contents(
+        &self,
+        cut: usize,
+        contents: &[Content; FILES],
+        volatile_cache: bool,
+    ) -> Result<(), String> {
+        for (which, content) in contents.iter().enumerate() {
+            let (allowed, promised) = self.allowed(which, cut, volatile_cache);
+            let Some(there) = content else {
+                if promised {
+                    return Err(format!("{} is not there", NAMES[which]));
                 }
+                continue;
+            };
+            if !allowed.iter().any(|step| step.contents[which] == *content) {
+                let known = self.steps.iter().position(|step| step.contents[which] == *content);
+                let (name, len) = (NAMES[which], there.len());
+                return Err(format!("{name} has {len} bytes, as after step {known:?}"));
             }
         }
         Ok(())
     }
 
-    fn check(&self, trace: &Trace, budget: usize, seed: u64) -> Result<usize, String> {
-        let options = Options { budget, seed, ..Options::default() };
-        let mut random = Random::new(seed);
-        let mut states = 0;
-        for cut in 0..=trace.len() {
-            for crash in trace.crashes(cut, &options) {
-                let again = (random.below(150) == 0).then_some(2);
-                self.try_crash(trace, &crash, again)?;
-                states += 1;
+    /// The number of states that were tried.
+    pub(super) fn check(&self, effort: &Effort) -> Result<usize, String> {
+        let options = effort.options();
+        let mut random = Random::new(effort.seed);
+        // Before the first step there was nothing to judge.
+        let cuts = self.steps[0].position..=self.trace.len();
+        let crashes: Vec<Crash> = cuts.flat_map(|cut| self.trace.crashes(cut, &options)).collect();
+        let mut choose = |count: usize| -> Vec<usize> {
+            (0..count).map(|_| random.below(crashes.len() as u64) as usize).collect()
+        };
+        let (again, lives) = (choose(effort.deep), choose(effort.deep));
+        for (i, crash) in crashes.iter().enumerate() {
+            if effort.checked > 0 && i % effort.checked == 0 {
+                self.look_at(crash)?;
+            }
+            if effort.checked > 0 && i % effort.checked == 1 {
+                self.only_read(crash, effort)?;
+            }
+            let count = |chosen: &[usize]| chosen.iter().filter(|&&chosen| chosen == i).count();
+            self.try_crash(crash, effort, count(&again) > 0, count(&lives) > 0).map_err(
+                |error| {
+                    let calls = self.trace.describe(crash.cut);
+                    format!("cut {}: {calls}; {crash:?}: {error}", crash.cut)
+                },
+            )?;
+        }
+        Ok(crashes.len())
+    }
+
+    /// A read-only mount of a state: it shows the same, and leaves it as it was.
+    fn only_read(&self, crash: &Crash, effort: &Effort) -> Result<(), String> {
+        let backing = self.trace.materialise(crash);
+        let mounted = mount_read_only(backing.clone());
+        let mounted = mounted.map_err(|error| format!("read-only: {error}"))?;
+        let contents = contents(&mounted).map_err(|error| format!("read-only: {error}"))?;
+        self.judge_contents(crash.cut, &contents, effort.volatile_cache)
+            .map_err(|error| format!("read-only: {error}"))?;
+        match backing.position() {
+            0 => Ok(()),
+            _ => Err(format!("read-only: {}", backing.trace().describe(usize::MAX))),
+        }
+    }
+
+    /// What fsck says of a state.
+    fn look_at(&self, crash: &Crash) -> Result<(), String> {
+        let backing = self.trace.materialise(crash);
+        let calls = || format!("{}{crash:?}", self.trace.describe(crash.cut));
+        let checked = check_backing(backing, Some(KEY), Repair::No);
+        let checked = checked.map_err(|error| format!("check: {error} after {}", calls()))?;
+        match checked.serious().first() {
+            Some(finding) => Err(format!("check: {finding:#?} after {}", calls())),
+            None => Ok(()),
+        }
+    }
+
+    /// Tries one state; with `again` cuts inside its recovery too, and with `life` what follows it.
+    fn try_crash(
+        &self,
+        crash: &Crash,
+        effort: &Effort,
+        again: bool,
+        life: bool,
+    ) -> Result<(), String> {
+        let backing = self.trace.materialise(crash);
+        let mounted = mount(backing.clone()).map_err(|error| format!("recovery: {error}"))?;
+        let contents = contents(&mounted)?;
+        self.judge_contents(crash.cut, &contents, effort.volatile_cache)?;
+        if again {
+            let mut random = Random::new(effort.seed ^ crash.cut as u64);
+            cut_recovery(&backing.trace(), &contents, LEVELS, &mut random)
+                .map_err(|error| format!("after its recovery was cut: {error}"))?;
+        }
+        if life {
+            let run = second_life(backing, mounted, contents, crash.cut as u8);
+            let effort = Effort { budget: 1, deep: 0, ..effort.clone() };
+            run.check(&effort).map_err(|error| format!("in a second life: {error}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Recovery is cut, and the recovery of that, and of that.
+const LEVELS: usize = 3;
+
+/// Cuts a recovery at every call. Whatever follows must come to the same contents.
+fn cut_recovery(
+    trace: &Trace,
+    contents: &[Content; FILES],
+    levels: usize,
+    random: &mut Random,
+) -> Result<(), String> {
+    let options = Options { budget: 2, seed: random.next_u64(), ..Options::default() };
+    let deeper = random.below(trace.len() as u64 + 1) as usize;
+    for cut in 0..=trace.len() {
+        for (i, crash) in trace.crashes(cut, &options).into_iter().enumerate() {
+            let at = |error: &dyn std::fmt::Display| {
+                format!("{}{crash:?}: {error}", trace.describe(cut))
+            };
+            let backing = trace.materialise(&crash);
+            let mounted = mount(backing.clone()).map_err(|error| at(&error))?;
+            if self::contents(&mounted).map_err(|error| at(&error))? != *contents {
+                return Err(at(&"another content"));
+            }
+            drop(mounted);
+            if levels > 1 && cut == deeper && i == 0 {
+                cut_recovery(&backing.trace(), contents, levels - 1, random)
+                    .map_err(|error| at(&error))?;
             }
         }
-        Ok(states)
     }
+    Ok(())
+}
+
+/// The volume goes on after its recovery, each time with something else.
+fn second_life(
+    backing: Arc<MemoryBacking>,
+    mounted: Mounted,
+    contents: [Content; FILES],
+    seed: u8,
+) -> Run {
+    let end = contents[0].as_ref().map_or(0, |content| content.len() as u64);
+    let mut driver = Driver::after(backing, mounted, contents);
+    for op in [
+        write(100, 512, seed),
+        Op::Other(Box::new(write(0, 5000, seed ^ 0x55))),
+        write(end, 70_000, seed ^ 0xaa),
+        Op::Sync,
+        Op::Checkpoint,
+        write(200, 512, !seed),
+        Op::Sync,
+    ] {
+        driver.run(&op);
+    }
+    driver.end()
 }
 
 pub(super) fn write(offset: u64, len: usize, seed: u8) -> Op {
@@ -279,168 +487,26 @@ pub(super) fn write(offset: u64, len: usize, seed: u8) -> Op {
 
 pub(super) fn checked(name: &str, ops: &[Op], budget: usize) {
     let run = run(ops);
-    let states = run.check(&run.trace, budget, 1).unwrap_or_else(|error| panic!("{name}: {error}"));
+    let states = run.check(&Effort::of(budget, 1));
+    let states = states.unwrap_or_else(|error| panic!("{name}: {error}"));
     assert!(states > run.trace.len(), "{name}: {states} states of {} calls", run.trace.len());
+    no_plaintext(name, &run.trace, ops);
 }
 
-/// As a redo log is written: 512 bytes at a time, the last block again and again.
-#[test]
-fn commits_survive() {
-    let mut ops = vec![write(0, 8192, 1), Op::Sync];
-    for i in 0..8_u64 {
-        let durability = if i % 3 == 0 { Durability::Flushed } else { Durability::Handed };
-        ops.push(Op::Write { offset: 8192 + i * 512, len: 512, seed: i as u8 + 2, durability });
-        if i == 4 {
-            ops.push(Op::Checkpoint);
-        }
-    }
-    ops.push(Op::Sync);
-    checked("redo", &ops, 10);
-}
-
-#[test]
-fn pages_are_whole() {
-    let mut ops = vec![write(0, 200_000, 1), Op::Sync, Op::Checkpoint];
-    for i in 0..4_u64 {
-        let durability = if i % 2 == 0 { Durability::OnDevice } else { Durability::Flushed };
-        ops.push(Op::Write {
-            offset: i * 3 % 8 * 16384,
-            len: 16384,
-            seed: i as u8 + 2,
-            durability,
-        });
-    }
-    ops.extend([Op::Checkpoint, write(16384, 16384, 77), Op::Sync]);
-    checked("pages", &ops, 8);
-}
-
-#[test]
-fn appends_past_the_log_are_there_or_not() {
-    let group = GROUP_PLAIN as usize;
-    let ops = [
-        write(0, 70_000, 1),
-        Op::Sync,
-        write(70_000, group, 2),
-        write(70_000 + group as u64, 100_000, 3),
-        // Over what went home directly, before it is durable, and after.
-        write(100_000, 40_000, 4),
-        Op::Sync,
-        write(300_000, 140_000, 5),
-        Op::Checkpoint,
-        write(310_000, 10, 6),
-        Op::Sync,
-    ];
-    checked("appends", &ops, 6);
-}
-
-#[test]
-fn what_is_cut_off_does_not_return() {
-    let ops = [
-        write(0, 600_000, 1),
-        Op::Sync,
-        Op::Truncate(10_001),
-        write(30_000, 5000, 2),
-        Op::Sync,
-        Op::Checkpoint,
-        Op::Truncate(0),
-        Op::Allocate { offset: 0, len: 300_000 },
-        write(0, 140_000, 3),
-        Op::Sync,
-        Op::Truncate(600_000),
-        Op::Checkpoint,
-    ];
-    checked("truncate", &ops, 6);
-}
-
-#[test]
-fn holes_are_holes() {
-    let ops = [
-        write(0, 1_000_000, 1),
-        Op::Sync,
-        Op::Checkpoint,
-        Op::Punch { offset: 5000, len: 100_000 },
-        Op::Zero { offset: 495_000, len: 600_000 },
-        Op::Sync,
-        write(20_000, 100, 3),
-        write(495_616, 131_072, 4),
-        Op::Checkpoint,
-        Op::Punch { offset: 0, len: 1_200_000 },
-        write(600_000, 90_000, 5),
-        Op::Sync,
-    ];
-    checked("holes", &ops, 4);
-}
-
-fn random_op(random: &mut Random, size: u64) -> Op {
-    let offset = match random.below(4) {
-        0 => size,
-        1 => random.below(size + 1) / 4096 * 4096,
-        _ => random.below(size + 20_000),
-    };
-    let len = [512, 4096, 16384, 70_000, 300_000][random.below(5) as usize];
-    match random.below(12) {
-        0..=4 => {
-            let durability = [Durability::Handed, Durability::OnDevice, Durability::Flushed]
-                [random.below(3) as usize];
-            let seed = random.below(256) as u8;
-            Op::Write { offset: offset.min(900_000), len: len as usize, seed, durability }
-        }
-        5 => Op::Truncate(random.below(900_000)),
-        6 => Op::Punch { offset, len: len * 2 },
-        7 => Op::Zero { offset, len },
-        8 => Op::Allocate { offset: offset.min(800_000), len },
-        9 => Op::Checkpoint,
-        _ => Op::Sync,
-    }
-}
-
-#[test]
-fn random_workloads_survive() {
-    let seeds = std::env::var("BYOKFS_CRASH_SEEDS").ok().and_then(|text| text.parse().ok());
-    for seed in 0..seeds.unwrap_or(6_u64) {
-        let mut random = Random::new(seed + 1000);
-        let mut size = 0;
-        let ops: Vec<Op> = (0..12)
-            .map(|_| {
-                let op = random_op(&mut random, size);
-                size = match op {
-                    Op::Write { offset, len, .. } => size.max(offset + len as u64),
-                    Op::Allocate { offset, len } => size.max(offset + len),
-                    Op::Truncate(len) => len,
-                    _ => size,
-                };
-                op
-            })
-            .collect();
-        let run = run(&ops);
-        if let Err(error) = run.check(&run.trace, 2, seed) {
-            panic!("seed {seed}: {ops:#?}\n{error}");
+/// Nothing that was written reached the disk as it is, in any state of it.
+fn no_plaintext(name: &str, trace: &Trace, ops: &[Op]) {
+    for op in ops {
+        let op = if let Op::Other(op) = op { op } else { op };
+        if let Op::Write { len, seed, .. } = *op {
+            let canary = &pattern(len, seed)[len / 2..][..24.min(len / 2)];
+            let found = trace.brings(|bytes| memchr::memmem::find(bytes, canary).is_some());
+            assert!(!found, "{name}: plaintext on the disk");
         }
     }
 }
 
-/// The harness finds what it is there for: of each of these mistakes, an example.
-#[test]
-fn planted_mistakes_are_found() {
-    let mut ops = vec![write(0, 8192, 1), Op::Sync];
-    for i in 0..3_u64 {
-        ops.push(write(8192 + i * 512, 512, i as u8 + 2));
-        ops.push(Op::Sync);
-    }
-    ops.extend([Op::Checkpoint, write(8192, 512, 9), Op::Sync]);
-    let mut run = run(&ops);
-    run.check(&run.trace, 12, 3).unwrap();
-    run.check_states = false;
-    let mut harmless = Vec::new();
-    let syncs = run.trace.syncs();
-    for &at in &syncs {
-        if run.check(&run.trace.without(at), 24, 3).is_ok() {
-            harmless.push(run.trace.describe(at + 1).lines().last().unwrap_or_default().to_owned());
-        }
-    }
-    // Every other flush left out is found: of the log, the directory, the header, new regions. Not
-    // needed here are the inode's at the first sync, whose header is durable already; that of data
-    // and tags, which the new region's covers; the anchor's, as long as nothing overwrites what it
-    // gave back; and the last, with which the trace ends.
-    assert!(harmless.len() <= 4, "{} of {}: {harmless:#?}", harmless.len(), syncs.len());
+/// How many seeds to try of what is chosen by chance.
+fn seeds(usual: u64) -> u64 {
+    let wanted = std::env::var("BYOKFS_CRASH_SEEDS").ok().and_then(|text| text.parse().ok());
+    wanted.unwrap_or(usual)
 }

@@ -2,8 +2,9 @@
 
 use rustix::io::Errno;
 
-use super::support::{Volume, pattern, read_all};
-use crate::backing::fault::{Call, Rule};
+use super::support::{Mounted, Volume, in_memory, mount, pattern, read_all};
+use crate::backing::fault::{Call, FaultBacking, Rule};
+use crate::backing::memory::Options;
 use crate::error::{FsError, FsResult};
 use crate::store::file::{Durability, File, WriteMode};
 use crate::store::layout::{BLOCK_LEN, GROUP_PLAIN};
@@ -247,4 +248,205 @@ fn short_reads_of_the_disk_are_damage_not_zeros() {
     assert_eq!(os_error(file.read_at(&mut buf, 0)), Some(Errno::IO));
     volume.faults.disarm();
     assert!(read_all(&file) == data);
+}
+
+/// What a file may hold, given what its operations have answered.
+#[derive(Clone)]
+struct Possible {
+    now: Vec<Vec<u8>>,
+    /// Since the last flush that went well.
+    lasting: Vec<Vec<u8>>,
+}
+
+impl Possible {
+    fn of(content: Vec<u8>) -> Possible {
+        Possible { now: vec![content.clone()], lasting: vec![content] }
+    }
+
+    /// An operation that may or may not have been done, after an error.
+    fn after(&mut self, done: bool, apply: impl Fn(&mut Vec<u8>)) {
+        let mut new = self.now.clone();
+        new.iter_mut().for_each(&apply);
+        if done {
+            self.now = new.clone();
+        } else {
+            self.now.extend(new.clone());
+        }
+        self.lasting.extend(new);
+        self.now.sort_unstable();
+        self.now.dedup();
+    }
+
+    fn flushed(&mut self) {
+        self.lasting = self.now.clone();
+    }
+}
+
+fn put(content: &mut Vec<u8>, at: usize, data: &[u8]) {
+    content.resize(content.len().max(at + data.len()), 0);
+    content[at..at + data.len()].copy_from_slice(data);
+}
+
+/// Some of everything, on a volume that may fail at any time.
+fn a_life(mounted: &Mounted, file: &File, possible: &mut Possible) {
+    let start = possible.now[0].len();
+    let write = |possible: &mut Possible, at: usize, len: usize, durability, seed| {
+        let data = pattern(len, seed);
+        let mode = WriteMode { append: false, durability };
+        let done = file.write_at(&data, at as u64, mode).is_ok();
+        possible.after(done, |content| put(content, at, &data));
+        if done && durability == Durability::Flushed {
+            possible.flushed();
+        }
+    };
+    write(possible, 100, 600, Durability::Handed, 11);
+    write(possible, start, 150_000, Durability::Handed, 12);
+    if file.sync(true).is_ok() {
+        possible.flushed();
+    }
+    let done = file.truncate(start as u64 + 90_001).is_ok();
+    possible.after(done, |content| content.resize(start + 90_001, 0));
+    write(possible, 5000, 16_384, Durability::OnDevice, 13);
+    let _ = mounted.store.checkpoint();
+    let done = file.punch_hole(8192, 20_000).is_ok();
+    possible.after(done, |content| {
+        let end = content.len().min(28_192);
+        content[8192.min(end)..end].fill(0);
+    });
+    write(possible, 700, 512, Durability::Flushed, 14);
+    let _ = mounted.store.checkpoint();
+    write(possible, 1200, 5000, Durability::Handed, 15);
+    // Reading tells nothing new, and never anything wrong.
+    let mut bytes = vec![0; file.size() as usize];
+    if file.read_at(&mut bytes, 0).is_ok() {
+        assert!(possible.now.contains(&bytes), "read while the disk fails");
+    }
+    let _ = mounted.store.close();
+}
+
+fn rules() -> Vec<Rule> {
+    let mut rules = Vec::new();
+    for lasting in [false, true] {
+        for errno in [Errno::IO, Errno::NOSPC] {
+            rules.push(Rule { call: Call::Any, after: 0, lasting, errno, partial: None });
+            // Short writes: of none, of a sector, which comes whole or not at all, and of a page.
+            for partial in [0, 512, 4096] {
+                let partial = Some(partial);
+                rules.push(Rule { call: Call::Write, after: 0, lasting, errno, partial });
+            }
+        }
+    }
+    rules
+}
+
+/// Not every call is tried, unless there is time: of the many that look through the log, few.
+fn tried(after: usize) -> bool {
+    let step = if after < 60 { 3 } else { 61 };
+    after.is_multiple_of(step) || std::env::var_os("BYOKFS_CRASH_SEEDS").is_some()
+}
+
+#[test]
+fn whatever_fails_in_a_life_loses_nothing_that_was_promised() {
+    let (backing, mounted) = in_memory();
+    let old = pattern(30_000, 1);
+    let file = mounted.create("f");
+    write(&file, 0, &old).unwrap();
+    file.sync(true).unwrap();
+    mounted.store.checkpoint().unwrap();
+    mounted.store.sync_all().unwrap();
+    drop((file, mounted));
+    let trace = backing.trace();
+    for rule in rules() {
+        for after in (0..).filter(|&after| tried(after)) {
+            let case = format!("{:?} after {after}", Rule { after, ..rule });
+            let backing = trace.at(trace.len());
+            let (faulty, faults) = FaultBacking::new(backing.clone());
+            let mounted = mount(faulty).unwrap();
+            let file = mounted.open("f");
+            let mut possible = Possible::of(old.clone());
+            faults.arm(Rule { after, ..rule });
+            a_life(&mounted, &file, &mut possible);
+            let failed = faults.disarm();
+            assert!(possible.now.contains(&read_all(&file)), "{case}: at once");
+            drop((file, mounted));
+            // The daemon is gone, the kernel has what it was handed.
+            let second = backing.trace();
+            let content = mount(second.at(second.len())).unwrap().content("f").unwrap().unwrap();
+            assert!(possible.now.contains(&content), "{case}: after a mount");
+            // And the power.
+            let options = Options { budget: 1, ..Options::default() };
+            for crash in second.crashes(second.len(), &options) {
+                let mounted = mount(second.materialise(&crash)).unwrap();
+                let content = mounted.content("f").unwrap().unwrap();
+                assert!(possible.lasting.contains(&content), "{case}: after a power cut");
+            }
+            if !failed {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn whatever_fails_in_a_recovery_is_made_good_by_the_next() {
+    let (backing, mounted) = in_memory();
+    let file = mounted.create("f");
+    let mut want = pattern(400_000, 1);
+    write(&file, 0, &want).unwrap();
+    file.sync(true).unwrap();
+    mounted.store.sync_all().unwrap();
+    mounted.store.checkpoint().unwrap();
+    for (at, len, seed) in [(100, 5000, 2), (400_000, 200_000, 3), (300_000, 512, 4)] {
+        let data = pattern(len, seed);
+        write(&file, at as u64, &data).unwrap();
+        put(&mut want, at, &data);
+    }
+    file.punch_hole(8192, 8192).unwrap();
+    want[8192..16_384].fill(0);
+    // A name whose file never came to be, so that something is to be moved aside as well.
+    mounted
+        .store
+        .tree()
+        .create_unnamed()
+        .and_then(|new| mounted.store.tree().link_file(&*new, b"unborn"))
+        .unwrap();
+    drop((file, mounted));
+    let trace = backing.trace();
+    for rule in rules() {
+        for after in (0..).filter(|&after| tried(after)) {
+            let case = format!("{:?} after {after}", Rule { after, ..rule });
+            let backing = trace.at(trace.len());
+            let (faulty, faults) = FaultBacking::new(backing.clone());
+            faults.arm(Rule { after, ..rule });
+            let first = mount(faulty).map(|mounted| (mounted.content("f"), mounted));
+            let failed = faults.disarm();
+            match first {
+                Ok((Some(Ok(content)), mounted)) => {
+                    assert!(content == want, "{case}");
+                    drop(mounted);
+                }
+                // A read may fail; it is the disk's error, and no damage.
+                Ok((read, mounted)) => {
+                    assert!(failed, "{case}: {read:?}");
+                    drop(mounted);
+                }
+                Err(error) => assert!(failed, "{case}: {error}"),
+            }
+            let second = backing.trace();
+            let options = Options { budget: 1, ..Options::default() };
+            for crash in second.crashes(second.len(), &options) {
+                let mounted = mount(second.materialise(&crash)).unwrap();
+                assert!(
+                    mounted.content("f") == Some(Ok(want.clone())),
+                    "{case}: after a power cut"
+                );
+            }
+            let again = mount(second.at(second.len())).unwrap();
+            assert!(again.content("f") == Some(Ok(want.clone())), "{case}: again");
+            assert!(again.try_open("unborn").is_none(), "{case}");
+            if !failed {
+                break;
+            }
+        }
+    }
 }

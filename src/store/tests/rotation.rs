@@ -2,11 +2,13 @@
 //! something needs.
 
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
-use super::crash::{Op, checked, mount, rotate, run, write};
-use super::support::{Volume, pattern, read_all};
+use super::crash::{Op, checked, rotate, run, write};
+use super::support::{Volume, mount, pattern, read_all};
+use crate::backing::fault::Call;
 use crate::backing::memory::Options;
 use crate::store::file::File;
 use crate::store::layout::GROUP_PLAIN;
@@ -163,6 +165,40 @@ fn writers_and_readers_go_on_meanwhile() {
     assert_eq!((slots.len(), &slots), (1, &named));
 }
 
+/// A writer that has sealed its block, and not logged it yet, when another key is taken into use.
+#[test]
+fn a_block_that_was_being_written_when_the_key_changed_can_be_read() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    file.sync(true).unwrap();
+    file.add_dek(LATER).unwrap();
+    volume.store.checkpoint().unwrap();
+    let (sealed, is_sealed) = mpsc::channel();
+    let (changed, is_changed) = mpsc::channel();
+    volume.faults.arm_hook(Call::Allocate, move || {
+        sealed.send(()).unwrap();
+        // Whoever waits for this writer, as it should, says nothing.
+        let _ = is_changed.recv_timeout(Duration::from_millis(300));
+    });
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| file.write_at(&[7; 4096], 0, WriteMode::default()).unwrap());
+        is_sealed.recv().unwrap();
+        file.use_newest_dek();
+        for group in 0..file.groups() {
+            file.reseal(group).unwrap();
+        }
+        let _ = changed.send(());
+        writer.join().unwrap();
+    });
+    volume.store.checkpoint().unwrap();
+    volume.store.checkpoint().unwrap();
+    file.retire_deks().unwrap();
+    volume.store.checkpoint().unwrap();
+    assert_eq!(read_all(&file), [7; 4096]);
+    drop(file);
+    assert_eq!(read_all(&volume.reopen().open("f")), [7; 4096]);
+}
+
 fn workload() -> Vec<Op> {
     vec![
         write(0, GROUP_PLAIN as usize + 70_000, 1),
@@ -191,13 +227,13 @@ fn a_rotation_that_a_power_cut_ended_is_gone_on_with() {
     for cut in (0..=run.trace.len()).step_by(3) {
         for crash in run.trace.crashes(cut, &options) {
             let mounted = mount(run.trace.materialise(&crash)).unwrap();
-            let Some(file) = mounted.file() else { continue };
+            let Some(file) = mounted.try_open("f") else { continue };
             let file = file.unwrap();
             unfinished += usize::from(file.is_between_deks());
-            let content = mounted.content();
+            let content = mounted.content("f");
             let rotated = rotate(&mounted.store, &file, LATER + 50, ALL).unwrap();
             assert!(rotated.destroyed >= 1, "{crash:?}");
-            assert!(!file.is_between_deks() && mounted.content() == content, "{crash:?}");
+            assert!(!file.is_between_deks() && mounted.content("f") == content, "{crash:?}");
             run.judge(cut, &mounted).unwrap_or_else(|error| panic!("{error} after {crash:?}"));
         }
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Events, ME, keyring, write};
+use crate::backing::fault::{Call, FaultBacking, Rule};
 use crate::backing::memory::{MemoryBacking, Options};
 use crate::backing::{Backing, RenameMode};
 use crate::error::FsError;
@@ -11,39 +12,59 @@ use crate::key::gate::{BootTime, Gate};
 use crate::store::{FormatOptions, Store};
 use crate::vfs::types::ROOT;
 use crate::vfs::{AuditSink, Filesystem, FilesystemOptions};
+use rustix::io::Errno;
 
 const READ_WRITE: u32 = libc::O_RDWR as u32;
 const TEXT: &[u8] = b"acknowledged";
 
-struct Machine {
-    fs: Arc<Filesystem>,
-    store: Arc<Store>,
+pub(super) struct Machine {
+    pub fs: Arc<Filesystem>,
+    pub store: Arc<Store>,
+    pub events: Arc<Events>,
 }
 
-fn mount(backing: Arc<MemoryBacking>) -> Machine {
-    let backing: Arc<dyn Backing> = backing;
+/// A new volume in memory, mounted; its recording starts now.
+pub(super) fn in_memory() -> (Arc<MemoryBacking>, Machine) {
+    let backing = MemoryBacking::new();
+    let options = FormatOptions { log_size: Some(8 << 20), ..FormatOptions::default() };
+    Store::format(&*backing, &keyring(), options).unwrap();
+    let machine = mount(backing.clone());
+    backing.settle();
+    (backing, machine)
+}
+
+pub(super) fn mount(backing: Arc<dyn Backing>) -> Machine {
+    mount_as(backing, false)
+}
+
+pub(super) fn mount_as(backing: Arc<dyn Backing>, read_only: bool) -> Machine {
     let gate = Gate::new();
-    let store = Store::open(Arc::clone(&backing), Arc::clone(&gate), false).unwrap();
+    let store = Store::open(Arc::clone(&backing), Arc::clone(&gate), read_only).unwrap();
     store.start_session(&keyring()).unwrap();
     assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(600)));
     store.recover().unwrap();
-    let sink: Arc<dyn AuditSink> = Arc::new(Events::default());
-    let options = FilesystemOptions::default();
+    let events = Arc::new(Events::default());
+    let sink: Arc<dyn AuditSink> = Arc::clone(&events) as _;
+    let options = FilesystemOptions { read_only };
     let fs = Filesystem::new(Arc::clone(&store), backing, gate, sink, options);
-    Machine { fs, store }
+    Machine { fs, store, events }
 }
 
 impl Machine {
     fn content(&self, name: &str) -> Option<Vec<u8>> {
         let entry = match self.fs.lookup(ROOT, name.as_bytes()) {
-            Err(FsError::Os(rustix::io::Errno::NOENT)) => return None,
+            Err(FsError::Os(Errno::NOENT)) => return None,
             entry => entry.unwrap(),
         };
-        let handle = self.fs.open(entry.node, libc::O_RDONLY as u32, false).unwrap();
+        Some(self.text(entry.node))
+    }
+
+    fn text(&self, node: u64) -> Vec<u8> {
+        let handle = self.fs.open(node, libc::O_RDONLY as u32, false).unwrap();
         let mut bytes = [0; 64];
         let count = self.fs.read(handle, 0, &mut bytes).unwrap();
         self.fs.release(handle);
-        Some(bytes[..count].to_vec())
+        bytes[..count].to_vec()
     }
 
     fn flush(&self, name: &str) {
@@ -57,11 +78,7 @@ impl Machine {
 /// Runs `work`, cuts the power the moment it has returned, and expects `name` with TEXT in it in
 /// every state that this may leave.
 fn survives(name: &str, work: impl Fn(&Machine)) {
-    let backing = MemoryBacking::new();
-    let options = FormatOptions { log_size: Some(8 << 20), ..FormatOptions::default() };
-    Store::format(&*backing, &keyring(), options).unwrap();
-    let machine = mount(backing.clone());
-    backing.settle();
+    let (backing, machine) = in_memory();
     work(&machine);
     let trace = backing.trace();
     let mut states = 0;
@@ -120,4 +137,59 @@ fn a_file_that_got_its_name_after_its_first_flush() {
         machine.fs.link(created.entry.node, ROOT, b"a").unwrap();
         machine.fs.fsync(created.handle, true).unwrap();
     });
+}
+
+#[test]
+fn a_file_of_which_a_directory_could_not_be_flushed_at_first() {
+    let (backing, machine) = in_memory();
+    drop(machine);
+    let (faulty, faults) = FaultBacking::new(backing.clone());
+    let machine = mount(faulty);
+    let outer = machine.fs.mkdir(ME, ROOT, b"d", 0o755, 0).unwrap().node;
+    let inner = machine.fs.mkdir(ME, outer, b"e", 0o755, 0).unwrap().node;
+    let created = machine.fs.create(ME, inner, b"a", 0o644, 0).unwrap();
+    machine.fs.write(created.handle, &write(TEXT)).unwrap();
+    let errno = Errno::IO;
+    for after in [2, 1, 0] {
+        faults.arm(Rule { call: Call::SyncDir, after, lasting: false, errno, partial: None });
+        assert!(machine.fs.fsync(created.handle, true).is_err());
+    }
+    machine.fs.fsync(created.handle, true).unwrap();
+    let trace = backing.trace();
+    let options = Options { budget: 200, ..Options::default() };
+    for crash in trace.crashes(trace.len(), &options) {
+        let after = mount(trace.materialise(&crash));
+        let down = |node, name: &[u8]| after.fs.lookup(node, name).unwrap().node;
+        let node = down(down(down(ROOT, b"d"), b"e"), b"a");
+        assert_eq!(after.text(node), TEXT, "{crash:?}");
+    }
+}
+
+#[test]
+fn a_link_with_a_long_target_has_it_as_long_as_it_is_there() {
+    let (backing, machine) = in_memory();
+    let target = [b'x'; 2000];
+    for name in [b"a", b"b"] {
+        machine.fs.symlink(ME, ROOT, name, &target).unwrap();
+    }
+    machine.store.sync_all().unwrap();
+    machine.fs.unlink(ROOT, b"a").unwrap();
+    machine.fs.rename(ROOT, b"b", ROOT, b"c", RenameMode::Replace).unwrap();
+    machine.fs.symlink(ME, ROOT, b"a", b"short").unwrap();
+    machine.fs.rename(ROOT, b"a", ROOT, b"c", RenameMode::Replace).unwrap();
+    let trace = backing.trace();
+    let mut found = 0;
+    for cut in 0..=trace.len() {
+        for crash in trace.crashes(cut, &Options::default()) {
+            let after = mount(trace.materialise(&crash));
+            for name in [b"a", b"b", b"c"] {
+                let Ok(entry) = after.fs.lookup(ROOT, name) else { continue };
+                let read =
+                    after.fs.readlink(entry.node).unwrap_or_else(|e| panic!("{e} {crash:?}"));
+                assert!(read == target || read == b"short");
+                found += 1;
+            }
+        }
+    }
+    assert!(found > trace.len());
 }

@@ -1,0 +1,124 @@
+//! Checkpoints: what they must not lose, whatever happens around them.
+
+use rustix::io::Errno;
+
+use super::support::{Volume, in_memory, pattern, read_all};
+use crate::backing::fault::{Call, Rule};
+use crate::error::FsError;
+use crate::store::layout::{BLOCK, BLOCK_LEN, GROUP_PLAIN, block_at, tag_page_at};
+use crate::store::{File, WriteMode};
+
+fn write(file: &File, offset: u64, data: &[u8]) {
+    file.write_at(data, offset, WriteMode::default()).unwrap();
+}
+
+#[test]
+fn a_checkpoint_that_panics_loses_nothing() {
+    for call in [Call::Write, Call::Sync, Call::SetLen, Call::Read] {
+        let volume = Volume::new();
+        let file = volume.create("f");
+        let data = pattern(GROUP_PLAIN as usize + 70_000, 1);
+        write(&file, 0, &data);
+        volume.store.checkpoint().unwrap();
+        file.truncate(data.len() as u64 - 9000).unwrap();
+        write(&file, 100, &[7; 8900]);
+        let want = read_all(&file);
+        volume.faults.arm_panic(call);
+        let failed = volume.store.checkpoint();
+        assert!(matches!(failed, Err(FsError::Os(Errno::IO))), "{call:?}");
+        assert!(read_all(&file) == want, "{call:?}: at once");
+        let mut want = want;
+        // In the flush of the log it poisons that.
+        if volume.store.log_status().unwrap().poisoned.is_none() {
+            write(&file, 50_000, b"more");
+            want = read_all(&file);
+            volume.store.checkpoint().unwrap();
+            assert!(read_all(&file) == want, "{call:?}: after another checkpoint");
+        }
+        drop(file);
+        let volume = volume.reopen();
+        assert!(read_all(&volume.open("f")) == want, "{call:?}: after a mount");
+    }
+}
+
+/// Whether the file has space of its own for the page at `position`.
+fn has_space(file: &File, position: u64) -> bool {
+    file.backing().seek_data(position).unwrap() == Some(position)
+}
+
+#[test]
+fn the_tags_of_what_went_home_directly_have_their_space() {
+    let (_backing, mounted) = in_memory();
+    let file = mounted.create("f");
+    write(&file, 0, &pattern(3 * GROUP_PLAIN as usize, 1));
+    for group in 0..3 {
+        assert!(has_space(&file, tag_page_at(group)), "group {group}");
+    }
+}
+
+#[test]
+fn space_that_was_given_back_is_asked_for_again() {
+    let (_backing, mounted) = in_memory();
+    let file = mounted.create("f");
+    // Appends reserve ahead; then the file shrinks below that, and grows past it without data.
+    for block in 0..100 {
+        write(&file, block * BLOCK, &pattern(BLOCK_LEN, 2));
+    }
+    file.truncate(50 * BLOCK).unwrap();
+    file.truncate(2 * GROUP_PLAIN).unwrap();
+    let snapshot = file.begin_checkpoint().unwrap();
+    // Somebody writes while that runs.
+    write(&file, GROUP_PLAIN, b"meanwhile");
+    file.write_home(&snapshot).unwrap();
+    file.write_new_regions(&snapshot).unwrap();
+    file.write_header(&snapshot).unwrap();
+    file.sync_home().unwrap();
+    assert!(file.end_checkpoint(&snapshot).unwrap());
+    for block in 50..120 {
+        write(&file, block * BLOCK, &pattern(BLOCK_LEN, 3));
+        assert!(has_space(&file, block_at(block)), "block {block}");
+    }
+}
+
+/// The kernel tells of a failed write-back once. Whoever hears it must not keep it from those who
+/// wait for the same blocks.
+#[test]
+fn a_flush_that_fails_in_a_checkpoint_is_not_forgotten_by_the_next_fsync() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    write(&file, 0, b"something to bring home");
+    let (faults, writer) = (volume.faults.clone(), file.clone());
+    volume.faults.arm_hook(Call::Write, move || {
+        // Directly to its place, when the log has been flushed already.
+        write(&writer, 16 * BLOCK, &pattern(256 << 10, 1));
+        let once =
+            Rule { call: Call::Sync, after: 0, lasting: false, errno: Errno::IO, partial: None };
+        faults.arm(once);
+    });
+    volume.store.checkpoint().unwrap_err();
+    assert!(volume.faults.disarm());
+    file.sync(false).expect_err("nobody knows whether the blocks are there");
+    write_fails(&file);
+    let mut bytes = vec![0; 256 << 10];
+    file.read_at(&mut bytes, 16 * BLOCK).unwrap();
+    assert!(bytes == pattern(256 << 10, 1));
+}
+
+fn write_fails(file: &File) {
+    let done = file.write_at(b"x", 0, WriteMode::default());
+    assert!(matches!(done, Err(FsError::Os(Errno::IO))), "{done:?}");
+}
+
+#[test]
+fn a_flush_that_fails_in_a_checkpoint_alone_is_made_good_by_the_next() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    write(&file, 0, b"something to bring home");
+    file.sync(true).unwrap();
+    let once = Rule { call: Call::Sync, after: 0, lasting: false, errno: Errno::IO, partial: None };
+    volume.faults.arm(once);
+    volume.store.checkpoint().unwrap_err();
+    file.sync(false).unwrap();
+    volume.store.checkpoint().unwrap();
+    write(&file, 0, b"more");
+}
