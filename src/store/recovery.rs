@@ -182,7 +182,13 @@ impl Store {
         match self.shared.read_header(file) {
             Ok(header) => Ok(Some(header.file_id)),
             Err(FsError::Integrity(_)) => Ok(None),
-            Err(error) => Err(Error::new(Kind::Io, format!("cannot read a file header: {error}"))),
+            Err(error) => {
+                let kind = match error {
+                    FsError::CutOff(_) => Kind::Inaccessible,
+                    _ => Kind::Io,
+                };
+                Err(Error::new(kind, format!("cannot read a file header: {error}")))
+            }
         }
     }
 
