@@ -521,6 +521,49 @@ mod tests {
         }
     }
 
+    /// What was written as format 1 is read as long as there is one.
+    #[test]
+    fn an_envelope_of_format_1() {
+        let text = r#"{
+  "format": 1,
+  "volume": "00112233-4455-6677-8899-aabbccddeeff",
+  "created": "2026-11-26T08:00:00.5Z",
+  "kek": {
+    "provider": "azure",
+    "kid": "https://v.vault.azure.net/keys/k/0123456789abcdef0123456789abcdef",
+    "algorithm": "RSA-OAEP-256",
+    "follow_versions": true
+  },
+  "volume_key": {
+    "id": 2,
+    "wrapped": "AQIDBA",
+    "fingerprint": "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+  },
+  "retiring_volume_key": {
+    "id": 1,
+    "wrapped": "BQY"
+  },
+  "canary": {
+    "wrapped": "Bw",
+    "sha256": "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE"
+  },
+  "earlier": [
+    {
+      "kid": "https://v.vault.azure.net/keys/k/00000000000000000000000000000000",
+      "from": "2026-01-02T03:04:05Z",
+      "until": "2026-11-26T08:00:00Z"
+    }
+  ]
+}
+"#;
+        let envelope = Envelope::from_json(text.as_bytes()).unwrap();
+        assert_eq!((envelope.volume_key_id, envelope.wrapped_volume_key.len()), (2, 4));
+        assert_eq!((envelope.fingerprint, envelope.canary.sha256), ([0; 32], [1; 32]));
+        assert_eq!(envelope.retiring, Some(RetiringKey { id: 1, wrapped: vec![5, 6] }));
+        assert_eq!((envelope.volume[1], envelope.earlier.len()), (0x11, 1));
+        assert_eq!(envelope.to_json().unwrap(), text.as_bytes());
+    }
+
     #[test]
     fn unknown_formats_and_fields_are_refused() {
         let json = String::from_utf8(sample().to_json().unwrap()).unwrap();
