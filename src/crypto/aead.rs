@@ -92,8 +92,9 @@ pub(crate) mod seals {
     pub(crate) type KeyId = [u8; 16];
     type Digest = [u8; 16];
 
-    static SEALED: LazyLock<Mutex<HashMap<(KeyId, [u8; NONCE_LEN]), Digest>>> =
-        LazyLock::new(Mutex::default);
+    type Sealed = HashMap<(KeyId, [u8; NONCE_LEN]), Digest>;
+
+    static SEALED: LazyLock<Mutex<Sealed>> = LazyLock::new(Mutex::default);
 
     thread_local! {
         /// How many were found, while somebody looks for them.

@@ -289,7 +289,8 @@ impl Shared {
     /// Waits for a while, or until somebody asks for a checkpoint; None when it is time to end.
     fn pause(&self, ends_by_asking: bool) -> Option<bool> {
         let mut wanted = self.checkpointer.wanted.lock();
-        if !wanted.stop && !(ends_by_asking && wanted.now) {
+        let ends = wanted.stop || (ends_by_asking && wanted.now);
+        if !ends {
             self.checkpointer.changed.wait_for(&mut wanted, TICK);
         }
         match wanted.stop {

@@ -300,7 +300,7 @@ impl Run {
     /// Of one of the files, or of a log.
     fn ino(&self, name: &str) -> u64 {
         let root = self.trace.at(self.trace.len()).root();
-        let log = LOGS.iter().any(|log| *log == name.as_bytes());
+        let log = LOGS.contains(&name.as_bytes());
         let dir = if log { root } else { root.lookup(b"tree").unwrap() };
         dir.lookup(name.as_bytes()).unwrap().id().ino
     }
