@@ -331,6 +331,10 @@ impl<'a> Worker<'a> {
             Err(OsErrno::NOENT | OsErrno::NODEV | OsErrno::NOTCONN) => {}
             Err(error) => {
                 log::error!("cannot reply to request {}: {error}", header.opcode);
+                // Without any reply whoever waits for it would wait for ever.
+                if body_len > 0 {
+                    self.send(header, -libc::EIO, 0);
+                }
             }
         }
         len

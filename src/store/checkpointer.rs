@@ -3,8 +3,8 @@
 //! One checkpoint runs at a time. It takes every file that is dirty through the steps that
 //! [`super::file`] describes, and then has the log forget what they needed. In the background it
 //! runs when a stream is half full, when too many files are dirty, and when the oldest change is
-//! half a minute old; and every few seconds what is not durable yet is flushed. A checkpoint that
-//! fails is tried again; until one succeeds, writers go on as long as the log has room, and get the
+//! half a minute old; and every few seconds, whether or not one runs, what is not durable yet is
+//! flushed. A checkpoint that fails is tried again; until one succeeds, writers go on as long as the log has room, and get the
 //! checkpoint's error when it has none.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -286,20 +286,24 @@ impl Shared {
         self.dirty.many.store(listed.len() >= MANY_FILES, Ordering::Relaxed);
     }
 
-    fn background_loop(&self, on_failure: &dyn Fn(&str)) {
+    /// Waits for a while, or until somebody asks for a checkpoint; None when it is time to end.
+    fn pause(&self, ends_by_asking: bool) -> Option<bool> {
+        let mut wanted = self.checkpointer.wanted.lock();
+        let ends = wanted.stop || (ends_by_asking && wanted.now);
+        if !ends {
+            self.checkpointer.changed.wait_for(&mut wanted, TICK);
+        }
+        match wanted.stop {
+            true => None,
+            false => Some(ends_by_asking && std::mem::take(&mut wanted.now)),
+        }
+    }
+
+    /// Apart from the checkpoints, since nobody is promised that those are quick.
+    fn flush_loop(&self, on_failure: &dyn Fn(&str)) {
         let mut told = false;
-        let (mut flushed, mut brought) = (Instant::now(), Instant::now());
-        loop {
-            let asked = {
-                let mut wanted = self.checkpointer.wanted.lock();
-                if !wanted.now && !wanted.stop {
-                    self.checkpointer.changed.wait_for(&mut wanted, TICK);
-                }
-                if wanted.stop {
-                    return;
-                }
-                std::mem::take(&mut wanted.now)
-            };
+        let mut flushed = Instant::now();
+        while self.pause(false).is_some() {
             let Some(log) = self.log.get() else { continue };
             if flushed.elapsed() >= FLUSH_EVERY {
                 flushed = Instant::now();
@@ -315,6 +319,13 @@ impl Shared {
                 told = true;
                 on_failure(&reason);
             }
+        }
+    }
+
+    fn checkpoint_loop(&self) {
+        let mut brought = Instant::now();
+        while let Some(asked) = self.pause(true) {
+            let Some(log) = self.log.get() else { continue };
             let due = brought.elapsed() >= CHECKPOINT_EVERY;
             if (asked || due) && log.poisoned().is_none() && self.gate.check().is_ok() {
                 brought = Instant::now();
@@ -327,11 +338,11 @@ impl Shared {
     }
 }
 
-/// The thread, for as long as this lives.
+/// The threads, for as long as this lives.
 #[derive(Debug)]
 pub(super) struct Background {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Background {
@@ -340,13 +351,18 @@ impl Background {
         shared: Arc<Shared>,
         on_failure: impl Fn(&str) + Send + 'static,
     ) -> Result<Background> {
-        shared.checkpointer.background.store(true, Ordering::Release);
-        let run = shared.clone();
-        let thread = std::thread::Builder::new()
-            .name("checkpointer".into())
-            .spawn(move || run.background_loop(&on_failure))
-            .context(|| "cannot start the checkpointer".to_owned())?;
-        Ok(Background { shared, thread: Some(thread) })
+        let mut background = Background { shared: shared.clone(), threads: Vec::new() };
+        let flusher = shared.clone();
+        background.spawn("flusher", move || flusher.flush_loop(&on_failure))?;
+        background.spawn("checkpointer", move || shared.checkpoint_loop())?;
+        background.shared.checkpointer.background.store(true, Ordering::Release);
+        Ok(background)
+    }
+
+    fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+        let thread = std::thread::Builder::new().name(name.into()).spawn(work);
+        self.threads.push(thread.context(|| format!("cannot start the {name}"))?);
+        Ok(())
     }
 }
 
@@ -354,8 +370,11 @@ impl Drop for Background {
     fn drop(&mut self) {
         self.shared.checkpointer.wanted.lock().stop = true;
         self.shared.checkpointer.changed.notify_all();
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            log::error!("the checkpointer panicked");
+        for thread in self.threads.drain(..) {
+            let name = thread.thread().name().unwrap_or_default().to_owned();
+            if thread.join().is_err() {
+                log::error!("the {name} panicked");
+            }
         }
         self.shared.checkpointer.background.store(false, Ordering::Release);
     }

@@ -1,5 +1,8 @@
 //! Checkpoints: what they must not lose, whatever happens around them.
 
+use std::sync::mpsc;
+use std::time::Duration;
+
 use rustix::io::Errno;
 
 use super::support::{Volume, in_memory, pattern, read_all};
@@ -121,4 +124,33 @@ fn a_flush_that_fails_in_a_checkpoint_alone_is_made_good_by_the_next() {
     file.sync(false).unwrap();
     volume.store.checkpoint().unwrap();
     write(&file, 0, b"more");
+}
+
+#[test]
+fn what_is_written_while_a_checkpoint_takes_long_is_flushed_all_the_same() {
+    let volume = Volume::new();
+    volume.store.start_background(|reason| panic!("{reason}")).unwrap();
+    let (file, other) = (volume.create("f"), volume.create("g"));
+    let (stuck, is_stuck) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel::<()>();
+    let blocks = pattern(24 * BLOCK_LEN, 1);
+    write(&file, 0, &blocks);
+    // A checkpoint reads what it copies from the log, and nobody else reads here.
+    volume.faults.arm_hook(Call::Read, move || {
+        stuck.send(()).unwrap();
+        let _ = may_go_on.recv();
+    });
+    // Until the log is more than half full, and then once more.
+    while {
+        let log = volume.store.log_status().unwrap();
+        write(&file, 0, &blocks);
+        log.used <= log.capacity / 2
+    } {}
+    is_stuck.recv().unwrap();
+    let (flushed, is_flushed) = mpsc::channel();
+    volume.faults.arm_hook(Call::Sync, move || flushed.send(()).unwrap());
+    write(&other, 0, b"nobody waits for this");
+    let in_time = is_flushed.recv_timeout(Duration::from_secs(60));
+    drop(go_on);
+    assert!(in_time.is_ok(), "not flushed before the checkpoint has ended");
 }

@@ -16,6 +16,9 @@ use byokfs::backing::memory::Random;
 
 /// What a disk writes in one piece, whatever else happens.
 pub const SECTOR: u64 = 512;
+/// What of a write falls into the start of the disk comes whole or not at all: ext4 keeps its
+/// superblock there, with a checksum, and does not mount, journal or not, where that is torn.
+const WHOLE: u64 = 4096;
 /// Beyond that the cache writes its oldest contents out by itself, as any cache does.
 const CACHE: usize = 512 << 20;
 
@@ -234,9 +237,11 @@ impl Medium {
                 Fate::Reordered => Some(random.chance(odds)),
                 Fate::Torn => None,
             };
+            let head = random.chance(odds);
             for (at, sector) in sectors(write) {
                 cut.sectors += 1;
-                if arrives.unwrap_or_else(|| random.chance(odds)) {
+                let by_chance = || if at < WHOLE { head } else { random.chance(odds) };
+                if arrives.unwrap_or_else(by_chance) {
                     self.image.write_all_at(sector, at)?;
                     cut.sectors_kept += 1;
                 }

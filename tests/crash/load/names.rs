@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -40,12 +40,15 @@ pub struct Names {
     ledgers: Vec<Arc<Mutex<Ledger>>>,
     acknowledged: Arc<AtomicU64>,
     threads: Vec<JoinHandle<()>>,
+    /// The power is gone: what is acknowledged from then on does not count.
+    gone: Arc<AtomicBool>,
 }
 
 impl Names {
     pub fn new(seed: u64) -> Names {
         let ledgers = (0..THREADS).map(|_| Arc::default()).collect();
-        Names { seed, rounds: 0, ledgers, acknowledged: Arc::default(), threads: Vec::new() }
+        let (acknowledged, gone) = (Arc::default(), Arc::default());
+        Names { seed, rounds: 0, ledgers, acknowledged, threads: Vec::new(), gone }
     }
 }
 
@@ -69,14 +72,19 @@ impl Load for Names {
         File::open(mnt).unwrap().sync_all().unwrap();
     }
 
+    fn ignore_after(&mut self, gone: Arc<AtomicBool>) {
+        self.gone = gone;
+    }
+
     fn start(&mut self, mnt: &Path, _crashed: &dyn Fn() -> bool) {
         self.rounds += 1;
         for (number, ledger) in self.ledgers.iter().enumerate() {
             let (ledger, count) = (Arc::clone(ledger), Arc::clone(&self.acknowledged));
+            let gone = Arc::clone(&self.gone);
             let dir = dir_of(mnt, number);
             let random = Random::new(self.seed ^ self.rounds << 32 ^ (number as u64) << 48);
             self.threads.push(std::thread::spawn(move || {
-                let error = change(&ledger, &dir, &count, random);
+                let error = change(&ledger, &dir, (&count, &gone), random);
                 if !matches!(
                     error.raw_os_error(),
                     Some(libc::EIO | libc::ENOTCONN | libc::EROFS | libc::ECONNABORTED)
@@ -145,8 +153,13 @@ fn list(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Until the error.
-fn change(ledger: &Mutex<Ledger>, dir: &Path, count: &AtomicU64, mut random: Random) -> io::Error {
+/// Until the error, or the end of the power.
+fn change(
+    ledger: &Mutex<Ledger>,
+    dir: &Path,
+    (count, gone): (&AtomicU64, &AtomicBool),
+    mut random: Random,
+) -> io::Error {
     loop {
         let name = random.below(NAMES);
         let state = {
@@ -160,6 +173,9 @@ fn change(ledger: &Mutex<Ledger>, dir: &Path, count: &AtomicU64, mut random: Ran
         };
         if let Err(error) = put(dir, name, state, &mut random) {
             return error;
+        }
+        if gone.load(Ordering::SeqCst) {
+            return io::Error::from_raw_os_error(libc::EIO);
         }
         let mut ledger = ledger.lock().unwrap();
         ledger.names.insert(name, Held { durable: state, issued: None });
