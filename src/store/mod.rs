@@ -620,10 +620,10 @@ impl Store {
     pub fn flush_file(&self, node: &NodeRef) -> FsResult<()> {
         match self.shared.registry.get(node.id()) {
             Some(file) => file.sync(false),
-            None if self.shared.newborn.contains(node.id()) => {
-                Ok(node.open(Access::Peek)?.sync_all()?)
-            }
-            None => Ok(()),
+            None if !self.shared.newborn.contains(node.id()) => Ok(()),
+            // The number may be that of a file that is gone, given to something else since.
+            None if node.metadata()?.kind != FileKind::Regular => Ok(()),
+            None => Ok(node.open(Access::Peek)?.sync_all()?),
         }
     }
 

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, Mode, RenameFlags, renameat_with};
 
 use crate::harness::{errno, mounted, names};
 
@@ -53,6 +53,41 @@ fn directories_move_with_what_is_in_them() {
     assert_eq!(errno(fs::rename(mount.path("empty"), mount.path("empty/f/g"))), libc::ENOTDIR);
     assert_eq!(errno(fs::rename(mount.path("empty"), mount.path("empty/g"))), libc::EINVAL);
     assert_eq!(errno(fs::rename(mount.path("empty/f"), mount.path("a"))), libc::EISDIR);
+}
+
+/// The disk gives the number of a file that was never flushed to what is made after its end.
+#[test]
+fn what_has_the_number_of_a_new_file_that_is_gone_is_replaced_too() {
+    let mount = mounted!();
+    let (dir, link, fifo) = (mount.path("dir"), mount.path("link"), mount.path("fifo"));
+    let number_of_a_file = || {
+        let file = mount.path("file");
+        fs::write(&file, "x").unwrap();
+        let ino = fs::metadata(&file).unwrap().ino();
+        fs::remove_file(&file).unwrap();
+        ino
+    };
+    let mut reused = 0;
+    for _ in 0..20 {
+        let ino = number_of_a_file();
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("in"), "").unwrap();
+        fs::create_dir(mount.path("other")).unwrap();
+        assert_eq!(errno(fs::rename(mount.path("other"), &dir)), libc::ENOTEMPTY);
+        reused += u32::from(fs::metadata(&dir).unwrap().ino() == ino);
+        fs::remove_dir(mount.path("other")).unwrap();
+        fs::remove_dir_all(&dir).unwrap();
+        number_of_a_file();
+        std::os::unix::fs::symlink("target", &link).unwrap();
+        number_of_a_file();
+        rustix::fs::mkfifoat(CWD, &fifo, Mode::RUSR).unwrap();
+        rename(&link, &fifo, RenameFlags::EXCHANGE).unwrap();
+        fs::rename(&link, &fifo).unwrap();
+        fs::remove_file(&fifo).unwrap();
+    }
+    if reused == 0 {
+        eprintln!("the disk below gave no number again");
+    }
 }
 
 #[test]
