@@ -73,10 +73,16 @@ impl DirtyFiles {
     /// Lets go of a file that nobody can reach, if it has no name: its space comes back now. What
     /// the log has of it stays until its removal is durable, since without that it would be back.
     pub(super) fn bury(&self, file: Arc<File>) {
-        // A checkpoint may be at work on it: then that one brings it home, for nobody.
-        if !file.has_no_name().unwrap_or(false) || file.is_in_flight() {
+        if !file.has_no_name().unwrap_or(false) {
             return;
         }
+        // A checkpoint that is at work on it does so at its end.
+        if file.forsake() {
+            self.inter(file);
+        }
+    }
+
+    fn inter(&self, file: Arc<File>) {
         if let Some(first) = file.first() {
             self.graves.lock().push(first);
         }
@@ -238,8 +244,13 @@ impl Shared {
             }
             Ok(())
         };
+        let inter_forsaken = || {
+            let forsaken = work.iter().filter(|(_, file)| file.is_forsaken());
+            forsaken.for_each(|(_, file)| self.dirty.inter(file.clone()));
+        };
         if let Err(error) = bring() {
             work.iter().for_each(|(_, file)| file.abandon_checkpoint());
+            inter_forsaken();
             return Err(error);
         }
         let mut done = Ok(());
@@ -254,6 +265,7 @@ impl Shared {
                 }
             }
         }
+        inter_forsaken();
         done?;
         drop(work);
         self.dirty.graves.lock().drain(..graves);

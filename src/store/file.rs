@@ -134,9 +134,15 @@ impl File {
         self.state.lock().first()
     }
 
-    /// A checkpoint is at work on it.
-    pub(super) fn is_in_flight(&self) -> bool {
-        self.state.lock().inflight.is_some()
+    /// Nobody can reach it any more. True unless a checkpoint is at work on it.
+    pub(super) fn forsake(&self) -> bool {
+        let mut state = self.state.lock();
+        state.forsaken = true;
+        state.inflight.is_none()
+    }
+
+    pub(super) fn is_forsaken(&self) -> bool {
+        self.state.lock().forsaken
     }
 
     pub fn size(&self) -> u64 {

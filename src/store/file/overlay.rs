@@ -100,6 +100,8 @@ pub(super) struct State {
     pub ahead: Range<u64>,
     /// Somebody asked for space beyond the end.
     pub keep_ahead: bool,
+    /// It has no name, and nobody can reach it.
+    pub forsaken: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +122,7 @@ impl State {
             freed: 0,
             ahead: 0..0,
             keep_ahead: false,
+            forsaken: false,
         }
     }
 

@@ -1,6 +1,6 @@
 //! Checkpoints: what they must not lose, whatever happens around them.
 
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -153,4 +153,35 @@ fn what_is_written_while_a_checkpoint_takes_long_is_flushed_all_the_same() {
     let in_time = is_flushed.recv_timeout(Duration::from_secs(60));
     drop(go_on);
     assert!(in_time.is_ok(), "not flushed before the checkpoint has ended");
+}
+
+#[test]
+fn the_space_of_what_is_removed_during_a_checkpoint_comes_back_with_its_end() {
+    for fails in [false, true] {
+        let volume = Volume::new();
+        let file = volume.create("f");
+        write(&file, 0, &pattern(5 * BLOCK_LEN, 1));
+        let gone = Arc::downgrade(&file);
+        let (store, faults) = (volume.store.clone(), volume.faults.clone());
+        // A checkpoint reads what it copies from the log.
+        volume.faults.arm_hook(Call::Read, move || {
+            write(&file, 0, b"once more");
+            store.tree().unlink(b"f").unwrap();
+            let node = file.backing().node().unwrap().id();
+            drop(file);
+            store.forsaken(node);
+            if fails {
+                let (call, errno) = (Call::Write, Errno::NOSPC);
+                faults.arm(Rule { call, after: 0, lasting: true, errno, partial: None });
+            }
+        });
+        assert_eq!(volume.store.checkpoint().is_err(), fails);
+        assert_eq!(gone.strong_count(), 0, "failing: {fails}");
+        volume.faults.disarm();
+        // What the log has of it is let go with the next one.
+        volume.store.checkpoint().unwrap();
+        let log = volume.store.log_status().unwrap();
+        assert_eq!((log.used, log.dirty_files), (0, 0), "failing: {fails}");
+        assert!(!volume.path("f").exists());
+    }
 }
