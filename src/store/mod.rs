@@ -14,7 +14,7 @@ mod cache;
 mod checkpointer;
 mod file;
 mod header;
-pub mod intent_log;
+mod intent_log;
 mod keys;
 mod layout;
 mod log_change;
