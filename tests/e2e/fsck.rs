@@ -139,6 +139,22 @@ fn exit_codes_and_what_is_said() {
 }
 
 #[test]
+fn a_repair_that_cannot_be_done_says_so_in_the_audit_trail() {
+    if !can_mount() {
+        return;
+    }
+    let (sandbox, _) = unmounted();
+    fs::remove_file(sandbox.back().join("log.bulk")).unwrap();
+    let before = tree::fingerprint(&sandbox.back());
+    code(&fsck(&sandbox, &["--repair"]), LEFT);
+    let events = sandbox.audit("VolumeRepaired");
+    let last = events.last().unwrap();
+    assert_eq!((&last["status"], &last["left"]), (&"Failed".into(), &1.into()));
+    assert!(last["error"].as_str().unwrap().contains("log"), "{last}");
+    assert_eq!(tree::fingerprint(&sandbox.back()), before, "something has changed");
+}
+
+#[test]
 fn what_cannot_be_checked() {
     if !can_mount() {
         return;
