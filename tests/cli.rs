@@ -75,6 +75,9 @@ fn wrong_arguments() {
         (&["mount", &back, &mnt, "-o", "config=x"], "config needs an absolute path"),
         (&["init", &back, "--kek", "not a url"], "not a url"),
         (&["init", &back, "--kek", "http://h/keys/k"], "https"),
+        (&["init", &back, "--kek", "https://h/keys/k", "--log-size", "7MiB"], "at least 8MiB"),
+        (&["log", "resize", &back, "8191KiB"], "at least 8MiB"),
+        (&["log", "discard", &back, "--size", "4096B"], "at least 8MiB"),
         (&["__daemon", "/x"], ""),
     ] {
         if part.is_empty() {

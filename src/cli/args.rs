@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::config::units::parse_size;
 use crate::key::provider::pkcs11;
+use crate::store::MIN_LOG_SIZE;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -113,8 +115,8 @@ pub struct InitArgs {
     #[arg(long)]
     pub plaintext_names: bool,
     /// Space of the intent log, in which every change is durable before it goes to its file
-    /// [default: 256MiB, or an eighth of the free space if that is less]
-    #[arg(long, value_name = "SIZE", value_parser = crate::config::units::parse_size)]
+    /// [at least 8MiB; default: 256MiB, or an eighth of the free space if that is less]
+    #[arg(long, value_name = "SIZE", value_parser = parse_log_size)]
     pub log_size: Option<u64>,
     /// Do not refuse a key that misses a requirement that byokfs could do without
     #[arg(long)]
@@ -229,7 +231,7 @@ pub struct RotateDekArgs {
     #[arg(value_name = "PATH")]
     pub paths: Vec<PathBuf>,
     /// So much a second, of what the files hold; 0B: as much as goes [default: 64MiB]
-    #[arg(long, value_name = "SIZE", value_parser = crate::config::units::parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub rate: Option<u64>,
     /// Return when it has begun; `byokfs status` shows how far it is
     #[arg(long)]
@@ -245,8 +247,8 @@ pub enum LogVerb {
     Resize {
         #[command(flatten)]
         target: TargetArgs,
-        /// Of the log in all, as in 256MiB
-        #[arg(value_name = "SIZE", value_parser = crate::config::units::parse_size)]
+        /// Of the log in all, as in 256MiB; at least 8MiB
+        #[arg(value_name = "SIZE", value_parser = parse_log_size)]
         size: u64,
     },
     /// Have the log in another directory: on a fast disk of its own, for example
@@ -262,8 +264,8 @@ pub enum LogVerb {
     Discard {
         #[command(flatten)]
         target: TargetArgs,
-        /// Of the new log in all [default: as for a new volume]
-        #[arg(long, value_name = "SIZE", value_parser = crate::config::units::parse_size)]
+        /// Of the new log in all [at least 8MiB; default: as for a new volume]
+        #[arg(long, value_name = "SIZE", value_parser = parse_log_size)]
         size: Option<u64>,
     },
 }
@@ -338,6 +340,14 @@ pub struct FsckArgs {
     pub config: ConfigArg,
 }
 
+fn parse_log_size(text: &str) -> Result<u64, String> {
+    let size = parse_size(text)?;
+    if size < MIN_LOG_SIZE {
+        return Err(format!("the intent log has at least {}MiB", MIN_LOG_SIZE >> 20));
+    }
+    Ok(size)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -347,6 +357,25 @@ mod tests {
     #[test]
     fn the_parser_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_log_that_is_too_small_is_refused_and_help_says_so() {
+        assert_eq!(parse_log_size("8MiB"), Ok(8 << 20));
+        for text in ["0B", "8191KiB", "8388607B"] {
+            assert!(parse_log_size(text).unwrap_err().contains("at least 8MiB"), "{text}");
+        }
+        for verb in [&["init"][..], &["log", "resize"], &["log", "discard"]] {
+            let mut root = Cli::command();
+            let mut command = &mut root;
+            for name in verb {
+                command = command.find_subcommand_mut(name).unwrap();
+            }
+            // However it is wrapped.
+            let help = command.render_long_help().to_string();
+            let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(help.contains("at least 8MiB"), "{verb:?}: {help}");
+        }
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::config::Config;
 use crate::crypto;
 use crate::daemon::check::resolve;
 use crate::daemon::offline::WatchedKey;
-use crate::daemon::{harden, hex, mountinfo};
+use crate::daemon::{harden, hex, mountinfo, repair};
 use crate::error::{Context, Error, Kind, Result};
 use crate::key::gate::Gate;
 use crate::maintenance::check::{Check, Finding, Options, Repair, Report, Severity, Summary};
@@ -165,18 +165,27 @@ fn run(request: &Request) -> Result<u8> {
     let summary = match config {
         None => check.run(None, &printer)?,
         Some(config) => {
-            let key = config
-                .and_then(|config| {
-                    WatchedKey::get(&config, &back, &backing.root(), check.info(), &Gate::new())
-                })
-                .map_err(|error| {
-                    let hint = format!(
-                        "{error}; what needs no key can be checked with `byokfs fsck --no-key {}`",
-                        back.display()
-                    );
-                    Error::new(error.kind, hint)
-                })?;
-            check.run(Some(key.gate.clone()), &printer)?
+            let without_key = |error: Error| {
+                let hint = format!(
+                    "{error}; what needs no key can be checked with `byokfs fsck --no-key {}`",
+                    back.display()
+                );
+                Error::new(error.kind, hint)
+            };
+            let config = config.map_err(without_key)?;
+            let run = |report: &dyn Report| {
+                let (root, info) = (backing.root(), check.info());
+                let key = WatchedKey::get(&config, &back, &root, info, &Gate::new())
+                    .map_err(without_key)?;
+                check.run(Some(key.gate.clone()), report)
+            };
+            match request.repair {
+                Repair::No => run(&printer)?,
+                asked => {
+                    repair::open_trail(&config, check.info())?;
+                    repair::audited(asked, &printer, run)?
+                }
+            }
         }
     };
     let code =

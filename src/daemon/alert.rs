@@ -53,6 +53,7 @@ fn is_alert(name: Name) -> bool {
         | Name::Fence
         | Name::FenceStep
         | Name::LogChanged
+        | Name::VolumeRepaired
         | Name::DekRotated
         | Name::DekDestroyed => false,
     }

@@ -17,6 +17,7 @@ pub mod notify;
 pub mod offline;
 pub mod pins;
 pub mod plan;
+pub mod repair;
 pub mod report;
 pub mod rotation;
 pub mod settings;

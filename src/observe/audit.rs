@@ -63,6 +63,8 @@ pub enum Name {
     HealFailed,
     KekRotated,
     VolumeKeyRotated,
+    /// `byokfs fsck` has restored copies, brought the log home, and perhaps moved things to `lost/`.
+    VolumeRepaired,
     /// A key version that copies might have needed was taken off the list.
     KeyForgotten,
     /// A rotation of data encryption keys began, was ended or came to its end.
@@ -96,6 +98,7 @@ impl Name {
             Name::KeyExpiryWarning => "KeyExpiryWarning",
             Name::KekRotated => "KekRotated",
             Name::VolumeKeyRotated => "VolumeKeyRotated",
+            Name::VolumeRepaired => "VolumeRepaired",
             Name::KeyForgotten => "KeyForgotten",
             Name::DekRotated => "DekRotated",
             Name::DekDestroyed => "DekDestroyed",

@@ -14,7 +14,7 @@ mod cache;
 mod checkpointer;
 mod file;
 mod header;
-pub mod intent_log;
+mod intent_log;
 mod keys;
 mod layout;
 mod log_change;
@@ -95,10 +95,13 @@ pub struct FormatOptions {
     pub log_size: Option<u64>,
 }
 
+/// The smallest intent log, in all; a smaller one that is asked for becomes this.
+pub const MIN_LOG_SIZE: u64 = 2 * LogSize::MIN;
+
 /// 256 MiB, or an eighth of the space there is, if that is less.
 fn default_log_size(backing: &dyn Backing) -> std::io::Result<u64> {
     let space = backing.statfs()?;
-    Ok((space.blocks_available * space.block_size / 8).clamp(2 * LogSize::MIN, 256 << 20))
+    Ok((space.blocks_available * space.block_size / 8).clamp(MIN_LOG_SIZE, 256 << 20))
 }
 
 /// How full the intent log is.

@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::process::{Answer, run};
 use crate::support::sandbox::{Sandbox, path};
@@ -43,7 +43,7 @@ fn fsck(sandbox: &Sandbox, args: &[&str]) -> Answer {
 
 /// The findings and the summary.
 #[track_caller]
-fn json(answer: &Answer) -> (Vec<Value>, Value) {
+fn lines(answer: &Answer) -> (Vec<Value>, Value) {
     let mut lines: Vec<Value> = answer
         .out
         .lines()
@@ -67,6 +67,17 @@ fn flip(file: &Path, at: u64) {
     file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
 }
 
+/// The end of the last repair, after its start; it came to its end.
+#[track_caller]
+fn repair_event(sandbox: &Sandbox) -> Value {
+    let mut events = sandbox.audit("VolumeRepaired");
+    let last = events.pop().unwrap();
+    assert_eq!(last["status"], "Succeeded", "{last}");
+    assert!(last["volume"].is_string() && last["error"].is_null(), "{last}");
+    assert_eq!(events.pop().unwrap()["status"], "Started");
+    last
+}
+
 #[test]
 fn exit_codes_and_what_is_said() {
     if !can_mount() {
@@ -78,7 +89,7 @@ fn exit_codes_and_what_is_said() {
     code(&answer, 0);
     assert!(answer.out.contains("2 files") && answer.out.contains("clean"), "{answer}");
     assert_eq!(answer.err, "", "no bar but on a terminal");
-    let (findings, summary) = json(&fsck(&sandbox, &["--json"]));
+    let (findings, summary) = lines(&fsck(&sandbox, &["--json"]));
     assert!(findings.is_empty());
     assert_eq!((&summary["exit_code"], &summary["key"]), (&0.into(), &true.into()));
     assert_eq!(summary["blocks"], 26);
@@ -91,7 +102,7 @@ fn exit_codes_and_what_is_said() {
     assert!(answer.out.contains(path(&file)) && answer.out.contains("byte 16384"), "{answer}");
     let answer = fsck(&sandbox, &["--json"]);
     code(&answer, LEFT);
-    let (findings, summary) = json(&answer);
+    let (findings, summary) = lines(&answer);
     assert_eq!(findings.len(), 1);
     let finding = &findings[0];
     assert_eq!((&finding["severity"], &finding["code"]), (&"error".into(), &"block".into()));
@@ -99,8 +110,14 @@ fn exit_codes_and_what_is_said() {
     assert_eq!((&finding["from"], &finding["to"]), (&0.into(), &PAGE.into()));
     assert_eq!(finding["backing_path"], path(&file));
     assert_eq!((&summary["left"], &summary["exit_code"]), (&1.into(), &LEFT.into()));
+    assert!(sandbox.audit("VolumeRepaired").is_empty(), "a check changes nothing");
     let repaired = fsck(&sandbox, &["--repair"]);
     code(&repaired, LEFT);
+    let last = repair_event(&sandbox);
+    assert_eq!(
+        (&last["repaired"], &last["errors"], &last["left"]),
+        (&0.into(), &1.into(), &1.into())
+    );
     flip(&file, FIRST_BLOCK + 5);
     assert_eq!(tree::fingerprint(&sandbox.back()), before, "something has changed");
 
@@ -113,9 +130,28 @@ fn exit_codes_and_what_is_said() {
     flip(&file, 60);
     flip(&file, FIRST_BLOCK + 5);
     code(&fsck(&sandbox, &["--repair"]), CORRECTED + LEFT);
+    let last = repair_event(&sandbox);
+    assert_eq!((&last["repaired"], &last["left"]), (&1.into(), &1.into()));
+    assert_eq!((&last["moves"], &last["quarantined"]), (&true.into(), &0.into()));
     flip(&file, FIRST_BLOCK + 5);
     sandbox.mount();
     assert!(fs::read(sandbox.mnt().join("file")).unwrap() == vec![7; 100_000]);
+}
+
+#[test]
+fn a_repair_that_cannot_be_done_says_so_in_the_audit_trail() {
+    if !can_mount() {
+        return;
+    }
+    let (sandbox, _) = unmounted();
+    fs::remove_file(sandbox.back().join("log.bulk")).unwrap();
+    let before = tree::fingerprint(&sandbox.back());
+    code(&fsck(&sandbox, &["--repair"]), LEFT);
+    let events = sandbox.audit("VolumeRepaired");
+    let last = events.last().unwrap();
+    assert_eq!((&last["status"], &last["left"]), (&"Failed".into(), &1.into()));
+    assert!(last["error"].as_str().unwrap().contains("log"), "{last}");
+    assert_eq!(tree::fingerprint(&sandbox.back()), before, "something has changed");
 }
 
 #[test]
@@ -153,7 +189,7 @@ fn what_cannot_be_checked() {
     [70, PAGE + 70].iter().for_each(|&at| flip(&header, at));
     let answer = fsck(&sandbox, &["--json"]);
     code(&answer, LEFT);
-    assert_eq!(json(&answer).0[0]["code"], "volume-header");
+    assert_eq!(lines(&answer).0[0]["code"], "volume-header");
     [70, PAGE + 70].iter().for_each(|&at| flip(&header, at));
     sandbox.mount();
 }
@@ -169,6 +205,11 @@ fn a_key_that_is_not_to_be_had() {
         for args in [&[][..], &["--repair"]] {
             let message = fsck(sandbox, args).fails(OPERATIONAL);
             assert!(message.contains(word) && message.contains("--no-key"), "{message}");
+            let events = sandbox.audit("VolumeRepaired");
+            if let Some(last) = events.last() {
+                assert_eq!((&last["status"], &last["repaired"]), (&"Failed".into(), &0.into()));
+                assert!(last["error"].is_string(), "{last}");
+            }
             assert_eq!(tree::fingerprint(&sandbox.back()), before, "something has changed");
         }
     };
@@ -177,6 +218,7 @@ fn a_key_that_is_not_to_be_had() {
     sandbox.enable_key(true);
     sandbox.stop_vault();
     refused(&sandbox, "cannot reach the key service");
+    assert_eq!(sandbox.audit("VolumeRepaired").len(), 4, "two repairs, each with start and end");
     // Nor is a configuration needed, or one that makes sense.
     let config = sandbox.path("config/byokfs.toml");
     let text = fs::read(&config).unwrap();
@@ -185,13 +227,13 @@ fn a_key_that_is_not_to_be_had() {
     let answer = fsck(&sandbox, &["--no-key"]);
     code(&answer, 0);
     assert!(answer.out.contains("not checked without the key"), "{answer}");
-    let (_, summary) = json(&fsck(&sandbox, &["--no-key", "--json"]));
+    let (_, summary) = lines(&fsck(&sandbox, &["--no-key", "--json"]));
     assert!(summary["not_checked"].as_array().unwrap().len() > 2);
     assert_eq!((&summary["key"], &summary["blocks"]), (&false.into(), &26.into()));
     flip(&file, 20);
     let answer = fsck(&sandbox, &["--no-key", "--json"]);
     code(&answer, LEFT);
-    assert_eq!(json(&answer).0[0]["code"], "header-copy");
+    assert_eq!(lines(&answer).0[0]["code"], "header-copy");
     flip(&file, 20);
     fs::write(&config, text).unwrap();
     assert_eq!(tree::fingerprint(&sandbox.back()), before, "something has changed");
@@ -240,6 +282,8 @@ fn as_fsck_8_calls_it() {
     // The safe repair restores the copy and moves nothing.
     code(&called(&["-a"]), CORRECTED + LEFT);
     assert!(sandbox.tree().join("not!ours").exists());
+    let last = repair_event(&sandbox);
+    assert_eq!((&last["moves"], &last["repaired"]), (&false.into(), &1.into()));
     if has("fsck") {
         let mut fsck = command(Path::new("fsck"));
         fsck.args(["-t", "byokfs", path(&sandbox.back()), "--", "-y"]);
@@ -251,6 +295,9 @@ fn as_fsck_8_calls_it() {
     }
     let manifest = fs::read_to_string(sandbox.back().join("lost/manifest.jsonl")).unwrap();
     assert!(manifest.contains("not!ours"), "{manifest}");
+    let last = repair_event(&sandbox);
+    assert_eq!((&last["moves"], &last["quarantined"]), (&true.into(), &1.into()));
+    assert_eq!(last["paths"], json!([path(&sandbox.tree().join("not!ours"))]));
 }
 
 #[test]
@@ -270,7 +317,7 @@ fn a_database_after_everything_was_killed() {
     let before = tree::fingerprint(&site.sandbox.back());
     let answer = fsck(&site.sandbox, &["--json"]);
     code(&answer, 0);
-    let (findings, summary) = json(&answer);
+    let (findings, summary) = lines(&answer);
     assert!(findings.iter().all(|finding| finding["severity"] == "note"), "{answer}");
     assert!(findings.iter().any(|finding| finding["code"] == "log-pending"), "{answer}");
     assert!(summary["files"].as_u64() > Some(50));

@@ -44,6 +44,8 @@ fn it_is_resized_moved_and_brought_back() {
     sandbox.byokfs(&["log", "move", path(&back), "/nowhere"]).fails(2);
     sandbox.byokfs(&["log", "move", path(&back), path(&back.join("tree"))]).fails(2);
     sandbox.byokfs(&["log", "resize", path(&back), "64"]).fails(2);
+    let small = sandbox.byokfs(&["log", "resize", path(&back), "64KiB"]).fails(2);
+    assert!(small.contains("at least 8MiB"), "{small}");
 
     // Killed anywhere, the volume mounts, and the next one does it.
     for round in 0..8u64 {

@@ -111,6 +111,9 @@ fn killed_at_any_moment_it_is_finished_by_the_next() {
         }
         if unfinished {
             resumed += 1;
+            let back = sandbox.back();
+            let checked = sandbox.byokfs(&["fsck", "--json", path(&back)]);
+            assert!(checked.out.contains("\"retiring-key\""), "{checked}");
             sandbox
                 .byokfs(&["rotate", "kek", path(&sandbox.back()), "--algorithm", "RSA-OAEP"])
                 .fails(9);

@@ -203,7 +203,13 @@ impl Pool {
         for flaw in flaws {
             let code = Code::Store(flaw.what);
             let repaired = restored.filter(|_| code.remedy() == Remedy::Copy);
-            let finding = job.found.of_file(flaw, work.first(), &work.also());
+            let mut finding = job.found.of_file(flaw, work.first(), &work.also());
+            if code.remedy() == Remedy::Copy
+                && check.as_ref().is_none_or(|check| !check.copy_to_restore)
+            {
+                // Nobody can tell which copy is the good one.
+                finding.repair = None;
+            }
             if code.remedy() == Remedy::Quarantine {
                 // Each name of it.
                 for (dir, place) in &work.names {

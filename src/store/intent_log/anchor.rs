@@ -32,14 +32,14 @@ pub(crate) const ANCHORS_LEN: u64 = 2 * PAGE as u64;
 
 /// The content of one of the two pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Anchor {
-    pub log_id: [u8; 16],
-    pub stream: u8,
-    pub generation: u64,
-    pub ring_len: u64,
+pub(in crate::store) struct Anchor {
+    pub(in crate::store) log_id: [u8; 16],
+    pub(in crate::store) stream: u8,
+    pub(in crate::store) generation: u64,
+    pub(in crate::store) ring_len: u64,
     pub(crate) tails: [Spot; STREAMS],
     /// Everything was brought home and nobody has written since.
-    pub clean: bool,
+    pub(in crate::store) clean: bool,
 }
 
 impl Anchor {

@@ -30,7 +30,7 @@ struct Queued {
 
 #[derive(Debug)]
 pub(super) struct Queue {
-    pub ring: Ring,
+    pub(in crate::store) ring: Ring,
     waiting: VecDeque<Queued>,
     /// Records before this are in the kernel's hands.
     written: u64,
@@ -54,7 +54,7 @@ struct Home {
 
 #[derive(Debug)]
 pub(super) struct Streams {
-    pub queues: [Queue; STREAMS],
+    pub(in crate::store) queues: [Queue; STREAMS],
     poison: Option<String>,
 }
 
@@ -184,40 +184,31 @@ impl Drop for Slot<'_> {
 
 impl Log {
     /// Returns when the record is in the kernel's hands: it survives this process.
-    pub fn wait_written(&self, position: &Position) -> FsResult<()> {
+    pub(in crate::store) fn wait_written(&self, position: &Position) -> FsResult<()> {
         self.write_until(position.stream as usize, position.seq + 1)
     }
 
-    /// Returns when the record, and all before it in its stream, is on the device, perhaps in its
-    /// cache. Blocks that records only name are the caller's business.
-    pub fn wait_on_device(&self, position: &Position) -> FsResult<()> {
-        self.write_out_until(position.stream as usize, position.seq + 1)
-    }
-
-    /// As [`Log::wait_on_device`], by the number alone.
-    pub fn write_out_through(&self, stream: Stream, seq: u64) -> FsResult<()> {
+    /// Returns when the record with that number, and all before it in its stream, is on the device,
+    /// perhaps in its cache. Blocks that records only name are the caller's business.
+    pub(in crate::store) fn write_out_through(&self, stream: Stream, seq: u64) -> FsResult<()> {
         self.write_out_until(stream as usize, seq + 1)
     }
 
     /// Whether records name blocks in this home file that no flush has covered yet.
-    pub fn owes_flush_of(&self, home: &FileRef) -> bool {
+    pub(in crate::store) fn owes_flush_of(&self, home: &FileRef) -> bool {
         let streams = self.streams.lock();
         let mut homes = streams.queues.iter().flat_map(|queue| &queue.homes);
         homes.any(|known| Arc::ptr_eq(home, &known.file))
     }
 
-    /// Returns when the record, and all before it in its stream, is on stable storage.
-    pub fn wait_durable(&self, position: &Position) -> FsResult<()> {
-        self.flush_until(position.stream as usize, position.seq + 1)
-    }
-
-    /// As [`Log::wait_durable`], by the number alone.
-    pub fn flush_through(&self, stream: Stream, seq: u64) -> FsResult<()> {
+    /// Returns when the record with that number, and all before it in its stream, is on stable
+    /// storage.
+    pub(in crate::store) fn flush_through(&self, stream: Stream, seq: u64) -> FsResult<()> {
         self.flush_until(stream as usize, seq + 1)
     }
 
     /// Everything appended so far is on stable storage afterwards. Needs no key.
-    pub fn flush(&self) -> FsResult<()> {
+    pub(in crate::store) fn flush(&self) -> FsResult<()> {
         for index in 0..STREAMS {
             let next = self.streams.lock().queues[index].ring.next_seq();
             self.flush_until(index, next)?;
@@ -228,7 +219,7 @@ impl Log {
     /// Waits until the stream has room for a record of `pages`, or `give_up` says why not to wait. It
     /// is asked again whenever something changes, and by [`Log::wake`]. Nobody may wait here who
     /// holds what the space's release depends on.
-    pub fn reserve(
+    pub(in crate::store) fn reserve(
         self: &Arc<Self>,
         stream: Stream,
         pages: u64,
@@ -254,12 +245,12 @@ impl Log {
     }
 
     /// Makes everyone who waits for room ask again whether to give up.
-    pub fn wake(&self) {
+    pub(in crate::store) fn wake(&self) {
         self.space.iter().for_each(|space| _ = space.notify_all());
     }
 
     /// Why the log takes nothing more, if so.
-    pub fn poisoned(&self) -> Option<String> {
+    pub(in crate::store) fn poisoned(&self) -> Option<String> {
         self.streams.lock().poison.clone()
     }
 
@@ -366,7 +357,7 @@ impl Log {
     /// Somebody else's flush of a home file, or with None of all, has failed. The kernel may tell of
     /// it once: what went there directly and was not flushed before must not count as durable by a
     /// later flush that knows nothing of it.
-    pub fn home_failed(&self, home: Option<&FileRef>, error: &io::Error) {
+    pub(in crate::store) fn home_failed(&self, home: Option<&FileRef>, error: &io::Error) {
         let mut streams = self.streams.lock();
         for index in 0..STREAMS {
             let mut homes = streams.queues[index].homes.iter();

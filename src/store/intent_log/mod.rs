@@ -40,24 +40,23 @@ use crate::crypto::mac::MacKey;
 use crate::error::{Context, Error, FsResult, Result};
 use crate::store::keys::MacKeys;
 use anchor::ANCHORS_LEN;
-pub use anchor::Anchor;
+pub(super) use anchor::Anchor;
 use commit::{Queue, Streams};
-pub use record::{Draft, Entry, Kind, Place, Record, SAME_SIZE};
+pub(super) use record::{Draft, Entry, Kind, Place, Record, SAME_SIZE};
 use ring::{Ring, Spot};
 pub(super) use scan::Proof;
 use scan::Scan;
-pub use scan::SessionKeys;
 
 pub(crate) const PAGE: usize = 4096;
 pub(crate) const STREAMS: usize = 2;
 
 /// The log's files in the volume's root.
-pub const FILES: [&[u8]; STREAMS] = [b"log.hot", b"log.bulk"];
+pub(super) const FILES: [&[u8]; STREAMS] = [b"log.hot", b"log.bulk"];
 
 /// Which ring a record goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
-pub enum Stream {
+pub(super) enum Stream {
     /// Small and synchronous.
     Hot = 0,
     Bulk = 1,
@@ -66,10 +65,10 @@ pub enum Stream {
 /// The file of a stream.
 #[derive(Clone, Debug)]
 pub(super) struct LogFile {
-    pub dir: NodeRef,
-    pub name: &'static [u8],
+    pub(super) dir: NodeRef,
+    pub(super) name: &'static [u8],
     /// The directory's path, for messages.
-    pub shown: String,
+    pub(super) shown: String,
 }
 
 impl LogFile {
@@ -84,17 +83,17 @@ impl LogFile {
 
 /// Bytes of each ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Size {
-    pub hot: u64,
-    pub bulk: u64,
+pub(super) struct Size {
+    pub(super) hot: u64,
+    pub(super) bulk: u64,
 }
 
 impl Size {
     /// The smallest that holds a few of the largest records.
-    pub const MIN: u64 = 4 << 20;
+    pub(super) const MIN: u64 = 4 << 20;
 
     /// `total` shared out: a quarter to the hot stream.
-    pub fn of_total(total: u64) -> Size {
+    pub(super) fn of_total(total: u64) -> Size {
         let hot = (total / 4).max(Size::MIN) / PAGE as u64 * PAGE as u64;
         Size { hot, bulk: total.saturating_sub(hot).max(Size::MIN) / PAGE as u64 * PAGE as u64 }
     }
@@ -108,23 +107,23 @@ impl Default for Size {
 
 /// A record's place in the sequence, to wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Position {
-    pub stream: Stream,
-    pub seq: u64,
+pub(super) struct Position {
+    pub(super) stream: Stream,
+    pub(super) seq: u64,
     /// Of the record's body in its stream's file.
-    pub body_at: u64,
+    pub(super) body_at: u64,
 }
 
 /// The key of one session's records.
 #[derive(Clone, Debug)]
-pub struct SessionKey {
-    pub session: u32,
-    pub key: Arc<MacKey>,
+pub(super) struct SessionKey {
+    pub(super) session: u32,
+    pub(super) key: Arc<MacKey>,
 }
 
 /// An open log.
 #[derive(Debug)]
-pub struct Log {
+pub(super) struct Log {
     files: [FileRef; STREAMS],
     /// For messages.
     paths: [String; STREAMS],
@@ -144,17 +143,17 @@ pub struct Log {
 
 /// A log as a crash, or a clean end, left it.
 #[derive(Debug)]
-pub struct Found {
+pub(super) struct Found {
     /// What has to go home, in order.
-    pub records: Vec<Record>,
+    pub(super) records: Vec<Record>,
     /// What does not count, since it follows something that is not there.
-    pub cut_short: Vec<Record>,
+    pub(super) cut_short: Vec<Record>,
     /// One anchor copy of a stream is damaged; the other serves.
-    pub damaged_copy: bool,
+    pub(super) damaged_copy: bool,
     /// The volume was closed, and nothing has been written since.
-    pub clean: bool,
+    pub(super) clean: bool,
     /// The last record of each stream that a later one says was durable.
-    pub durable: [u64; STREAMS],
+    pub(super) durable: [u64; STREAMS],
     files: [FileRef; STREAMS],
     paths: [String; STREAMS],
     anchors: [Anchor; STREAMS],
@@ -301,7 +300,7 @@ impl Log {
 
     /// A record in the writers' hands. The caller holds the lease that `key` came from. `home` is
     /// the file to which the blocks past the body have been written.
-    pub fn append(
+    pub(super) fn append(
         &self,
         room: Room,
         draft: Draft,
@@ -338,7 +337,7 @@ impl Log {
     }
 
     /// Reads ciphertext of a record that has not been trimmed.
-    pub fn read(&self, stream: Stream, buf: &mut [u8], at: u64) -> io::Result<()> {
+    pub(super) fn read(&self, stream: Stream, buf: &mut [u8], at: u64) -> io::Result<()> {
         let count = self.files[stream as usize].read_at(buf, at)?;
         if count < buf.len() { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
     }
@@ -347,7 +346,7 @@ impl Log {
     /// are durable at home, and of each file, all that is older than one of them. Writes the
     /// anchor that `seal` has sealed, and flushes it, first. `clean` says that nothing will be
     /// written any more.
-    pub fn trim(
+    pub(super) fn trim(
         &self,
         seqs: [u64; STREAMS],
         clean: bool,
@@ -394,37 +393,37 @@ impl Log {
     }
 
     /// Bytes of both rings.
-    pub fn size(&self) -> u64 {
+    pub(super) fn size(&self) -> u64 {
         let streams = self.streams.lock();
         streams.queues.iter().map(|queue| queue.ring.capacity()).sum()
     }
 
     /// Nothing is in it, and the anchor says that nothing will come.
-    pub fn is_closed(&self) -> bool {
+    pub(super) fn is_closed(&self) -> bool {
         let clean = self.anchor.lock().clean;
         let streams = self.streams.lock();
         clean && streams.queues.iter().all(|queue| queue.ring.used() == 0)
     }
 
     /// Where a stream's file is.
-    pub fn path(&self, stream: Stream) -> &str {
+    pub(super) fn path(&self, stream: Stream) -> &str {
         &self.paths[stream as usize]
     }
 
     /// Bytes in use and in all, of a stream.
-    pub fn fill(&self, stream: Stream) -> (u64, u64) {
+    pub(super) fn fill(&self, stream: Stream) -> (u64, u64) {
         let streams = self.streams.lock();
         let ring = &streams.queues[stream as usize].ring;
         (ring.used(), ring.capacity())
     }
 
     /// The seqs before which nothing is in the log any more, as far as a mount would look.
-    pub fn tails(&self) -> [u64; STREAMS] {
+    pub(super) fn tails(&self) -> [u64; STREAMS] {
         self.anchor.lock().tails.map(|tail| tail.seq)
     }
 
     /// The seqs that the streams' next records will have.
-    pub fn next_seqs(&self) -> [u64; STREAMS] {
+    pub(super) fn next_seqs(&self) -> [u64; STREAMS] {
         let streams = self.streams.lock();
         [0, 1].map(|stream: usize| streams.queues[stream].ring.next_seq())
     }
@@ -432,14 +431,14 @@ impl Log {
 
 /// Room for one record.
 #[derive(Debug)]
-pub struct Room {
+pub(super) struct Room {
     log: Arc<Log>,
     stream: Stream,
     pages: u64,
 }
 
 impl Room {
-    pub fn stream(&self) -> Stream {
+    pub(super) fn stream(&self) -> Stream {
         self.stream
     }
 
@@ -456,20 +455,10 @@ impl Drop for Room {
 }
 
 impl Found {
-    /// Reads the ciphertext of one of [`Found::records`].
-    pub fn body(&self, record: &Record) -> io::Result<Vec<u8>> {
-        let mut body = vec![0; record.body_len()];
-        let file = &self.files[usize::from(record.place.stream) % STREAMS];
-        if file.read_at(&mut body, record.body_at())? < body.len() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        Ok(body)
-    }
-
     /// Opens the log with its records in it. Before the first append the caller owes: all of
     /// [`Found::records`] durable at home, and a [`Log::trim`] of everything, twice, so that both
     /// copies of the anchor know the numbers from here on.
-    pub fn resume(self) -> Arc<Log> {
+    pub(super) fn resume(self) -> Arc<Log> {
         let queue = |stream: usize| {
             let anchor = self.anchors[stream];
             // Past every seq that what lies behind the end may hold: a record takes a page at

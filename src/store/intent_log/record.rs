@@ -44,7 +44,7 @@ const BODY_HASH_AT: usize = 136;
 const MAGIC: &[u8; 8] = b"BYOKLOG1";
 const DOMAIN: &[u8; 16] = b"byokfs log rec\0\0";
 /// [`Draft::size`] of a record that leaves the size alone.
-pub const SAME_SIZE: u64 = u64::MAX;
+pub(in crate::store) const SAME_SIZE: u64 = u64::MAX;
 /// A request of 1 MiB that starts within a block touches one more, and one that starts past the
 /// end of the file changes the last block before it.
 pub(crate) const MAX_BLOCKS: usize = (1 << 20) / PAGE + 2;
@@ -55,7 +55,7 @@ pub(crate) const MAX_PAGES: usize =
 /// What a record says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
-pub enum Kind {
+pub(in crate::store) enum Kind {
     /// Blocks, with their ciphertext or, past the body, of such as were written home.
     Write = 1,
     /// A new size; blocks past it are holes.
@@ -79,9 +79,9 @@ impl Kind {
 
 /// The entry of one block, as its tag sector will hold it.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Entry {
-    pub block: u64,
-    pub bytes: [u8; ENTRY_LEN],
+pub(in crate::store) struct Entry {
+    pub(in crate::store) block: u64,
+    pub(in crate::store) bytes: [u8; ENTRY_LEN],
 }
 
 impl fmt::Debug for Entry {
@@ -92,38 +92,38 @@ impl fmt::Debug for Entry {
 
 /// What a caller logs; the rest of a record is the log's own business.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Draft {
-    pub kind: Kind,
-    pub file_id: [u8; 16],
-    pub size: u64,
+pub(in crate::store) struct Draft {
+    pub(in crate::store) kind: Kind,
+    pub(in crate::store) file_id: [u8; 16],
+    pub(in crate::store) size: u64,
     /// Blocks that become holes first; `start == end` for none.
-    pub holes: (u64, u64),
-    pub entries: Vec<Entry>,
+    pub(in crate::store) holes: (u64, u64),
+    pub(in crate::store) entries: Vec<Entry>,
     /// Ciphertext of the first entries' blocks. Those of the rest are home.
-    pub body: Vec<u8>,
+    pub(in crate::store) body: Vec<u8>,
     /// Of modification.
-    pub mtime: Timestamp,
+    pub(in crate::store) mtime: Timestamp,
     /// The other stream's last record of this file that may not be home yet.
-    pub other: u64,
+    pub(in crate::store) other: u64,
 }
 
 /// Where and when a record is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    pub stream: u8,
-    pub session: u32,
-    pub seq: u64,
-    pub at: u64,
-    pub durable_seq: u64,
-    pub order: u64,
+pub(in crate::store) struct Place {
+    pub(in crate::store) stream: u8,
+    pub(in crate::store) session: u32,
+    pub(in crate::store) seq: u64,
+    pub(in crate::store) at: u64,
+    pub(in crate::store) durable_seq: u64,
+    pub(in crate::store) order: u64,
 }
 
 /// A record read back, without its body.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
-    pub place: Place,
+pub(in crate::store) struct Record {
+    pub(in crate::store) place: Place,
     /// `body` is empty; [`Record::body_at`] and [`Record::body_len`] say where it is.
-    pub draft: Draft,
+    pub(in crate::store) draft: Draft,
     body_blocks: usize,
 }
 
@@ -134,7 +134,7 @@ pub(crate) enum Invalid {
 }
 
 impl Draft {
-    pub fn new(kind: Kind, file_id: [u8; 16], size: u64) -> Draft {
+    pub(in crate::store) fn new(kind: Kind, file_id: [u8; 16], size: u64) -> Draft {
         Draft {
             kind,
             file_id,
@@ -153,7 +153,7 @@ impl Draft {
     }
 
     /// Pages of the record on disk.
-    pub fn pages(&self) -> u64 {
+    pub(in crate::store) fn pages(&self) -> u64 {
         (self.head_pages() + self.body.len() / PAGE) as u64
     }
 
@@ -200,8 +200,8 @@ impl Draft {
 /// What the first 128 bytes claim, before anything is proved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Claim {
-    pub place: Place,
-    pub pages: usize,
+    pub(in crate::store) place: Place,
+    pub(in crate::store) pages: usize,
     head_pages: usize,
 }
 
@@ -267,24 +267,24 @@ impl Claim {
 
 impl Record {
     /// Position of the body in the stream's file.
-    pub fn body_at(&self) -> u64 {
+    pub(in crate::store) fn body_at(&self) -> u64 {
         self.place.at + (self.draft.head_pages() * PAGE) as u64
     }
 
-    pub fn body_len(&self) -> usize {
+    pub(in crate::store) fn body_len(&self) -> usize {
         self.body_blocks * PAGE
     }
 
-    pub fn stream(&self) -> Stream {
+    pub(in crate::store) fn stream(&self) -> Stream {
         if self.place.stream == 0 { Stream::Hot } else { Stream::Bulk }
     }
 
     /// The entries of blocks that were written home, not to the log.
-    pub fn direct(&self) -> &[Entry] {
+    pub(in crate::store) fn direct(&self) -> &[Entry] {
         &self.draft.entries[self.body_blocks.min(self.draft.entries.len())..]
     }
 
-    pub fn pages(&self) -> u64 {
+    pub(in crate::store) fn pages(&self) -> u64 {
         (self.draft.head_pages() + self.body_blocks) as u64
     }
 }

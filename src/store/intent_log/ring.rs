@@ -13,8 +13,8 @@ use super::record::MAX_PAGES;
 /// A record's number, and its position in the stream's file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Spot {
-    pub seq: u64,
-    pub at: u64,
+    pub(in crate::store) seq: u64,
+    pub(in crate::store) at: u64,
 }
 
 #[derive(Debug)]

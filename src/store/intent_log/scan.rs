@@ -19,7 +19,7 @@ use crate::crypto::mac::MacKey;
 use crate::store::keys::MacKeys;
 
 /// The log key of a session, None for one that is not known.
-pub type SessionKeys<'a> = dyn Fn(u32) -> Option<Arc<MacKey>> + 'a;
+pub(in crate::store) type SessionKeys<'a> = dyn Fn(u32) -> Option<Arc<MacKey>> + 'a;
 
 /// How a log proves that it is this volume's.
 #[derive(Clone, Copy)]
@@ -48,14 +48,14 @@ impl fmt::Debug for Proof<'_> {
 /// What one stream holds.
 #[derive(Debug)]
 pub(crate) struct Scan {
-    pub records: Vec<Record>,
+    pub(in crate::store) records: Vec<Record>,
     /// The seq that is not there any more.
-    pub next_seq: u64,
-    pub end_at: u64,
+    pub(in crate::store) next_seq: u64,
+    pub(in crate::store) end_at: u64,
     /// A record that was durable is not there.
-    pub damaged: bool,
+    pub(in crate::store) damaged: bool,
     /// Records are of a session whose key is not to be had: whether they count is not known.
-    pub unknown: Option<u32>,
+    pub(in crate::store) unknown: Option<u32>,
 }
 
 struct Reader<'a> {

@@ -13,6 +13,28 @@ use rustix::io::Errno;
 const ID: [u8; 16] = [3; 16];
 const FILE: [u8; 16] = [7; 16];
 
+impl Log {
+    fn wait_on_device(&self, position: &Position) -> FsResult<()> {
+        self.write_out_through(position.stream, position.seq)
+    }
+
+    fn wait_durable(&self, position: &Position) -> FsResult<()> {
+        self.flush_through(position.stream, position.seq)
+    }
+}
+
+impl Found {
+    /// Reads the ciphertext of one of [`Found::records`].
+    fn body(&self, record: &Record) -> io::Result<Vec<u8>> {
+        let mut body = vec![0; record.body_len()];
+        let file = &self.files[usize::from(record.place.stream) % STREAMS];
+        if file.read_at(&mut body, record.body_at())? < body.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(body)
+    }
+}
+
 fn mac_key(byte: u8) -> Arc<MacKey> {
     Arc::new(MacKey::new(&Secret::new_with(|key| key.fill(byte)).unwrap()).unwrap())
 }

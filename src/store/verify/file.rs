@@ -106,6 +106,38 @@ impl Volume {
         };
         let copies = Header::copies(&pages, &shared.volume, keys.as_deref());
         let blank = |copy: usize| pages[copy * BLOCK_LEN..][..BLOCK_LEN].iter().all(|&b| b == 0);
+        let newest = match &keys {
+            // What a reader goes by: an authentic copy that is not understood may be the newer one.
+            Some(keys) => {
+                Header::decode(&pages, &shared.volume, keys).map(|decoded| decoded.header)
+            }
+            None => believed(&copies),
+        };
+        let header = match newest {
+            Ok(header) => header,
+            Err(_) if blank(0) && blank(1) && !self.log.closed => {
+                let detail = "there is nothing where the header should be, as after a crash \
+                              before the first flush";
+                sink(Flaw::new(What::NeverFlushed, detail).at(0));
+                return Ok(Opened::NeverFlushed);
+            }
+            Err(error) => {
+                let (what, detail) = match error {
+                    HeaderError::Unsupported => (
+                        What::HeaderUnsupported,
+                        "the file's header is of a format that is not known here",
+                    ),
+                    HeaderError::Damaged if blank(0) && blank(1) => {
+                        (What::Header, "there is nothing where the file's header should be")
+                    }
+                    HeaderError::Damaged => {
+                        (What::Header, "neither copy of the file's header is authentic")
+                    }
+                };
+                sink(Flaw::new(what, detail).at(0));
+                return Ok(Opened::Unreadable);
+            }
+        };
         let mut restore = false;
         for (copy, read) in copies.iter().enumerate() {
             let flaw = |what, detail: &str| {
@@ -133,27 +165,6 @@ impl Volume {
                 _ => {}
             }
         }
-        let unsupported = copies.contains(&Err(HeaderError::Unsupported));
-        let newest = copies.into_iter().flatten().max_by_key(|header| header.generation);
-        let Some(header) = newest else {
-            if blank(0) && blank(1) && !self.log.closed {
-                let detail = "there is nothing where the header should be, as after a crash \
-                              before the first flush";
-                sink(Flaw::new(What::NeverFlushed, detail).at(0));
-                return Ok(Opened::NeverFlushed);
-            }
-            sink(if unsupported {
-                let detail = "the file's header is of a format that is not known here";
-                Flaw::new(What::HeaderUnsupported, detail).at(0)
-            } else {
-                let detail = match blank(0) && blank(1) {
-                    true => "there is nothing where the file's header should be",
-                    false => "neither copy of the file's header is authentic",
-                };
-                Flaw::new(What::Header, detail).at(0)
-            });
-            return Ok(Opened::Unreadable);
-        };
         self.check_content(&header, sink);
         let named = self.log.named.contains(&header.file_id);
         let mut check = FileCheck {
@@ -169,9 +180,10 @@ impl Volume {
         };
         if self.keyed {
             let file = self.store.open_home(home)?;
-            self.check_keys(&file, sink)?;
+            let proves_pages = self.check_keys(&file, sink)?;
             check.size = file.size();
-            let runs = file.runs();
+            // Without the key of their MACs, there is nothing to be told of pages.
+            let runs = if proves_pages { file.runs() } else { Vec::new() };
             check.content = Content::Keyed(file);
             check.regions = check.regions_there(runs, sink)?;
         } else if let Content::Plain(header) = &check.content {
@@ -215,13 +227,31 @@ impl Volume {
         }
     }
 
-    fn check_keys(&self, file: &File, sink: &mut Sink<'_>) -> FsResult<()> {
+    /// False where the pages of the file cannot be proved.
+    fn check_keys(&self, file: &File, sink: &mut Sink<'_>) -> FsResult<bool> {
         let shared = &self.store.shared;
         let lease = shared.gate.lease()?;
-        for detail in shared.keys.unusable(&lease, &file.keys())? {
+        let keys = file.keys();
+        for detail in shared.keys.unusable(&lease, &keys)? {
             sink(Flaw::new(What::FileKey, detail).at(0));
         }
-        Ok(lease.still_open()?)
+        let proves_pages = match shared.keys.file_mac(&lease, &keys) {
+            Ok(_) => true,
+            Err(FsError::Integrity(_)) => false,
+            Err(error) => return Err(error),
+        };
+        lease.still_open()?;
+        Ok(proves_pages)
+    }
+}
+
+/// Of copies that nobody can prove, what there is to go by.
+fn believed(copies: &[Result<Header, HeaderError>; 2]) -> Result<Header, HeaderError> {
+    let newest = copies.iter().flatten().max_by_key(|header| header.generation);
+    match newest {
+        Some(header) => Ok(header.clone()),
+        None if copies.contains(&Err(HeaderError::Unsupported)) => Err(HeaderError::Unsupported),
+        None => Err(HeaderError::Damaged),
     }
 }
 
@@ -247,7 +277,8 @@ impl FileCheck {
         runs: Vec<Range<u64>>,
         sink: &mut Sink<'_>,
     ) -> FsResult<Vec<Range<u64>>> {
-        if self.named {
+        // Those that the log adds have no pages yet; what is read without a key names no such.
+        if self.named && matches!(self.content, Content::Keyed(_)) {
             return Ok(runs);
         }
         let length = self.home.metadata()?.size;
@@ -257,7 +288,7 @@ impl FileCheck {
         for run in runs {
             let end = run.end.min(u64::from(u32::MAX));
             let past = (run.start..end).find_past(there);
-            if past < end {
+            if past < end && !self.named {
                 let first = past.saturating_mul(GROUPS_PER_REGION as u64 * BLOCKS_PER_GROUP as u64);
                 let flaw = Flaw::new(
                     What::GenerationSector,
@@ -315,7 +346,9 @@ impl FileCheck {
                 hex(&self.file_id)
             );
         }
-        let (length, needed) = (self.home.metadata()?.size, backing_len(self.size));
+        // A size that no file has is another flaw, and no number to reckon with.
+        let needed = backing_len(self.size.min(MAX_SIZE));
+        let length = self.home.metadata()?.size;
         if length > needed && !self.named {
             let detail = format!("{} bytes more than its content needs", length - needed);
             sink(Flaw::new(What::Length, detail).at(needed));

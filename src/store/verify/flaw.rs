@@ -172,9 +172,11 @@ impl<'a, 'b> Joined<'a, 'b> {
             && open.what == flaw.what
             && open.place == flaw.place
             && open.detail == flaw.detail
-            && let (Some(content), Some(more)) = (&mut open.content, &flaw.content)
+            && open.content.is_some() == flaw.content.is_some()
         {
-            content.end = more.end;
+            if let (Some(content), Some(more)) = (&mut open.content, &flaw.content) {
+                content.end = more.end;
+            }
             *last = block;
             return;
         }

@@ -101,10 +101,11 @@ impl Plain<'_> {
         &self,
         page: &Page,
         accepts: Accepts,
-        mut sink: Option<&mut Sink<'_>>,
+        sink: Option<&mut Sink<'_>>,
     ) -> [bool; SECTORS_PER_PAGE] {
         let newest = self.header.generation;
         let mut good = [true; SECTORS_PER_PAGE];
+        let mut bad = Vec::new();
         for (sector, good) in good.iter_mut().enumerate() {
             let generation = page.generation_of_sector(sector);
             let wrong = if !page.is_in_place(sector) {
@@ -117,8 +118,12 @@ impl Plain<'_> {
                 continue;
             };
             *good = false;
-            if let Some(sink) = &mut sink {
-                of_sectors(page.id(), [sector].into_iter(), self.header.size, &wrong, sink);
+            bad.push((sector, wrong));
+        }
+        if let Some(sink) = sink {
+            for alike in bad.chunk_by(|one, next| one.1 == next.1) {
+                let sectors = alike.iter().map(|&(sector, _)| sector);
+                of_sectors(page.id(), sectors, self.header.size, &alike[0].1, sink);
             }
         }
         good

@@ -1,84 +1,26 @@
 //! With the key.
 
+use std::collections::HashMap;
+use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::expected::{Expected, compare, error, finds, note, stays, warning};
 use super::support::{
-    BLOCKS, KEY, PAGE, SIZE, Volume, block, flip, get, keyring, open, open_gate, pattern, put,
-    tag_page, write_at,
+    BLOCKS, KEY, PAGE, SECTOR, SIZE, Volume, block, flip, get, keyring, open, open_gate, pattern,
+    put, tag_page, write_at,
 };
 use crate::backing::Access;
 use crate::crypto::secret::Secret;
 use crate::error::Kind;
+use crate::key::envelope::{Envelope, RetiringKey};
 use crate::key::gate::{BootTime, Gate, Keyring, Reason};
-use crate::maintenance::check::{Check, Finding, Options, Repair, Report, Severity};
+use crate::maintenance::check::{Check, Finding, Options, Repair, Report};
 use crate::store::{Store, WriteMode};
-
-const SECTOR: u64 = 512;
-
-/// What a finding has to be.
-struct Expected {
-    code: &'static str,
-    severity: Severity,
-    path: Option<&'static str>,
-    at: Option<u64>,
-    content: Option<(u64, u64)>,
-}
-
-fn error(code: &'static str) -> Expected {
-    Expected { code, severity: Severity::Error, path: None, at: None, content: None }
-}
-
-fn warning(code: &'static str) -> Expected {
-    Expected { severity: Severity::Warning, ..error(code) }
-}
-
-fn note(code: &'static str) -> Expected {
-    Expected { severity: Severity::Note, ..error(code) }
-}
-
-impl Expected {
-    fn of(self, path: &'static str) -> Expected {
-        Expected { path: Some(path), ..self }
-    }
-
-    fn at(self, at: u64) -> Expected {
-        Expected { at: Some(at), ..self }
-    }
-
-    fn blocks(self, from: u64, to: u64) -> Expected {
-        Expected { content: Some((from * PAGE, (to * PAGE).min(SIZE))), ..self }
-    }
-}
-
-/// Plants `damage` in a fresh volume and expects just this.
-#[track_caller]
-fn finds(damage: impl FnOnce(&Volume), expected: &[Expected]) -> Volume {
-    let volume = Volume::new();
-    damage(&volume);
-    let checked = volume.check();
-    let found: Vec<_> = checked
-        .findings
-        .iter()
-        .map(|finding| {
-            let content = finding.from.zip(finding.to);
-            let path = finding.path.clone();
-            (finding.code.name(), finding.severity, path, finding.at, content)
-        })
-        .collect();
-    let mut wanted: Vec<_> = expected
-        .iter()
-        .map(|one| (one.code, one.severity, one.path.map(str::to_owned), one.at, one.content))
-        .collect();
-    wanted.sort_by_key(|one| found.iter().position(|found| found == one));
-    assert_eq!(found, wanted, "{:#?}", checked.findings);
-    let left = found.iter().any(|found| found.1 > Severity::Note);
-    assert_eq!(checked.summary.left > 0, left);
-    volume
-}
+use crate::sys;
 
 #[test]
 fn nothing_is_wrong_with_a_volume_that_was_closed() {
@@ -274,6 +216,61 @@ fn files_of_the_volume_itself() {
 }
 
 #[test]
+fn an_envelope_with_a_volume_key_that_is_being_replaced() {
+    let volume = Volume::new();
+    let root = volume.backing().root();
+    let envelope = Envelope::load(&root).unwrap();
+    let retiring = Some(RetiringKey { id: 1, wrapped: vec![1] });
+    let between = Envelope { volume_key_id: 2, retiring, ..envelope.clone() };
+    between.save(&root).unwrap();
+    let checked = volume.check();
+    compare(&checked, &[note("retiring-key")]);
+    let path = volume.path("envelope.json");
+    assert_eq!(checked.findings[0].backing_path, path.to_str().unwrap());
+    assert_eq!(volume.check_without_key().codes(), ["retiring-key"]);
+    stays(&volume);
+    // As the end of the rotation does it.
+    Envelope { volume_key_id: 2, ..envelope }.save_in_place(&root).unwrap();
+    Envelope::remove_previous(&root).unwrap();
+    assert!(volume.check().findings.is_empty());
+}
+
+/// Something that is mounted until this goes.
+struct Mounted(CString);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let done = sys::fuse::unmount(&self.0, false);
+        assert!(done.is_ok() || std::thread::panicking(), "{done:?}");
+    }
+}
+
+#[test]
+fn another_file_system_in_the_middle() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let volume = Volume::new();
+    let dir = &volume.directory;
+    let target = CString::new(dir.as_os_str().as_encoded_bytes()).unwrap();
+    if sys::fuse::mount(c"none", &target, c"tmpfs", 0, c"").is_err() {
+        // A container that may not.
+        return;
+    }
+    let mounted = Mounted(target);
+    fs::write(dir.join("somebody's"), "").unwrap();
+    let checked = volume.check();
+    compare(&checked, &[warning("mount-point").of("/dir")]);
+    assert_eq!(checked.findings[0].backing_path, dir.to_str().unwrap());
+    assert_eq!((checked.summary.files, checked.summary.directories), (3, 1));
+    assert_eq!(volume.check_without_key().codes(), ["mount-point"]);
+    stays(&volume);
+    assert!(dir.join("somebody's").exists());
+    drop(mounted);
+    assert!(volume.check().findings.is_empty());
+}
+
+#[test]
 fn a_session_table_that_is_lost_takes_every_block_along() {
     let volume = Volume::new();
     ["sessions.a", "sessions.b"].iter().for_each(|name| flip(&volume.path(name), 80));
@@ -454,7 +451,7 @@ fn a_disk_that_does_not_read() {
         super::support::check_backing(backing.clone(), Some(KEY), Repair::No).unwrap();
         faults.calls() - before
     };
-    let mut told = 0;
+    let mut told = HashMap::new();
     for call in [Call::Read, Call::Open, Call::Lookup, Call::Metadata] {
         for after in (0..calls).step_by(3) {
             let errno = rustix::io::Errno::IO;
@@ -466,11 +463,17 @@ fn a_disk_that_does_not_read() {
             // The check says so, or ends: it never calls the volume clean.
             if let Ok(checked) = checked {
                 assert!(checked.summary.errors > 0, "{call:?} {after}: {:?}", checked.codes());
-                told += 1;
+                for finding in checked.findings {
+                    told.insert((finding.code.name(), finding.path), finding.backing_path);
+                }
             }
         }
     }
-    assert!(told > 20, "{told}");
+    for (path, backing) in [("/big", &volume.big), ("/dir/inner", &volume.inner)] {
+        let found = told.get(&("read", Some(path.to_owned())));
+        assert_eq!(found.map(Path::new), Some(&**backing), "{told:#?}");
+    }
+    assert!(volume.check().findings.is_empty());
 }
 
 /// Shuts the gate with the first finding.

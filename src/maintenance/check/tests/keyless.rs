@@ -92,6 +92,20 @@ fn what_can_be_seen_is_found() {
     finds(|v| fs::remove_file(&v.long_link).unwrap(), "link-target", None);
 }
 
+/// A damaged header lists regions without end, and the log excuses much of what it names.
+#[test]
+fn regions_that_are_not_on_the_disk_are_not_looked_for() {
+    let volume = Volume::killed(|fs| {
+        let handle = open(fs, "big");
+        write_at(fs, handle, 5000, b"over the first blocks");
+        fs.release(handle);
+    });
+    for copy in 0..2 {
+        put(&volume.big, copy * PAGE + 84, &u32::MAX.to_le_bytes());
+    }
+    assert_eq!(volume.check_without_key().codes(), ["log-pending"]);
+}
+
 /// What only the key can tell.
 #[test]
 fn what_is_inside_is_believed() {

@@ -21,6 +21,7 @@ use crate::vfs::types::ROOT;
 use crate::vfs::{AuditSink, Caller, Filesystem, FilesystemOptions, IntegrityEvent, WriteRequest};
 
 pub(crate) const PAGE: u64 = 4096;
+pub(crate) const SECTOR: u64 = 512;
 pub(crate) const GROUP: u64 = 121 * PAGE;
 /// Of [`Volume::big`]: more than two groups.
 pub(crate) const BLOCKS: u64 = 300;
@@ -237,6 +238,15 @@ impl Volume {
 
     pub(crate) fn backing(&self) -> Arc<dyn Backing> {
         LinuxBacking::open_noatime(self.dir.path()).unwrap()
+    }
+
+    /// Mounted as it were, `work`ed on and closed.
+    pub(crate) fn opened(&self, work: impl FnOnce(&Arc<Store>)) {
+        let store = Store::open(self.backing(), open_gate(KEY), false).unwrap();
+        store.start_session(&keyring(KEY)).unwrap();
+        store.recover().unwrap();
+        work(&store);
+        store.close().unwrap();
     }
 
     pub(crate) fn check(&self) -> Checked {
