@@ -100,6 +100,8 @@ pub(super) struct State {
     pub ahead: Range<u64>,
     /// Somebody asked for space beyond the end.
     pub keep_ahead: bool,
+    /// DEKs that the header has forgotten, and that the disk may still have.
+    pub retired: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +122,7 @@ impl State {
             freed: 0,
             ahead: 0..0,
             keep_ahead: false,
+            retired: 0,
         }
     }
 
