@@ -609,9 +609,9 @@ impl Store {
 
     /// A file that had no name was given one: its next flush owes that too.
     pub fn named(&self, node: NodeId) {
-        self.shared.newborn.add(node);
+        let number = self.shared.newborn.add(node);
         if let Some(file) = self.shared.registry.get(node) {
-            file.name_is_new();
+            file.name_is_new(number);
         }
     }
 
@@ -702,9 +702,9 @@ impl Store {
         };
         file::write_header(&self.shared, &file, &header)?;
         let node = file.metadata()?.id;
-        self.shared.newborn.add(node);
+        let newborn = Some(self.shared.newborn.add(node));
         self.shared.registry.get_or_insert(node, || {
-            Ok(File::new(self.shared.clone(), file.clone(), node, header, true))
+            Ok(File::new(self.shared.clone(), file.clone(), node, header, newborn))
         })
     }
 
@@ -719,7 +719,7 @@ impl Store {
         let node = file.metadata()?.id;
         self.shared.registry.get_or_insert(node, || {
             let header = self.shared.read_header(&file)?;
-            let newborn = self.shared.newborn.contains(node);
+            let newborn = self.shared.newborn.number(node);
             Ok(File::new(self.shared.clone(), file.clone(), node, header, newborn))
         })
     }

@@ -90,12 +90,10 @@ impl Filesystem {
 
     /// Before what `flush` makes durable counts as that, the name of a new file is.
     fn with_name<T>(&self, open: &OpenFile, flush: impl FnOnce() -> FsResult<T>) -> FsResult<T> {
-        if !open.file.is_unsynced() {
-            return flush();
-        }
+        let Some(owed) = open.file.owes_name() else { return flush() };
         self.sync_names(&open.inode)?;
         let done = flush()?;
-        open.file.name_is_durable();
+        open.file.name_is_durable(owed);
         Ok(done)
     }
 

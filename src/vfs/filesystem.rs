@@ -132,11 +132,12 @@ impl Filesystem {
     /// Before anything of a new file may count as durable: its name, and those of the directories
     /// above it.
     pub(super) fn sync_names(&self, inode: &Inode) -> FsResult<()> {
-        // Where it was seen last is one of its names.
-        if inode.node.metadata()?.nlink > 1 {
+        // Where it was seen last is one of its names, or that is gone, and nobody knows the other.
+        let names = inode.node.metadata()?.nlink;
+        let mut place = inode.place();
+        if names > 1 || (names == 1 && place.is_none()) {
             return self.store.sync_all();
         }
-        let mut place = inode.place();
         let mut above: Vec<(Arc<Inode>, u64)> = Vec::new();
         while let Some(step) = place {
             // Forgotten by the kernel: which directory it was is not known any more. And a rename that

@@ -96,6 +96,14 @@ impl Inode {
         *self.place.lock() = Some(Place { parent, entry: entry.into() });
     }
 
+    /// That name is gone, and it has another.
+    pub(super) fn forget_place(&self, parent: u64, entry: &[u8]) {
+        let mut place = self.place.lock();
+        if place.as_ref().is_some_and(|seen| seen.parent == parent && *seen.entry == *entry) {
+            *place = None;
+        }
+    }
+
     pub(super) fn set_id(&self) -> SetId {
         match self.set_id.load(Ordering::Relaxed) {
             1 => SetId::None,

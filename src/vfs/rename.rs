@@ -55,6 +55,7 @@ impl Filesystem {
                 let other = present(&from.node, &source.entry)?;
                 if let Some(inode) = other.and_then(|node| self.inodes.known(node.id())) {
                     inode.set_place(from.id, &source.entry);
+                    inode.set_fresh();
                 }
                 Ok(())
             }
