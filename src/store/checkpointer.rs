@@ -73,8 +73,10 @@ impl DirtyFiles {
     /// Lets go of a file that nobody can reach, if it has no name: its space comes back now. What
     /// the log has of it stays until its removal is durable, since without that it would be back.
     pub(super) fn bury(&self, file: Arc<File>) {
-        // A checkpoint may be at work on it: then that one brings it home, for nobody.
-        if !file.has_no_name().unwrap_or(false) || file.is_in_flight() {
+        // A checkpoint may be at work on it: then that one brings it home, for nobody. Or somebody
+        // else has it: a rotation, or whoever was given the number of an inode that is gone.
+        let is_used = Arc::strong_count(&file) > 2;
+        if is_used || !file.has_no_name().unwrap_or(false) || file.is_in_flight() {
             return;
         }
         if let Some(first) = file.first() {

@@ -107,7 +107,14 @@ impl Filesystem {
             // the old; nothing was promised.
             log::warn!("a rewritten file could not be flushed: {error}");
         }
+        let inode = self.handles.file(handle).ok().map(|open| Arc::clone(&open.inode));
         self.handles.remove(handle);
+        // The kernel may have forgotten it first.
+        if let Some(inode) = inode
+            && self.inodes.get(inode.id).is_err()
+        {
+            self.store.forsaken(inode.key);
+        }
     }
 
     /// A disk that turned read-only under the mount still serves who only reads.

@@ -215,8 +215,8 @@ impl InodeTable {
     }
 
     /// Gives `count` lookups back. The root stays.
-    /// The key of the inode, if nobody knows it any more.
-    pub(super) fn forget(&self, id: u64, count: u64) -> Option<NodeId> {
+    /// The inode, if nobody knows it any more: as long as it is held, no other has its number.
+    pub(super) fn forget(&self, id: u64, count: u64) -> Option<Arc<Inode>> {
         if id == ROOT {
             return None;
         }
@@ -234,8 +234,7 @@ impl InodeTable {
             maps.by_key.remove(&key);
         }
         drop(maps);
-        drop(gone);
-        Some(key)
+        gone
     }
 
     /// The inode has lost its last name.

@@ -368,6 +368,24 @@ fn creation_is_undone_when_the_directory_is_gone() {
 }
 
 #[test]
+fn what_is_gone_takes_no_room_whichever_comes_last() {
+    let volume = Volume::new();
+    for release_first in [true, false] {
+        let created = volume.fs.create(ME, ROOT, b"f", 0o644, 0).unwrap();
+        volume.fs.write(created.handle, &write(b"text")).unwrap();
+        volume.fs.unlink(ROOT, b"f").unwrap();
+        if release_first {
+            volume.fs.release(created.handle);
+        }
+        volume.fs.forget(created.entry.node, 1);
+        if !release_first {
+            volume.fs.release(created.handle);
+        }
+        assert_eq!(volume.store.log_status().unwrap().dirty_files, 0, "{release_first}");
+    }
+}
+
+#[test]
 fn too_many_nodes_are_noticed() {
     let volume = Volume::new();
     volume.fs.set_many_nodes(10);

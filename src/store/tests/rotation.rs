@@ -235,6 +235,30 @@ fn a_key_that_is_still_on_the_disk_is_not_said_to_be_gone() {
     }
 }
 
+/// It is removed, and nobody else has it open.
+#[test]
+fn a_file_that_goes_meanwhile_is_not_damaged() {
+    let volume = Volume::new();
+    let data = pattern(200 * 4096, 6);
+    let file = volume.create("f");
+    file.write_at(&data, 0, WriteMode::default()).unwrap();
+    volume.store.checkpoint().unwrap();
+    // Not straight home, this time.
+    file.write_at(&data, 0, WriteMode::default()).unwrap();
+    let id = file.backing().metadata().unwrap().id;
+    std::fs::remove_file(volume.path("f")).unwrap();
+    volume.store.forsaken(id);
+    // More than once around the log.
+    let other = volume.create("g");
+    for round in 0..12 {
+        other.write_at(&pattern(1 << 20, round), 0, WriteMode::default()).unwrap();
+        volume.store.checkpoint().unwrap();
+    }
+    assert!(read_all(&file) == data);
+    let rotated = rotate(&volume.store, &file, LATER, ALL).unwrap();
+    assert_eq!((rotated.blocks, rotated.damaged), (200, 0));
+}
+
 fn workload() -> Vec<Op> {
     vec![
         write(0, GROUP_PLAIN as usize + 70_000, 1),
