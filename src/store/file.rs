@@ -37,7 +37,7 @@ use super::intent_log::{Kind, Log, Record, STREAMS, Stream};
 use super::keys::{FileKeys, hex};
 use super::layout::{BLOCK, HEADERS_LEN, blocks_for, group_of, region_of_group};
 use super::range_lock::RangeLock;
-use crate::backing::{FileRef, NodeId, Timestamp};
+use crate::backing::{FileRef, NodeId, NodeRef, SetTime};
 use crate::error::{FsError, FsResult};
 
 /// When a write is acknowledged.
@@ -169,24 +169,38 @@ impl File {
     }
 
     /// Something else than the content was changed.
-    pub(super) fn touch(&self, mtime: Option<Timestamp>) -> FsResult<()> {
-        let dirty = {
-            let mut state = self.state.lock();
-            if let Some(times) = &mut state.times {
-                times.ctime = crate::backing::now();
-            }
-            state.times.is_some()
+    pub(super) fn touch(&self) {
+        if let Some(times) = &mut self.state.lock().times {
+            times.ctime = crate::backing::now();
+        }
+    }
+
+    /// Sets the times of the backing file, which is `node`, and those that the file shows.
+    pub(super) fn set_times(&self, node: &NodeRef, atime: SetTime, mtime: SetTime) -> FsResult<()> {
+        let shown = match mtime {
+            SetTime::Keep => None,
+            SetTime::Now => Some(crate::backing::now()),
+            SetTime::At(time) => Some(time),
         };
-        match mtime {
-            // Otherwise recovery would bring the older one back.
-            Some(mtime) if dirty => {
-                let room = self.shared.reserve(Stream::Hot, change::room_for(0))?;
-                let _guard = self.locks.shared(0..=0);
+        loop {
+            let room = match self.times() {
+                Some(_) => Some(self.shared.reserve(Stream::Hot, change::room_for(0))?),
+                None => None,
+            };
+            // No checkpoint ends meanwhile: it would put the older time over this one.
+            let _guard = self.locks.shared(0..=0);
+            let dirty = self.times().is_some();
+            if dirty && room.is_none() {
+                continue;
+            }
+            node.set_times(atime, mtime)?;
+            if let (true, Some(room), Some(mtime)) = (dirty, room, shown) {
+                // Otherwise recovery would bring the older one back.
                 let mut change = Change::new(self, Kind::Times);
                 change.set_mtime(mtime);
-                change.commit(room).map(drop)
+                change.commit(room)?;
             }
-            _ => Ok(()),
+            return Ok(());
         }
     }
 

@@ -58,7 +58,7 @@ use self::registry::Registry;
 use self::session::{Salt, SessionEntry, SessionTable};
 use self::times::SettledTimes;
 use self::volume::VolumeHeader;
-use crate::backing::{Access, Backing, FileKind, FileRef, Metadata, NodeId, NodeRef, Timestamp};
+use crate::backing::{Access, Backing, FileKind, FileRef, Metadata, NodeId, NodeRef, SetTime};
 use crate::crypto::nonce::Counter;
 use crate::crypto::random;
 use crate::crypto::secret::Secret;
@@ -597,13 +597,20 @@ impl Store {
         }
     }
 
-    /// To be called when attributes or names of a file were changed, with the time of modification
-    /// if that was set.
-    pub fn touched(&self, node: NodeId, mtime: Option<Timestamp>) -> FsResult<()> {
+    /// To be called when attributes or names of a file were changed.
+    pub fn touched(&self, node: NodeId) {
+        if let Some(file) = self.shared.registry.get(node) {
+            file.touch();
+        }
+        // After that: a checkpoint that ends meanwhile settles what was shown before.
         self.shared.settled_times.forget(node);
-        match self.shared.registry.get(node) {
-            Some(file) => file.touch(mtime),
-            None => Ok(()),
+    }
+
+    /// Sets the times of an inode, and those that its file shows while the log has changes of it.
+    pub fn set_times(&self, node: &NodeRef, atime: SetTime, mtime: SetTime) -> FsResult<()> {
+        match self.shared.registry.get(node.id()) {
+            Some(file) => file.set_times(node, atime, mtime),
+            None => Ok(node.set_times(atime, mtime)?),
         }
     }
 

@@ -42,14 +42,9 @@ impl Filesystem {
             inode.node.set_mode(mode & 0o7777)?;
         }
         if change.atime != SetTime::Keep || change.mtime != SetTime::Keep {
-            inode.node.set_times(change.atime, change.mtime)?;
+            self.store.set_times(&inode.node, change.atime, change.mtime)?;
         }
-        let mtime = match change.mtime {
-            SetTime::Keep => None,
-            SetTime::Now => Some(crate::backing::now()),
-            SetTime::At(time) => Some(time),
-        };
-        self.touched(&inode, mtime)?;
+        self.touched(&inode);
         let attr = self.attr(&inode)?;
         self.gate.check()?;
         Ok(attr)
@@ -59,11 +54,15 @@ impl Filesystem {
     pub(super) fn truncate(&self, open: &OpenFile, size: u64, set_mtime: bool) -> FsResult<()> {
         let same = open.file.size() == size;
         self.audited(&open.inode, open.file.truncate(size))?;
-        if set_mtime {
-            open.inode.node.set_times(SetTime::Keep, SetTime::Now)?;
+        let node = &open.inode.node;
+        match (set_mtime, same) {
+            (true, true) => self.store.set_times(node, SetTime::Keep, SetTime::Now)?,
+            // The file shows that of its truncation.
+            (true, false) => node.set_times(SetTime::Keep, SetTime::Now)?,
+            (false, _) => {}
         }
-        let mtime = (same && set_mtime).then(crate::backing::now);
-        self.touched(&open.inode, mtime)
+        self.touched(&open.inode);
+        Ok(())
     }
 
     pub(super) fn attr(&self, inode: &Inode) -> FsResult<Attr> {
@@ -111,7 +110,7 @@ impl Filesystem {
         let kept = without_set_id(mode);
         if kept != mode {
             inode.node.set_mode(kept)?;
-            self.touched(inode, None)?;
+            self.touched(inode);
         }
         inode.note_mode(kept);
         Ok(())

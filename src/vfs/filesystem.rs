@@ -15,7 +15,7 @@ use super::keys::Keys;
 use super::long_name;
 use super::name::{self, DiskName, Listed};
 use super::types::ROOT;
-use crate::backing::{Backing, FileKind, NodeRef, StatFs, Timestamp};
+use crate::backing::{Backing, FileKind, NodeRef, StatFs};
 use crate::error::{CutOff, FsError, FsResult, IntegrityFailure};
 use crate::key::gate::Gate;
 use crate::store::{FEATURE_PLAINTEXT_NAMES, Store};
@@ -123,10 +123,10 @@ impl Filesystem {
         if inode.kind == FileKind::Directory { Ok(inode) } else { Err(FsError::Os(Errno::NOTDIR)) }
     }
 
-    /// Attributes of the inode were changed, its time of modification to `mtime` if that was.
-    pub(super) fn touched(&self, inode: &Inode, mtime: Option<Timestamp>) -> FsResult<()> {
+    /// Attributes of the inode were changed.
+    pub(super) fn touched(&self, inode: &Inode) {
         inode.note_attributes();
-        self.store.touched(inode.key, mtime)
+        self.store.touched(inode.key);
     }
 
     /// Before anything of a new file may count as durable: its name, and those of the directories

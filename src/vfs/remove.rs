@@ -70,7 +70,7 @@ impl Filesystem {
             || (metadata.kind == FileKind::Directory
                 && metadata.nlink <= 1
                 && self.is_removed(&victim.node));
-        self.store.touched(victim.node.id(), None)?;
+        self.store.touched(victim.node.id());
         if gone {
             self.inodes.unnamed(victim.node.id());
             if let Some(side) = victim.target {
