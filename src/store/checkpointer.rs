@@ -107,6 +107,8 @@ pub(super) struct Checkpointer {
     attempts: AtomicU64,
     /// Completed, for status.
     pub count: AtomicU64,
+    /// Nobody can reach the volume any more: every checkpoint may be the last.
+    closed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -172,16 +174,18 @@ impl Shared {
         Ok(())
     }
 
-    /// Brings everything home that is in the log now.
-    pub(super) fn checkpoint(&self) -> FsResult<()> {
-        self.checkpoint_and(false)
+    /// The last checkpoint, and each that may come after it, notes that the volume is closed, if
+    /// everything is home.
+    pub(super) fn close(&self) -> FsResult<()> {
+        self.checkpointer.closed.store(true, Ordering::Release);
+        self.checkpoint()
     }
 
-    /// With `last`, notes that the volume is closed, if everything is home.
-    pub(super) fn checkpoint_and(&self, last: bool) -> FsResult<()> {
+    /// Brings everything home that is in the log now.
+    pub(super) fn checkpoint(&self) -> FsResult<()> {
         let _one = self.checkpointer.running.lock();
         // A panic is a failure like any other: those who wait for room must not wait for ever.
-        let run = AssertUnwindSafe(|| self.checkpoint_locked(last));
+        let run = AssertUnwindSafe(|| self.checkpoint_locked());
         let done = catch_unwind(run).unwrap_or_else(|_| Err(Errno::IO.into()));
         if let Err(error) = &done {
             log::warn!("a checkpoint failed: {error}");
@@ -199,7 +203,7 @@ impl Shared {
         done
     }
 
-    fn checkpoint_locked(&self, last: bool) -> FsResult<()> {
+    fn checkpoint_locked(&self) -> FsResult<()> {
         let log = self.log()?.clone();
         // First of all: a record that is appended from here on is not of those that go.
         let next = log.next_seqs();
@@ -262,6 +266,7 @@ impl Shared {
         self.forget_clean(&home);
         self.forget_clean(&clean);
         let tails = self.dirty.lowest(next);
+        let last = self.checkpointer.closed.load(Ordering::Acquire);
         let clean = last && self.dirty.len() == 0;
         if clean {
             // Of files that were never written to, names and headers.

@@ -558,7 +558,7 @@ impl Store {
     /// The last checkpoint: nobody can reach the volume any more. The next mount has nothing to look
     /// for then.
     pub fn close(&self) -> FsResult<()> {
-        if self.shared.read_only { Ok(()) } else { self.shared.checkpoint_and(true) }
+        if self.shared.read_only { Ok(()) } else { self.shared.close() }
     }
 
     pub fn log_status(&self) -> Option<LogStatus> {

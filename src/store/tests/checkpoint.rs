@@ -154,3 +154,14 @@ fn what_is_written_while_a_checkpoint_takes_long_is_flushed_all_the_same() {
     drop(go_on);
     assert!(in_time.is_ok(), "not flushed before the checkpoint has ended");
 }
+
+/// The checkpointer still runs then, and may have been asked before that.
+#[test]
+fn a_checkpoint_after_the_last_one_leaves_the_volume_closed() {
+    let volume = Volume::new();
+    write(&volume.create("f"), 0, b"something to bring home");
+    volume.store.close().unwrap();
+    assert!(volume.store.shared.log().unwrap().is_closed());
+    volume.store.checkpoint().unwrap();
+    assert!(volume.store.shared.log().unwrap().is_closed());
+}
