@@ -40,6 +40,7 @@ impl Filesystem {
         }
         if let Some(mode) = change.mode {
             inode.node.set_mode(mode & 0o7777)?;
+            inode.mode_changed();
         }
         if change.atime != SetTime::Keep || change.mtime != SetTime::Keep {
             self.store.set_times(&inode.node, change.atime, change.mtime)?;
@@ -66,11 +67,12 @@ impl Filesystem {
     }
 
     pub(super) fn attr(&self, inode: &Inode) -> FsResult<Attr> {
+        let mode_changes = inode.mode_changes();
         let mut metadata = inode.node.metadata()?;
         if inode.kind == FileKind::Regular {
             self.store.amend(&mut metadata);
         }
-        inode.note_mode(metadata.mode);
+        inode.note_mode(metadata.mode, mode_changes);
         let size = match inode.kind {
             FileKind::Regular => self.content_size(inode)?,
             FileKind::Symlink => symlink::plain_size(inode, metadata.size)?,
@@ -106,13 +108,15 @@ impl Filesystem {
         if inode.set_id() == SetId::None {
             return Ok(());
         }
+        let changes = inode.mode_changes();
         let mode = inode.node.metadata()?.mode;
         let kept = without_set_id(mode);
         if kept != mode {
             inode.node.set_mode(kept)?;
+            inode.mode_changed();
             self.touched(inode);
         }
-        inode.note_mode(kept);
+        inode.note_mode(kept, changes);
         Ok(())
     }
 }
