@@ -63,6 +63,9 @@ impl DekRotation {
             return Err(Error::new(Kind::Inaccessible, message));
         }
         let mut state = self.state.lock();
+        if state.closed {
+            return Err(Error::new(Kind::Busy, "the volume is being unmounted"));
+        }
         state.reap();
         let unfinished = Job::load(&self.root())?;
         if unfinished.is_some() && inodes.is_some() {
@@ -295,5 +298,30 @@ fn cannot_rotate(error: FsError) -> Error {
         FsError::CutOff(_) => Error::new(Kind::Inaccessible, format!("{what}: {error}")),
         FsError::Integrity(_) => Error::corrupt(format!("{what}: {error}")),
         FsError::Os(errno) => Error::io(what, errno.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backing::memory::MemoryBacking;
+    use crate::crypto::secret::Secret;
+    use crate::key::gate::{BootTime, Keyring};
+    use crate::store::FormatOptions;
+
+    #[test]
+    fn none_begins_after_the_end() {
+        let keyring = || Keyring::new(1, Secret::new_with(|key| key.fill(9)).unwrap());
+        let (backing, gate) = (MemoryBacking::new(), Gate::new());
+        Store::format(&*backing, &keyring(), FormatOptions::default()).unwrap();
+        let store = Store::open(backing, Arc::clone(&gate), false).unwrap();
+        store.start_session(&keyring()).unwrap();
+        assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(600)));
+        store.recover().unwrap();
+        let rotation = DekRotation::new(Arc::clone(&store), gate);
+        rotation.begin(None, None).unwrap();
+        rotation.close();
+        assert_eq!(rotation.begin(None, None).unwrap_err().kind, Kind::Busy);
+        assert!(rotation.state.lock().running.is_none());
     }
 }

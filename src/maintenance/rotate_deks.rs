@@ -318,8 +318,8 @@ fn visit(
 ) -> FsResult<ControlFlow<()>> {
     let mut directories = vec![(store.tree(), false)];
     while let Some((directory, inherited)) = directories.pop() {
-        let mut entries = directory.read_dir()?;
-        while let Some(entry) = entries.next_entry()? {
+        let Some(mut entries) = there(directory.read_dir())? else { continue };
+        while let Some(entry) = there(entries.next_entry())?.flatten() {
             let looked = |kind: FileKind| entry.kind.is_none_or(|said| said == kind);
             if !looked(FileKind::Regular) && !looked(FileKind::Directory) {
                 continue;
@@ -487,6 +487,28 @@ mod tests {
         assert_eq!(told.borrow().iter().map(|(_, keys)| keys).sum::<u64>(), all as u64 - 2);
         drop(named);
         assert_eq!(volume.reopen().left(LATER), 0);
+    }
+
+    #[test]
+    fn directories_that_go_meanwhile_are_left_out() {
+        let volume = Volume::new();
+        let tree = volume.store.tree();
+        for name in ["one", "two"] {
+            let directory = tree.mkdir(name.as_bytes(), 0o700).unwrap();
+            volume.file(&directory, "f", 1);
+        }
+        let path = volume.dir.path().join("tree");
+        let mut shown = 0;
+        // Whichever comes first: the other one waits for its turn, and its own is being read.
+        let ended = visit(&volume.store, &all, &mut |_| {
+            shown += 1;
+            for name in ["one", "two"] {
+                std::fs::remove_dir_all(path.join(name)).unwrap();
+            }
+            Ok(ControlFlow::Continue(()))
+        });
+        assert!(ended.unwrap().is_continue());
+        assert_eq!(shown, 1);
     }
 
     #[test]

@@ -73,16 +73,17 @@ impl DirtyFiles {
     /// Lets go of a file that nobody can reach, if it has no name: its space comes back now. What
     /// the log has of it stays until its removal is durable, since without that it would be back.
     pub(super) fn bury(&self, file: Arc<File>) {
-        if !file.has_no_name().unwrap_or(false) {
-            return;
-        }
         // A checkpoint that is at work on it does so at its end.
-        if file.forsake() {
+        if file.has_no_name().unwrap_or(false) && file.forsake() {
             self.inter(file);
         }
     }
 
+    /// Not while somebody else has it: a rotation, or a checkpoint, after which it is due again.
     fn inter(&self, file: Arc<File>) {
+        if Arc::strong_count(&file) > 2 {
+            return;
+        }
         if let Some(first) = file.first() {
             self.graves.lock().push(first);
         }
@@ -111,6 +112,8 @@ pub(super) struct Checkpointer {
     attempts: AtomicU64,
     /// Completed, for status.
     pub count: AtomicU64,
+    /// Nobody can reach the volume any more: every checkpoint may be the last.
+    closed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -176,16 +179,18 @@ impl Shared {
         Ok(())
     }
 
-    /// Brings everything home that is in the log now.
-    pub(super) fn checkpoint(&self) -> FsResult<()> {
-        self.checkpoint_and(false)
+    /// The last checkpoint, and each that may come after it, notes that the volume is closed, if
+    /// everything is home.
+    pub(super) fn close(&self) -> FsResult<()> {
+        self.checkpointer.closed.store(true, Ordering::Release);
+        self.checkpoint()
     }
 
-    /// With `last`, notes that the volume is closed, if everything is home.
-    pub(super) fn checkpoint_and(&self, last: bool) -> FsResult<()> {
+    /// Brings everything home that is in the log now.
+    pub(super) fn checkpoint(&self) -> FsResult<()> {
         let _one = self.checkpointer.running.lock();
         // A panic is a failure like any other: those who wait for room must not wait for ever.
-        let run = AssertUnwindSafe(|| self.checkpoint_locked(last));
+        let run = AssertUnwindSafe(|| self.checkpoint_locked());
         let done = catch_unwind(run).unwrap_or_else(|_| Err(Errno::IO.into()));
         if let Err(error) = &done {
             log::warn!("a checkpoint failed: {error}");
@@ -203,7 +208,7 @@ impl Shared {
         done
     }
 
-    fn checkpoint_locked(&self, last: bool) -> FsResult<()> {
+    fn checkpoint_locked(&self) -> FsResult<()> {
         let log = self.log()?.clone();
         // First of all: a record that is appended from here on is not of those that go.
         let next = log.next_seqs();
@@ -244,13 +249,13 @@ impl Shared {
             }
             Ok(())
         };
-        let inter_forsaken = || {
-            let forsaken = work.iter().filter(|(_, file)| file.is_forsaken());
-            forsaken.for_each(|(_, file)| self.dirty.inter(file.clone()));
+        let inter_forsaken = |work: Vec<(_, Arc<File>)>| {
+            let forsaken = work.into_iter().filter(|(_, file)| file.is_forsaken());
+            forsaken.for_each(|(_, file)| self.dirty.inter(file));
         };
         if let Err(error) = bring() {
             work.iter().for_each(|(_, file)| file.abandon_checkpoint());
-            inter_forsaken();
+            inter_forsaken(work);
             return Err(error);
         }
         let mut done = Ok(());
@@ -265,13 +270,13 @@ impl Shared {
                 }
             }
         }
-        inter_forsaken();
+        inter_forsaken(work);
         done?;
-        drop(work);
         self.dirty.graves.lock().drain(..graves);
         self.forget_clean(&home);
         self.forget_clean(&clean);
         let tails = self.dirty.lowest(next);
+        let last = self.checkpointer.closed.load(Ordering::Acquire);
         let clean = last && self.dirty.len() == 0;
         if clean {
             // Of files that were never written to, names and headers.

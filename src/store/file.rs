@@ -37,7 +37,7 @@ use super::intent_log::{Kind, Log, Record, STREAMS, Stream};
 use super::keys::{FileKeys, hex};
 use super::layout::{BLOCK, HEADERS_LEN, blocks_for, group_of, region_of_group};
 use super::range_lock::RangeLock;
-use crate::backing::{FileRef, NodeId, Timestamp};
+use crate::backing::{FileRef, NodeId, NodeRef, SetTime};
 use crate::error::{FsError, FsResult};
 
 /// When a write is acknowledged.
@@ -76,8 +76,9 @@ pub struct File {
     clean: AtomicBool,
     /// That of the header in `state`.
     size: AtomicU64,
-    /// Nothing of this file is known to be on stable storage yet, neither its inode nor its name.
-    unsynced: AtomicBool,
+    /// Not 0 while nothing of this file is known to be on stable storage, neither its inode nor its
+    /// name: its number among those of which that is so.
+    unsynced: AtomicU64,
     /// A write-back of the inode failed: what is on the disk is no longer known.
     failed: AtomicBool,
     /// A record is put into force again: an unfinished checkpoint may have left pages that are newer
@@ -93,7 +94,7 @@ impl File {
         backing: FileRef,
         node: NodeId,
         header: Header,
-        unsynced: bool,
+        unsynced: Option<u64>,
     ) -> File {
         File {
             file_id: header.file_id,
@@ -104,7 +105,7 @@ impl File {
             size: AtomicU64::new(header.size),
             state: Mutex::new(State::new(header)),
             clean: AtomicBool::new(true),
-            unsynced: AtomicBool::new(unsynced),
+            unsynced: AtomicU64::new(unsynced.unwrap_or(0)),
             failed: AtomicBool::new(false),
             recovering: AtomicBool::new(false),
             since_sync: AtomicU64::new(u64::MAX / 2),
@@ -174,40 +175,61 @@ impl File {
     }
 
     /// Something else than the content was changed.
-    pub(super) fn touch(&self, mtime: Option<Timestamp>) -> FsResult<()> {
-        let dirty = {
-            let mut state = self.state.lock();
-            if let Some(times) = &mut state.times {
-                times.ctime = crate::backing::now();
-            }
-            state.times.is_some()
+    pub(super) fn touch(&self) {
+        if let Some(times) = &mut self.state.lock().times {
+            times.ctime = crate::backing::now();
+        }
+    }
+
+    /// Sets the times of the backing file, which is `node`, and those that the file shows.
+    pub(super) fn set_times(&self, node: &NodeRef, atime: SetTime, mtime: SetTime) -> FsResult<()> {
+        let shown = match mtime {
+            SetTime::Keep => None,
+            SetTime::Now => Some(crate::backing::now()),
+            SetTime::At(time) => Some(time),
         };
-        match mtime {
-            // Otherwise recovery would bring the older one back.
-            Some(mtime) if dirty => {
-                let room = self.shared.reserve(Stream::Hot, change::room_for(0))?;
-                let _guard = self.locks.shared(0..=0);
+        loop {
+            let room = match self.times() {
+                Some(_) => Some(self.shared.reserve(Stream::Hot, change::room_for(0))?),
+                None => None,
+            };
+            // No checkpoint ends meanwhile: it would put the older time over this one.
+            let _guard = self.locks.shared(0..=0);
+            let dirty = self.times().is_some();
+            if dirty && room.is_none() {
+                continue;
+            }
+            node.set_times(atime, mtime)?;
+            if let (true, Some(room), Some(mtime)) = (dirty, room, shown) {
+                // Otherwise recovery would bring the older one back.
                 let mut change = Change::new(self, Kind::Times);
                 change.set_mtime(mtime);
-                change.commit(room).map(drop)
+                change.commit(room)?;
             }
-            _ => Ok(()),
+            return Ok(());
         }
     }
 
     /// Nothing of the file, perhaps not even its name, has been made durable.
     pub fn is_unsynced(&self) -> bool {
-        self.unsynced.load(Ordering::Acquire)
+        self.owes_name().is_some()
     }
 
-    pub(super) fn name_is_new(&self) {
-        self.unsynced.store(true, Ordering::Release);
+    /// The same, as what [`File::name_is_durable`] wants to hear of it.
+    pub fn owes_name(&self) -> Option<u64> {
+        Some(self.unsynced.load(Ordering::Acquire)).filter(|&number| number != 0)
     }
 
-    /// The file was flushed, and before that its name was: to be called by who knows of names.
-    pub fn name_is_durable(&self) {
-        self.unsynced.store(false, Ordering::Release);
-        self.shared.newborn.remove(self.node);
+    pub(super) fn name_is_new(&self, number: u64) {
+        self.unsynced.store(number, Ordering::Release);
+    }
+
+    /// The file was flushed, and before that its name was: to be called by who knows of names. What
+    /// was `owed` before all that: it may have been given another name since.
+    pub fn name_is_durable(&self, owed: u64) {
+        // Another one is owed then.
+        let _ = self.unsynced.compare_exchange(owed, 0, Ordering::AcqRel, Ordering::Acquire);
+        self.shared.newborn.remove(self.node, owed);
     }
 
     /// What was written is on stable storage afterwards; with `attributes`, those of the backing

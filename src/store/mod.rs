@@ -58,7 +58,7 @@ use self::registry::Registry;
 use self::session::{Salt, SessionEntry, SessionTable};
 use self::times::SettledTimes;
 use self::volume::VolumeHeader;
-use crate::backing::{Access, Backing, FileKind, FileRef, Metadata, NodeId, NodeRef, Timestamp};
+use crate::backing::{Access, Backing, FileKind, FileRef, Metadata, NodeId, NodeRef, SetTime};
 use crate::crypto::nonce::Counter;
 use crate::crypto::random;
 use crate::crypto::secret::Secret;
@@ -561,7 +561,7 @@ impl Store {
     /// The last checkpoint: nobody can reach the volume any more. The next mount has nothing to look
     /// for then.
     pub fn close(&self) -> FsResult<()> {
-        if self.shared.read_only { Ok(()) } else { self.shared.checkpoint_and(true) }
+        if self.shared.read_only { Ok(()) } else { self.shared.close() }
     }
 
     pub fn log_status(&self) -> Option<LogStatus> {
@@ -600,21 +600,28 @@ impl Store {
         }
     }
 
-    /// To be called when attributes or names of a file were changed, with the time of modification
-    /// if that was set.
-    pub fn touched(&self, node: NodeId, mtime: Option<Timestamp>) -> FsResult<()> {
+    /// To be called when attributes or names of a file were changed.
+    pub fn touched(&self, node: NodeId) {
+        if let Some(file) = self.shared.registry.get(node) {
+            file.touch();
+        }
+        // After that: a checkpoint that ends meanwhile settles what was shown before.
         self.shared.settled_times.forget(node);
-        match self.shared.registry.get(node) {
-            Some(file) => file.touch(mtime),
-            None => Ok(()),
+    }
+
+    /// Sets the times of an inode, and those that its file shows while the log has changes of it.
+    pub fn set_times(&self, node: &NodeRef, atime: SetTime, mtime: SetTime) -> FsResult<()> {
+        match self.shared.registry.get(node.id()) {
+            Some(file) => file.set_times(node, atime, mtime),
+            None => Ok(node.set_times(atime, mtime)?),
         }
     }
 
     /// A file that had no name was given one: its next flush owes that too.
     pub fn named(&self, node: NodeId) {
-        self.shared.newborn.add(node);
+        let number = self.shared.newborn.add(node);
         if let Some(file) = self.shared.registry.get(node) {
-            file.name_is_new();
+            file.name_is_new(number);
         }
     }
 
@@ -705,9 +712,9 @@ impl Store {
         };
         file::write_header(&self.shared, &file, &header)?;
         let node = file.metadata()?.id;
-        self.shared.newborn.add(node);
+        let newborn = Some(self.shared.newborn.add(node));
         self.shared.registry.get_or_insert(node, || {
-            Ok(File::new(self.shared.clone(), file.clone(), node, header, true))
+            Ok(File::new(self.shared.clone(), file.clone(), node, header, newborn))
         })
     }
 
@@ -722,7 +729,7 @@ impl Store {
         let node = file.metadata()?.id;
         self.shared.registry.get_or_insert(node, || {
             let header = self.shared.read_header(&file)?;
-            let newborn = self.shared.newborn.contains(node);
+            let newborn = self.shared.newborn.number(node);
             Ok(File::new(self.shared.clone(), file.clone(), node, header, newborn))
         })
     }

@@ -21,20 +21,29 @@ struct Listed {
 }
 
 impl Newborn {
-    pub(super) fn add(&self, node: NodeId) {
+    /// Returns its number.
+    pub(super) fn add(&self, node: NodeId) -> u64 {
         let mut listed = self.0.lock();
         listed.last += 1;
         let number = listed.last;
         listed.nodes.insert(node, number);
+        number
+    }
+
+    pub(super) fn number(&self, node: NodeId) -> Option<u64> {
+        self.0.lock().nodes.get(&node).copied()
     }
 
     pub(super) fn contains(&self, node: NodeId) -> bool {
         self.0.lock().nodes.contains_key(&node)
     }
 
-    /// Its inode and name were flushed.
-    pub(super) fn remove(&self, node: NodeId) {
-        self.0.lock().nodes.remove(&node);
+    /// Its inode and name were flushed, unless it was added again since it had that number.
+    pub(super) fn remove(&self, node: NodeId, number: u64) {
+        let mut listed = self.0.lock();
+        if listed.nodes.get(&node) == Some(&number) {
+            listed.nodes.remove(&node);
+        }
     }
 
     /// What a flush of everything that begins now will cover; None if there is nothing.
@@ -65,7 +74,9 @@ mod tests {
         newborn.add(node(2));
         newborn.flushed(mark);
         assert!(!newborn.contains(node(1)) && newborn.contains(node(2)));
-        newborn.remove(node(2));
+        newborn.remove(node(2), mark);
+        assert!(newborn.contains(node(2)));
+        newborn.remove(node(2), newborn.number(node(2)).unwrap());
         assert_eq!(newborn.mark(), None);
     }
 }

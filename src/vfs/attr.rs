@@ -40,16 +40,12 @@ impl Filesystem {
         }
         if let Some(mode) = change.mode {
             inode.node.set_mode(mode & 0o7777)?;
+            inode.mode_changed();
         }
         if change.atime != SetTime::Keep || change.mtime != SetTime::Keep {
-            inode.node.set_times(change.atime, change.mtime)?;
+            self.store.set_times(&inode.node, change.atime, change.mtime)?;
         }
-        let mtime = match change.mtime {
-            SetTime::Keep => None,
-            SetTime::Now => Some(crate::backing::now()),
-            SetTime::At(time) => Some(time),
-        };
-        self.touched(&inode, mtime)?;
+        self.touched(&inode);
         let attr = self.attr(&inode)?;
         self.gate.check()?;
         Ok(attr)
@@ -59,19 +55,24 @@ impl Filesystem {
     pub(super) fn truncate(&self, open: &OpenFile, size: u64, set_mtime: bool) -> FsResult<()> {
         let same = open.file.size() == size;
         self.audited(&open.inode, open.file.truncate(size))?;
-        if set_mtime {
-            open.inode.node.set_times(SetTime::Keep, SetTime::Now)?;
+        let node = &open.inode.node;
+        match (set_mtime, same) {
+            (true, true) => self.store.set_times(node, SetTime::Keep, SetTime::Now)?,
+            // The file shows that of its truncation.
+            (true, false) => node.set_times(SetTime::Keep, SetTime::Now)?,
+            (false, _) => {}
         }
-        let mtime = (same && set_mtime).then(crate::backing::now);
-        self.touched(&open.inode, mtime)
+        self.touched(&open.inode);
+        Ok(())
     }
 
     pub(super) fn attr(&self, inode: &Inode) -> FsResult<Attr> {
+        let mode_changes = inode.mode_changes();
         let mut metadata = inode.node.metadata()?;
         if inode.kind == FileKind::Regular {
             self.store.amend(&mut metadata);
         }
-        inode.note_mode(metadata.mode);
+        inode.note_mode(metadata.mode, mode_changes);
         let size = match inode.kind {
             FileKind::Regular => self.content_size(inode)?,
             FileKind::Symlink => symlink::plain_size(inode, metadata.size)?,
@@ -107,13 +108,15 @@ impl Filesystem {
         if inode.set_id() == SetId::None {
             return Ok(());
         }
+        let changes = inode.mode_changes();
         let mode = inode.node.metadata()?.mode;
         let kept = without_set_id(mode);
         if kept != mode {
             inode.node.set_mode(kept)?;
-            self.touched(inode, None)?;
+            inode.mode_changed();
+            self.touched(inode);
         }
-        inode.note_mode(kept);
+        inode.note_mode(kept, changes);
         Ok(())
     }
 }

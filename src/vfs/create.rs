@@ -148,7 +148,7 @@ impl Filesystem {
         if nameless {
             self.store.named(inode.key);
         }
-        self.touched(&inode, None)?;
+        self.touched(&inode);
         self.entry(&dir, &disk.entry, Arc::clone(&inode.node))
     }
 

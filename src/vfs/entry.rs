@@ -31,8 +31,8 @@ impl Filesystem {
 
     /// Gives back `count` lookups of `node`. Never fails, also while cut off.
     pub fn forget(&self, node: u64, count: u64) {
-        if let Some(key) = self.inodes.forget(node, count) {
-            self.store.forsaken(key);
+        if let Some(inode) = self.inodes.forget(node, count) {
+            self.store.forsaken(inode.key);
         }
     }
 

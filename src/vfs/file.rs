@@ -90,12 +90,10 @@ impl Filesystem {
 
     /// Before what `flush` makes durable counts as that, the name of a new file is.
     fn with_name<T>(&self, open: &OpenFile, flush: impl FnOnce() -> FsResult<T>) -> FsResult<T> {
-        if !open.file.is_unsynced() {
-            return flush();
-        }
+        let Some(owed) = open.file.owes_name() else { return flush() };
         self.sync_names(&open.inode)?;
         let done = flush()?;
-        open.file.name_is_durable();
+        open.file.name_is_durable(owed);
         Ok(done)
     }
 
@@ -109,7 +107,14 @@ impl Filesystem {
             // the old; nothing was promised.
             log::warn!("a rewritten file could not be flushed: {error}");
         }
+        let inode = self.handles.file(handle).ok().map(|open| Arc::clone(&open.inode));
         self.handles.remove(handle);
+        // The kernel may have forgotten it first.
+        if let Some(inode) = inode
+            && self.inodes.get(inode.id).is_err()
+        {
+            self.store.forsaken(inode.key);
+        }
     }
 
     /// A disk that turned read-only under the mount still serves who only reads.

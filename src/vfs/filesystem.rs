@@ -15,7 +15,7 @@ use super::keys::Keys;
 use super::long_name;
 use super::name::{self, DiskName, Listed};
 use super::types::ROOT;
-use crate::backing::{Backing, FileKind, NodeRef, StatFs, Timestamp};
+use crate::backing::{Backing, FileKind, NodeRef, StatFs};
 use crate::error::{CutOff, FsError, FsResult, IntegrityFailure};
 use crate::key::gate::Gate;
 use crate::store::{FEATURE_PLAINTEXT_NAMES, Store};
@@ -123,20 +123,21 @@ impl Filesystem {
         if inode.kind == FileKind::Directory { Ok(inode) } else { Err(FsError::Os(Errno::NOTDIR)) }
     }
 
-    /// Attributes of the inode were changed, its time of modification to `mtime` if that was.
-    pub(super) fn touched(&self, inode: &Inode, mtime: Option<Timestamp>) -> FsResult<()> {
+    /// Attributes of the inode were changed.
+    pub(super) fn touched(&self, inode: &Inode) {
         inode.note_attributes();
-        self.store.touched(inode.key, mtime)
+        self.store.touched(inode.key);
     }
 
     /// Before anything of a new file may count as durable: its name, and those of the directories
     /// above it.
     pub(super) fn sync_names(&self, inode: &Inode) -> FsResult<()> {
-        // Where it was seen last is one of its names.
-        if inode.node.metadata()?.nlink > 1 {
+        // Where it was seen last is one of its names, or that is gone, and nobody knows the other.
+        let names = inode.node.metadata()?.nlink;
+        let mut place = inode.place();
+        if names > 1 || (names == 1 && place.is_none()) {
             return self.store.sync_all();
         }
-        let mut place = inode.place();
         let mut above: Vec<(Arc<Inode>, u64)> = Vec::new();
         while let Some(step) = place {
             // Forgotten by the kernel: which directory it was is not known any more. And a rename that

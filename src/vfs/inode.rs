@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -31,7 +31,8 @@ pub(super) struct Inode {
     /// Changed only under the table's lock.
     lookups: AtomicU64,
     place: Mutex<Option<Place>>,
-    set_id: AtomicU8,
+    /// What is known of the mode, in two bits, and above them how often that was changed.
+    set_id: AtomicU32,
     attributes_changed: AtomicBool,
     /// Changes of its own name, and how many of them are durable, for a directory.
     moves: AtomicU64,
@@ -54,6 +55,9 @@ pub(super) struct Content {
     /// Of a file that is not open. This mount is the only writer, so it stays true.
     pub(super) size: Option<u64>,
 }
+
+/// Of [`Inode::set_id`], what is known.
+const SET_ID: u32 = 3;
 
 /// Whether a write has set-id bits to drop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,18 +100,39 @@ impl Inode {
         *self.place.lock() = Some(Place { parent, entry: entry.into() });
     }
 
+    /// That name is gone, and it has another.
+    pub(super) fn forget_place(&self, parent: u64, entry: &[u8]) {
+        let mut place = self.place.lock();
+        if place.as_ref().is_some_and(|seen| seen.parent == parent && *seen.entry == *entry) {
+            *place = None;
+        }
+    }
+
     pub(super) fn set_id(&self) -> SetId {
-        match self.set_id.load(Ordering::Relaxed) {
+        match self.set_id.load(Ordering::Acquire) & SET_ID {
             1 => SetId::None,
             2 => SetId::Some,
             _ => SetId::Unknown,
         }
     }
 
-    /// Remembers the mode that the disk has.
-    pub(super) fn note_mode(&self, mode: u32) {
+    /// For [`Inode::note_mode`], before the disk is asked for the mode.
+    pub(super) fn mode_changes(&self) -> u32 {
+        self.set_id.load(Ordering::Acquire) & !SET_ID
+    }
+
+    /// Remembers the mode that the disk had, unless it was changed since there were so many changes.
+    pub(super) fn note_mode(&self, mode: u32, changes: u32) {
         let set_id = if mode & 0o6000 == 0 { 1 } else { 2 };
-        self.set_id.store(set_id, Ordering::Relaxed);
+        let known = |now: u32| (now & !SET_ID == changes).then_some(changes | set_id);
+        // Whoever has changed it does not know what has become of it.
+        let _ = self.set_id.fetch_update(Ordering::AcqRel, Ordering::Acquire, known);
+    }
+
+    /// The disk has another mode.
+    pub(super) fn mode_changed(&self) {
+        let unknown = |now: u32| Some((now | SET_ID).wrapping_add(1));
+        let _ = self.set_id.fetch_update(Ordering::AcqRel, Ordering::Acquire, unknown);
     }
 }
 
@@ -207,8 +232,8 @@ impl InodeTable {
     }
 
     /// Gives `count` lookups back. The root stays.
-    /// The key of the inode, if nobody knows it any more.
-    pub(super) fn forget(&self, id: u64, count: u64) -> Option<NodeId> {
+    /// The inode, if nobody knows it any more: as long as it is held, no other has its number.
+    pub(super) fn forget(&self, id: u64, count: u64) -> Option<Arc<Inode>> {
         if id == ROOT {
             return None;
         }
@@ -226,8 +251,7 @@ impl InodeTable {
             maps.by_key.remove(&key);
         }
         drop(maps);
-        drop(gone);
-        Some(key)
+        gone
     }
 
     /// The inode has lost its last name.
@@ -263,10 +287,32 @@ fn new_inode(id: u64, node: NodeRef, kind: FileKind) -> Inode {
         content: Mutex::new(Content::default()),
         lookups: AtomicU64::new(1),
         place: Mutex::new(None),
-        set_id: AtomicU8::new(0),
+        set_id: AtomicU32::new(0),
         // Before it was forgotten, perhaps.
         attributes_changed: AtomicBool::new(true),
         moves: AtomicU64::new(1),
         settled: AtomicU64::new(0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backing::Backing;
+    use crate::backing::memory::MemoryBacking;
+
+    #[test]
+    fn what_was_seen_before_a_change_of_mode_is_not_what_is_there_after_it() {
+        let inode = new_inode(2, MemoryBacking::new().root(), FileKind::Directory);
+        let before = inode.mode_changes();
+        inode.note_mode(0o755, before);
+        assert_eq!(inode.set_id(), SetId::None);
+        inode.mode_changed();
+        assert_eq!(inode.set_id(), SetId::Unknown);
+        // Somebody who has looked at the file before comes to say so now.
+        inode.note_mode(0o755, before);
+        assert_eq!(inode.set_id(), SetId::Unknown);
+        inode.note_mode(0o4755, inode.mode_changes());
+        assert_eq!(inode.set_id(), SetId::Some);
     }
 }

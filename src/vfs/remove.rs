@@ -12,6 +12,7 @@ use crate::error::{FsError, FsResult};
 /// The node that an operation may take the last name of.
 pub(super) struct Victim {
     node: NodeRef,
+    entry: Vec<u8>,
     /// The side file of its link target.
     target: Option<Vec<u8>>,
 }
@@ -59,7 +60,7 @@ impl Filesystem {
             }
             _ => None,
         };
-        Ok(Some(Victim { node, target }))
+        Ok(Some(Victim { node, entry: entry.to_vec(), target }))
     }
 
     /// After the operation on `dir`: forgets the identity of an inode that has no name any more.
@@ -69,7 +70,7 @@ impl Filesystem {
             || (metadata.kind == FileKind::Directory
                 && metadata.nlink <= 1
                 && self.is_removed(&victim.node));
-        self.store.touched(victim.node.id(), None)?;
+        self.store.touched(victim.node.id());
         if gone {
             self.inodes.unnamed(victim.node.id());
             if let Some(side) = victim.target {
@@ -79,6 +80,8 @@ impl Filesystem {
                     Err(error) => log::warn!("a link's target file stays behind: {error}"),
                 }
             }
+        } else if let Some(inode) = self.inodes.known(victim.node.id()) {
+            inode.forget_place(dir.id, &victim.entry);
         }
         Ok(())
     }

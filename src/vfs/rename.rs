@@ -45,7 +45,7 @@ impl Filesystem {
                 _ => Err(error),
             }
         })?;
-        self.store.touched(moved.id(), None)?;
+        self.store.touched(moved.id());
         if let Some(inode) = self.inodes.known(moved.id()) {
             inode.set_place(to.id, &target.entry);
             inode.set_fresh();
@@ -53,8 +53,11 @@ impl Filesystem {
         match (mode, replaced) {
             (RenameMode::Exchange, _) => {
                 let other = present(&from.node, &source.entry)?;
-                if let Some(inode) = other.and_then(|node| self.inodes.known(node.id())) {
+                let Some(other) = other else { return Ok(()) };
+                self.store.touched(other.id());
+                if let Some(inode) = self.inodes.known(other.id()) {
                     inode.set_place(from.id, &source.entry);
+                    inode.set_fresh();
                 }
                 Ok(())
             }

@@ -5,7 +5,7 @@ mod power_cut;
 
 use std::fs;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -17,8 +17,10 @@ use super::{
     AuditSink, Caller, DirItem, DirSink, Filesystem, FilesystemOptions, IntegrityEvent, Plus,
     SetAttr, WriteRequest,
 };
+use crate::backing::fault::{Call, FaultBacking};
 use crate::backing::linux::LinuxBacking;
-use crate::backing::{Backing, FileKind, RenameMode, XattrMode};
+use crate::backing::memory::MemoryBacking;
+use crate::backing::{Backing, FileKind, RenameMode, SetTime, Timestamp, XattrMode};
 use crate::crypto::secret::Secret;
 use crate::error::{CutOff, FsError, FsResult};
 use crate::key::gate::{BootTime, Gate, Keyring, Reason};
@@ -365,6 +367,63 @@ fn creation_is_undone_when_the_directory_is_gone() {
     assert_eq!(os(volume.fs.create(ME, dir, b"f", 0o644, 0)), Errno::NOENT);
     assert_eq!(os(volume.fs.mkdir(ME, dir, &[b'n'; 200], 0o755, 0)), Errno::NOENT);
     assert_eq!(volume.fs.known_nodes().len(), 2);
+}
+
+#[test]
+fn times_that_were_set_while_a_checkpoint_ended_stay() {
+    let backing = MemoryBacking::new();
+    Store::format(&*backing, &keyring(), FormatOptions::default()).unwrap();
+    let (faulty, faults) = FaultBacking::new(backing);
+    let machine = power_cut::mount(faulty);
+    let created = machine.fs.create(ME, ROOT, b"f", 0o644, 0).unwrap();
+    machine.fs.write(created.handle, &write(b"text")).unwrap();
+    let node = created.entry.node;
+    let time = Timestamp { sec: 1_000_000_000, nsec: 5 };
+    let change = SetAttr { mtime: SetTime::At(time), ..SetAttr::default() };
+    let (fs, (done, is_done)) = (machine.fs.clone(), mpsc::channel());
+    // The checkpoint is about to set the time that the file has shown so far.
+    faults.arm_hook(Call::Attribute, move || {
+        std::thread::spawn(move || {
+            fs.setattr(node, &change).unwrap();
+            done.send(()).unwrap();
+        });
+        std::thread::sleep(Duration::from_millis(200));
+    });
+    machine.store.checkpoint().unwrap();
+    is_done.recv().unwrap();
+    assert_eq!(machine.fs.getattr(node).unwrap().mtime, time);
+    machine.store.checkpoint().unwrap();
+    assert_eq!(machine.fs.getattr(node).unwrap().mtime, time);
+}
+
+#[test]
+fn an_exchange_moves_the_time_of_change_of_both() {
+    let volume = Volume::new();
+    let nodes = [volume.file(ROOT, "a", b"one"), volume.file(ROOT, "b", b"other")];
+    let ctimes = || nodes.map(|node| volume.fs.getattr(node).unwrap().ctime);
+    let before = ctimes();
+    std::thread::sleep(Duration::from_millis(20));
+    volume.fs.rename(ROOT, b"a", ROOT, b"b", RenameMode::Exchange).unwrap();
+    let after = ctimes();
+    assert!(before[0] < after[0] && before[1] < after[1], "{before:?} {after:?}");
+}
+
+#[test]
+fn what_is_gone_takes_no_room_whichever_comes_last() {
+    let volume = Volume::new();
+    for release_first in [true, false] {
+        let created = volume.fs.create(ME, ROOT, b"f", 0o644, 0).unwrap();
+        volume.fs.write(created.handle, &write(b"text")).unwrap();
+        volume.fs.unlink(ROOT, b"f").unwrap();
+        if release_first {
+            volume.fs.release(created.handle);
+        }
+        volume.fs.forget(created.entry.node, 1);
+        if !release_first {
+            volume.fs.release(created.handle);
+        }
+        assert_eq!(volume.store.log_status().unwrap().dirty_files, 0, "{release_first}");
+    }
 }
 
 #[test]

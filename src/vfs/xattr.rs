@@ -96,14 +96,15 @@ impl Filesystem {
         let inode = self.inodes.get(node)?;
         if acl::is_acl(name) {
             inode.node.set_xattr(name, value, mode)?;
-            self.touched(&inode, None)?;
+            self.touched(&inode);
             return if drop_set_gid { self.drop_set_gid(&inode) } else { Ok(()) };
         }
         let compact = compact(name)?;
         let disk_name = self.disk_name(&compact)?;
         let sealed = value::seal(&self.keys, &value_ad(&compact), value)?;
         inode.node.set_xattr(&disk_name, &sealed, mode)?;
-        self.touched(&inode, None)
+        self.touched(&inode);
+        Ok(())
     }
 
     pub fn removexattr(&self, node: u64, name: &[u8]) -> FsResult<()> {
@@ -114,7 +115,8 @@ impl Filesystem {
         } else {
             inode.node.remove_xattr(&self.disk_name(&compact(name)?)?)?;
         }
-        self.touched(&inode, None)
+        self.touched(&inode);
+        Ok(())
     }
 
     /// The names, each with a NUL after it.

@@ -18,7 +18,7 @@ use super::File;
 use super::overlay::{Part, Spot};
 use super::pages::position;
 use super::write_header;
-use crate::backing::SetTime;
+use crate::backing::{SetTime, Timestamp};
 use crate::error::FsResult;
 use crate::store::header::Header;
 use crate::store::layout::{
@@ -169,30 +169,37 @@ impl File {
         // Nobody reads from the log what it is about to forget.
         let _guard = self.locks.exclusive(0..=u64::MAX);
         self.give_back(snapshot)?;
-        let (clean, times) = {
-            let mut state = self.state.lock();
-            let done = state.inflight.take().unwrap_or_default();
-            if !done.removed.parts().is_empty() {
-                self.forget_pages();
-            }
-            done.pages.into_values().for_each(|page| self.cache_page(page));
-            let clean = !state.dirty.changed;
-            let times = state.times;
-            if clean {
-                state.times = None;
-                state.freed = 0;
-            }
-            self.set_clean(clean);
-            (clean, times)
-        };
-        if clean && let Some(times) = times {
-            if let Some(mtime) = times.mtime {
-                self.backing.node()?.set_times(SetTime::Keep, SetTime::At(mtime))?;
-            }
-            let home = self.backing.metadata()?.ctime;
-            self.shared.settled_times.insert(self.node, home, times.ctime);
+        // Nothing is given up before all of it has succeeded.
+        let settled = self.settle_times()?;
+        let mut state = self.state.lock();
+        let done = state.inflight.take().unwrap_or_default();
+        if !done.removed.parts().is_empty() {
+            self.forget_pages();
         }
+        done.pages.into_values().for_each(|page| self.cache_page(page));
+        let clean = !state.dirty.changed;
+        if clean {
+            if let (Some(home), Some(times)) = (settled, state.times.take()) {
+                self.shared.settled_times.insert(self.node, home, times.ctime);
+            }
+            state.freed = 0;
+        }
+        self.set_clean(clean);
         Ok(!clean)
+    }
+
+    /// Gives the backing file the time that the file shows, unless that is dirty again, and returns
+    /// the change time that this leaves. Everything is locked.
+    fn settle_times(&self) -> FsResult<Option<Timestamp>> {
+        let times = {
+            let state = self.state.lock();
+            state.times.filter(|_| !state.dirty.changed)
+        };
+        let Some(times) = times else { return Ok(None) };
+        if let Some(mtime) = times.mtime {
+            self.backing.node()?.set_times(SetTime::Keep, SetTime::At(mtime))?;
+        }
+        Ok(Some(self.backing.metadata()?.ctime))
     }
 
     pub(in crate::store) fn abandon_checkpoint(&self) {

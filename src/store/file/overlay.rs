@@ -102,6 +102,8 @@ pub(super) struct State {
     pub keep_ahead: bool,
     /// It has no name, and nobody can reach it.
     pub forsaken: bool,
+    /// DEKs that the header has forgotten, and that the disk may still have.
+    pub retired: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,6 +125,7 @@ impl State {
             ahead: 0..0,
             keep_ahead: false,
             forsaken: false,
+            retired: 0,
         }
     }
 

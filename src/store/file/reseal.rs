@@ -39,9 +39,10 @@ impl File {
         header.deks.iter().any(|slot| slot.id == header.active_dek && slot.made <= than)
     }
 
-    /// More than one DEK is in use.
+    /// More than one DEK is in use, or not known to be gone from the disk.
     pub(in crate::store) fn is_between_deks(&self) -> bool {
-        self.state.lock().header.deks.len() > 1
+        let state = self.state.lock();
+        state.header.deks.len() > 1 || state.retired > 0
     }
 
     pub(in crate::store) fn has_free_slot(&self) -> bool {
@@ -91,18 +92,24 @@ impl File {
         *self.keys.write() = FileKeys::of(&state.header).into();
     }
 
-    /// Forgets every DEK but the one in use, and returns how many that were. Home and log hold
-    /// nothing that was sealed with them.
-    pub(in crate::store) fn retire_deks(&self) -> FsResult<u64> {
+    /// Forgets every DEK but the one in use. Home and log hold nothing that was sealed with them.
+    pub(in crate::store) fn retire_deks(&self) -> FsResult<()> {
         let mut gone = Vec::new();
         self.change_header(|header| {
             let active = header.active_dek;
             gone = header.deks.iter().map(|slot| slot.id).filter(|&id| id != active).collect();
             header.deks.retain(|slot| slot.id == active);
         })?;
+        self.state.lock().retired += gone.len() as u64;
         self.use_newest_dek();
         self.shared.keys.forget_slots(&self.file_id, &gone);
-        Ok(gone.len() as u64)
+        Ok(())
+    }
+
+    /// How many DEKs are gone for good, now that a checkpoint has come after
+    /// [`File::retire_deks`].
+    pub(in crate::store) fn destroyed_deks(&self) -> u64 {
+        std::mem::take(&mut self.state.lock().retired)
     }
 
     fn change_header(

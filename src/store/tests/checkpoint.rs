@@ -185,3 +185,14 @@ fn the_space_of_what_is_removed_during_a_checkpoint_comes_back_with_its_end() {
         assert!(!volume.path("f").exists());
     }
 }
+
+/// The checkpointer still runs then, and may have been asked before that.
+#[test]
+fn a_checkpoint_after_the_last_one_leaves_the_volume_closed() {
+    let volume = Volume::new();
+    write(&volume.create("f"), 0, b"something to bring home");
+    volume.store.close().unwrap();
+    assert!(volume.store.shared.log().unwrap().is_closed());
+    volume.store.checkpoint().unwrap();
+    assert!(volume.store.shared.log().unwrap().is_closed());
+}

@@ -225,9 +225,12 @@ impl Driver {
                 grow(&mut content, offset + len);
             }
             Op::Sync => {
+                let owed = file.owes_name();
                 self.name(which, &file);
                 file.sync(false).unwrap();
-                file.name_is_durable();
+                if let Some(owed) = owed {
+                    file.name_is_durable(owed);
+                }
                 durable = true;
             }
             Op::Checkpoint => self.mounted.store.checkpoint().unwrap(),

@@ -158,6 +158,41 @@ fn holes_and_space() {
     each_write_fails("allocate", prepare, |file| file.allocate(LEN as u64, 600_000, false), &new);
 }
 
+/// The checkpoint that has brought everything home cannot set the time of modification there.
+#[test]
+fn a_failed_checkpoint_does_not_move_the_time_of_modification() {
+    for call in [Call::Attribute, Call::Metadata] {
+        for after in 0.. {
+            let volume = Volume::new();
+            let file = volume.create("f");
+            write(&file, 0, b"content").unwrap();
+            let shown = file.times().unwrap().mtime.unwrap();
+            let id = file.backing().metadata().unwrap().id;
+            let rule = Rule { call, after, lasting: false, errno: Errno::IO, partial: None };
+            volume.faults.arm(rule);
+            let done = volume.store.checkpoint();
+            if !volume.faults.disarm() {
+                done.unwrap();
+                break;
+            }
+            let mtime = || {
+                let mut metadata = file.backing().metadata().unwrap();
+                assert_eq!(metadata.id, id);
+                volume.store.amend(&mut metadata);
+                metadata.mtime
+            };
+            assert_eq!(mtime(), shown, "{call:?} {after}");
+            volume.store.checkpoint().unwrap();
+            assert_eq!(mtime(), shown, "{call:?} {after}");
+            assert_eq!(
+                file.backing().metadata().unwrap().mtime,
+                shown,
+                "{call:?} {after}: at home"
+            );
+        }
+    }
+}
+
 /// Every call of a checkpoint fails in turn: nothing is lost, nothing is wrong, and the next one
 /// succeeds.
 #[test]

@@ -1,14 +1,17 @@
 //! Rotation of data encryption keys: nobody sees it, and no cut of the power loses a key that
 //! something needs.
 
+use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use super::crash::{Op, checked, rotate, run, write};
 use super::support::{Volume, mount, pattern, read_all};
-use crate::backing::fault::Call;
+use crate::backing::fault::{Call, Rule};
 use crate::backing::memory::Options;
 use crate::store::file::File;
 use crate::store::layout::GROUP_PLAIN;
@@ -197,6 +200,63 @@ fn a_block_that_was_being_written_when_the_key_changed_can_be_read() {
     assert_eq!(read_all(&file), [7; 4096]);
     drop(file);
     assert_eq!(read_all(&volume.reopen().open("f")), [7; 4096]);
+}
+
+/// Each write of a rotation fails in turn. It is done when the old key is gone from the disk, and then
+/// it says so.
+#[test]
+fn a_key_that_is_still_on_the_disk_is_not_said_to_be_gone() {
+    for after in 0.. {
+        let volume = Volume::new();
+        let file = volume.create("f");
+        file.write_at(&pattern(9000, 1), 0, WriteMode::default()).unwrap();
+        volume.store.checkpoint().unwrap();
+        let errno = Errno::NOSPC;
+        let rule = Rule { call: Call::Write, after, lasting: false, errno, partial: None };
+        volume.faults.arm(rule);
+        let files = [file.clone()];
+        let rotate = || {
+            let done = volume.store.rotate_deks(&files, LATER, &mut |_| ControlFlow::Continue(()));
+            done.map(|done| done.unwrap()[0].destroyed)
+        };
+        let first = rotate();
+        if !volume.faults.disarm() {
+            assert_eq!(first.unwrap(), 1);
+            break;
+        }
+        if volume.store.log_status().unwrap().poisoned.is_some() {
+            continue;
+        }
+        assert!(first.is_err(), "{after}");
+        assert!(volume.store.needs_rotation(&file, LATER), "{after}: it is not done");
+        assert_eq!(rotate().unwrap(), 1, "{after}");
+        assert!(!volume.store.needs_rotation(&file, LATER), "{after}");
+        assert_eq!(slots_on_disk(&volume, "f"), (vec![1], vec![1]), "{after}");
+    }
+}
+
+/// It is removed, and nobody else has it open.
+#[test]
+fn a_file_that_goes_meanwhile_is_not_damaged() {
+    let volume = Volume::new();
+    let data = pattern(200 * 4096, 6);
+    let file = volume.create("f");
+    file.write_at(&data, 0, WriteMode::default()).unwrap();
+    volume.store.checkpoint().unwrap();
+    // Not straight home, this time.
+    file.write_at(&data, 0, WriteMode::default()).unwrap();
+    let id = file.backing().metadata().unwrap().id;
+    std::fs::remove_file(volume.path("f")).unwrap();
+    volume.store.forsaken(id);
+    // More than once around the log.
+    let other = volume.create("g");
+    for round in 0..12 {
+        other.write_at(&pattern(1 << 20, round), 0, WriteMode::default()).unwrap();
+        volume.store.checkpoint().unwrap();
+    }
+    assert!(read_all(&file) == data);
+    let rotated = rotate(&volume.store, &file, LATER, ALL).unwrap();
+    assert_eq!((rotated.blocks, rotated.damaged), (200, 0));
 }
 
 fn workload() -> Vec<Op> {

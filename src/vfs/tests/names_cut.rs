@@ -442,3 +442,28 @@ fn long_names() {
     script.fsync_dir("");
     script.check("long");
 }
+
+#[test]
+fn a_file_that_has_lost_the_name_it_was_seen_with_last() {
+    let mut script = Script::new();
+    script.mkdir("d");
+    script.mkdir("e");
+    script.flush();
+    let file = script.create("d/one", "of the one that stays");
+    script.link(file, "e/two");
+    script.unlink("e/two");
+    script.fdatasync(file);
+    script.check("unlinked");
+
+    let mut script = Script::new();
+    script.mkdir("d");
+    script.mkdir("e");
+    let other = script.create("e/other", "of another");
+    script.flush();
+    let file = script.create("d/one", "of the one that stays");
+    script.link(file, "e/two");
+    script.rename("e/other", "e/two", RenameMode::Replace);
+    script.fdatasync(file);
+    script.fdatasync(other);
+    script.check("replaced");
+}

@@ -140,6 +140,58 @@ fn a_file_that_got_its_name_after_its_first_flush() {
 }
 
 #[test]
+fn a_file_that_got_its_name_while_it_was_flushed() {
+    let (backing, machine) = in_memory();
+    drop(machine);
+    let (faulty, faults) = FaultBacking::new(backing.clone());
+    let machine = mount(faulty);
+    let created = machine.fs.create_unnamed(ME, ROOT, 0o644, 0).unwrap();
+    machine.fs.write(created.handle, &write(TEXT)).unwrap();
+    let (fs, node) = (machine.fs.clone(), created.entry.node);
+    faults.arm_hook(Call::Sync, move || {
+        fs.link(node, ROOT, b"a").unwrap();
+    });
+    machine.fs.fsync(created.handle, true).unwrap();
+    // That one was too early for the name.
+    machine.fs.fsync(created.handle, true).unwrap();
+    let trace = backing.trace();
+    let options = Options { budget: 200, ..Options::default() };
+    for crash in trace.crashes(trace.len(), &options) {
+        let after = mount(trace.materialise(&crash));
+        assert_eq!(after.content("a").as_deref(), Some(TEXT), "{crash:?}");
+    }
+}
+
+#[test]
+fn a_file_in_a_directory_that_changed_places_with_another() {
+    let (backing, machine) = in_memory();
+    let fs = &machine.fs;
+    let make = |node, name: &[u8]| {
+        let created = fs.create(ME, node, name, 0o644, 0).unwrap();
+        fs.write(created.handle, &write(TEXT)).unwrap();
+        fs.fsync(created.handle, true).unwrap();
+        fs.release(created.handle);
+    };
+    let mut inner = Vec::new();
+    for (outside, inside) in [(b"a", b"x"), (b"b", b"y")] {
+        let outer = fs.mkdir(ME, ROOT, outside, 0o755, 0).unwrap().node;
+        let node = fs.mkdir(ME, outer, inside, 0o755, 0).unwrap().node;
+        make(node, b"old");
+        inner.push((outer, node));
+    }
+    fs.rename(inner[0].0, b"x", inner[1].0, b"y", RenameMode::Exchange).unwrap();
+    make(inner[1].1, b"new");
+    let trace = backing.trace();
+    let options = Options { budget: 200, ..Options::default() };
+    for crash in trace.crashes(trace.len(), &options) {
+        let after = mount(trace.materialise(&crash));
+        let down = |node, name: &[u8]| after.fs.lookup(node, name).unwrap().node;
+        let node = down(down(down(ROOT, b"a"), b"x"), b"new");
+        assert_eq!(after.text(node), TEXT, "{crash:?}");
+    }
+}
+
+#[test]
 fn a_file_of_which_a_directory_could_not_be_flushed_at_first() {
     let (backing, machine) = in_memory();
     drop(machine);
