@@ -164,6 +164,15 @@ impl Shared {
         Ok(())
     }
 
+    /// A flush of names, or of new files, has failed. The kernel may tell of it once, and nothing
+    /// writes them again: nothing more may count as durable.
+    pub(super) fn names_failed(&self, error: &std::io::Error) -> FsError {
+        if let Ok(log) = self.log() {
+            log.names_failed(error);
+        }
+        Errno::IO.into()
+    }
+
     /// Everything at home, and every name, is on stable storage afterwards.
     pub(super) fn sync_fs(&self) -> FsResult<()> {
         let mark = self.newborn.mark();
@@ -171,7 +180,10 @@ impl Shared {
             if let Ok(log) = self.log() {
                 log.home_failed(None, &error);
             }
-            return Err(error.into());
+            return Err(match mark {
+                Some(_) => self.names_failed(&error),
+                None => error.into(),
+            });
         }
         if let Some(mark) = mark {
             self.newborn.flushed(mark);

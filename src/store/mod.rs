@@ -642,6 +642,24 @@ impl Store {
         if self.shared.newborn.mark().is_some() { self.shared.sync_fs() } else { Ok(()) }
     }
 
+    /// The names in these directories are on stable storage afterwards. A failure is final.
+    pub fn flush_names<'a>(&self, directories: impl Iterator<Item = &'a NodeRef>) -> FsResult<()> {
+        for directory in directories {
+            match directory.sync() {
+                // One that is gone has none.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(self.shared.names_failed(&error)),
+                Ok(()) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything at home, and every name, is on stable storage afterwards.
+    pub fn flush_home(&self) -> FsResult<()> {
+        self.shared.sync_fs()
+    }
+
     /// Everything acknowledged so far is on stable storage afterwards, except names and attributes.
     pub fn flush_log(&self) -> FsResult<()> {
         match self.shared.log.get() {

@@ -125,6 +125,7 @@ impl Filesystem {
         // In order: what was written to files before comes first, and new files themselves.
         self.store.flush_log()?;
         self.store.flush_new_files()?;
+        self.settle_names()?;
         Ok(self.handles.dir(handle)?.inode.node.sync()?)
     }
 

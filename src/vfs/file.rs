@@ -67,7 +67,7 @@ impl Filesystem {
         let mode = write_mode(request);
         let write = || open.file.write_at(request.data, request.offset, mode);
         let done = match mode.durability {
-            Durability::Flushed => self.with_name(&open, write),
+            Durability::Flushed => self.in_order(&open, write),
             Durability::Handed | Durability::OnDevice => write(),
         };
         self.audited(&open.inode, done)?;
@@ -80,7 +80,7 @@ impl Filesystem {
         self.gate.check()?;
         let open = self.handles.file(handle)?;
         let attributes = !data_only && open.inode.take_attributes();
-        let done = self.with_name(&open, || open.file.sync(attributes));
+        let done = self.in_order(&open, || open.file.sync(attributes));
         let done = self.audited(&open.inode, done);
         if done.is_err() && attributes {
             open.inode.note_attributes();
@@ -88,12 +88,14 @@ impl Filesystem {
         done
     }
 
-    /// Before what `flush` makes durable counts as that, the name of a new file is.
-    fn with_name<T>(&self, open: &OpenFile, flush: impl FnOnce() -> FsResult<T>) -> FsResult<T> {
-        let Some(owed) = open.file.owes_name() else { return flush() };
-        self.sync_names(&open.inode)?;
+    /// Before what `flush` makes durable counts as that, names do, that of a new file among them.
+    fn in_order<T>(&self, open: &OpenFile, flush: impl FnOnce() -> FsResult<T>) -> FsResult<T> {
+        let owed = open.file.owes_name();
+        self.settle_names()?;
         let done = flush()?;
-        open.file.name_is_durable(owed);
+        if let Some(owed) = owed {
+            open.file.name_is_durable(owed);
+        }
         Ok(done)
     }
 

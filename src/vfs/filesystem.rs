@@ -15,6 +15,7 @@ use super::keys::Keys;
 use super::long_name;
 use super::name::{self, DiskName, Listed};
 use super::types::ROOT;
+use super::unsettled::{Directories, Unsettled};
 use crate::backing::{Backing, FileKind, NodeRef, StatFs};
 use crate::error::{CutOff, FsError, FsResult, IntegrityFailure};
 use crate::key::gate::Gate;
@@ -43,6 +44,7 @@ pub struct Filesystem {
     pub(super) plain_names: bool,
     /// Held while a long name's side file and its entry change together.
     pub(super) long_names: Mutex<()>,
+    unsettled: Unsettled,
     audit: Arc<dyn AuditSink>,
     foreign_reported: Mutex<HashSet<(u64, Vec<u8>)>>,
     options: FilesystemOptions,
@@ -68,6 +70,7 @@ impl Filesystem {
             handles: HandleTable::new(),
             plain_names,
             long_names: Mutex::new(()),
+            unsettled: Unsettled::new(),
             audit,
             foreign_reported: Mutex::new(HashSet::new()),
             options,
@@ -129,34 +132,20 @@ impl Filesystem {
         self.store.touched(inode.key);
     }
 
-    /// Before anything of a new file may count as durable: its name, and those of the directories
-    /// above it.
-    pub(super) fn sync_names(&self, inode: &Inode) -> FsResult<()> {
-        // Where it was seen last is one of its names, or that is gone, and nobody knows the other.
-        let names = inode.node.metadata()?.nlink;
-        let mut place = inode.place();
-        if names > 1 || (names == 1 && place.is_none()) {
-            return self.store.sync_all();
+    /// A name in `dir` was given, taken or moved.
+    pub(super) fn name_changed(&self, dir: &Inode) {
+        self.unsettled.add(dir.key, &dir.node);
+    }
+
+    /// Before anything may count as durable: every change of a name before it. See [`Unsettled`].
+    pub(super) fn settle_names(&self) -> FsResult<()> {
+        if self.read_only() {
+            return Ok(());
         }
-        let mut above: Vec<(Arc<Inode>, u64)> = Vec::new();
-        while let Some(step) = place {
-            // Forgotten by the kernel: which directory it was is not known any more. And a rename that
-            // is under way could show a loop.
-            let (Ok(parent), true) = (self.inodes.get(step.parent), above.len() < PATH_MAX) else {
-                return self.store.sync_all();
-            };
-            let fresh = parent.fresh().filter(|_| parent.id != ROOT);
-            parent.node.sync()?;
-            let Some(moves) = fresh else { break };
-            place = parent.place();
-            if place.is_none() {
-                return self.store.sync_all();
-            }
-            above.push((parent, moves));
-        }
-        // Not before all of them are: others rely on it.
-        above.into_iter().for_each(|(parent, moves)| parent.settle(moves));
-        Ok(())
+        self.unsettled.settle(|owed| match owed {
+            Directories::These(known) => self.store.flush_names(known.values()),
+            Directories::Any => self.store.flush_home(),
+        })
     }
 
     pub(super) fn seal_name(&self, name: &[u8]) -> FsResult<DiskName> {

@@ -34,9 +34,6 @@ pub(super) struct Inode {
     /// What is known of the mode, in two bits, and above them how often that was changed.
     set_id: AtomicU32,
     attributes_changed: AtomicBool,
-    /// Changes of its own name, and how many of them are durable, for a directory.
-    moves: AtomicU64,
-    settled: AtomicU64,
 }
 
 /// Where an inode was last seen, for messages: a node id and a name of the disk.
@@ -75,21 +72,6 @@ impl Inode {
 
     pub(super) fn take_attributes(&self) -> bool {
         self.attributes_changed.swap(false, Ordering::AcqRel)
-    }
-
-    /// Of a directory: a number for its last change of name, if that may not be durable yet.
-    pub(super) fn fresh(&self) -> Option<u64> {
-        let moves = self.moves.load(Ordering::Acquire);
-        (moves > self.settled.load(Ordering::Acquire)).then_some(moves)
-    }
-
-    pub(super) fn set_fresh(&self) {
-        self.moves.fetch_add(1, Ordering::AcqRel);
-    }
-
-    /// Its name is durable, as of the change with that number, and so are those above it.
-    pub(super) fn settle(&self, moves: u64) {
-        self.settled.fetch_max(moves, Ordering::AcqRel);
     }
 
     pub(super) fn place(&self) -> Option<Place> {
@@ -290,8 +272,6 @@ fn new_inode(id: u64, node: NodeRef, kind: FileKind) -> Inode {
         set_id: AtomicU32::new(0),
         // Before it was forgotten, perhaps.
         attributes_changed: AtomicBool::new(true),
-        moves: AtomicU64::new(1),
-        settled: AtomicU64::new(0),
     }
 }
 

@@ -25,12 +25,16 @@ impl Filesystem {
         disk: &DiskName,
         make: impl FnOnce() -> FsResult<T>,
     ) -> FsResult<T> {
-        if disk.long.is_none() {
-            return make();
-        }
-        let _guard = self.long_names.lock();
-        self.write_side_file(&dir.node, disk)?;
+        let _guard = match disk.long {
+            None => None,
+            Some(_) => {
+                let guard = self.long_names.lock();
+                self.write_side_file(&dir.node, disk)?;
+                Some(guard)
+            }
+        };
         let made = make();
+        self.name_changed(dir);
         if made.is_err() {
             self.remove_side_file(&dir.node, disk);
         }
@@ -44,11 +48,9 @@ impl Filesystem {
         disk: &DiskName,
         take: impl FnOnce() -> FsResult<T>,
     ) -> FsResult<T> {
-        if disk.long.is_none() {
-            return take();
-        }
-        let _guard = self.long_names.lock();
+        let _guard = disk.long.as_ref().map(|_| self.long_names.lock());
         let taken = take()?;
+        self.name_changed(dir);
         self.remove_side_file(&dir.node, disk);
         Ok(taken)
     }

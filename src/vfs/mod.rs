@@ -32,6 +32,7 @@ mod rename;
 mod space;
 mod symlink;
 pub mod types;
+mod unsettled;
 mod value;
 pub mod verify;
 mod xattr;

@@ -48,7 +48,6 @@ impl Filesystem {
         self.store.touched(moved.id());
         if let Some(inode) = self.inodes.known(moved.id()) {
             inode.set_place(to.id, &target.entry);
-            inode.set_fresh();
         }
         match (mode, replaced) {
             (RenameMode::Exchange, _) => {
@@ -57,7 +56,6 @@ impl Filesystem {
                 self.store.touched(other.id());
                 if let Some(inode) = self.inodes.known(other.id()) {
                     inode.set_place(from.id, &source.entry);
-                    inode.set_fresh();
                 }
                 Ok(())
             }
@@ -75,8 +73,11 @@ impl Filesystem {
         target: &DiskName,
         mode: RenameMode,
     ) -> FsResult<()> {
-        let rename = || {
-            from.node.rename(&source.entry, &*to.node, &target.entry, mode).map_err(FsError::from)
+        let rename = || -> FsResult<()> {
+            from.node.rename(&source.entry, &*to.node, &target.entry, mode)?;
+            self.name_changed(from);
+            self.name_changed(to);
+            Ok(())
         };
         if source.long.is_none() && target.long.is_none() {
             return rename();

@@ -368,6 +368,11 @@ impl Log {
         }
     }
 
+    /// A flush of names, or of new files, has failed.
+    pub(crate) fn names_failed(&self, error: &io::Error) {
+        self.poison_locked(&mut self.streams.lock(), 0, "names cannot be flushed", error);
+    }
+
     pub(super) fn poison(&self, index: usize, what: &str, error: &io::Error) -> FsError {
         self.poison_locked(&mut self.streams.lock(), index, what, error);
         Errno::IO.into()
