@@ -303,7 +303,7 @@ impl Log {
             let homes = queue.homes_before(covered);
             let result = leading(&mut streams, || {
                 homes.iter().try_for_each(|home| home.sync_data())?;
-                self.files[index].sync_data()
+                self.syncs[index].flush(|| self.files[index].sync_data())
             });
             let queue = &mut streams.queues[index];
             queue.flushing = false;
@@ -339,7 +339,9 @@ impl Log {
             let covered = queue.written;
             let ranges = queue.ring.ranges(from, covered);
             let result = leading(&mut streams, || {
-                ranges.iter().try_for_each(|&(at, len)| self.files[index].write_out(at, len))
+                let file = &self.files[index];
+                let write = || ranges.iter().try_for_each(|&(at, len)| file.write_out(at, len));
+                self.syncs[index].write_out(write)
             });
             let queue = &mut streams.queues[index];
             queue.writing_out = false;

@@ -26,6 +26,7 @@ mod commit;
 mod record;
 mod ring;
 mod scan;
+mod syncs;
 #[cfg(test)]
 mod tests;
 
@@ -46,6 +47,7 @@ pub(super) use record::{Draft, Entry, Kind, Place, Record, SAME_SIZE};
 use ring::{Ring, Spot};
 pub(super) use scan::Proof;
 use scan::Scan;
+use syncs::Syncs;
 
 pub(crate) const PAGE: usize = 4096;
 pub(crate) const STREAMS: usize = 2;
@@ -125,6 +127,7 @@ pub(super) struct SessionKey {
 #[derive(Debug)]
 pub(super) struct Log {
     files: [FileRef; STREAMS],
+    syncs: [Syncs; STREAMS],
     /// For messages.
     paths: [String; STREAMS],
     /// Rises with every record of either stream.
@@ -364,7 +367,7 @@ impl Log {
             }
         }
         let sealed = seal(&next)?;
-        if let Err(error) = next.write(&self.files[0], &sealed) {
+        if let Err(error) = self.syncs[0].flush(|| next.write(&self.files[0], &sealed)) {
             return Err(self.poison(0, "the anchor cannot be written", &error));
         }
         *anchor = next;
@@ -471,6 +474,7 @@ impl Found {
         let queues = [queue(0), queue(1)];
         Arc::new(Log {
             files: self.files,
+            syncs: Default::default(),
             paths: self.paths,
             order: AtomicU64::new(self.next_order),
             streams: Mutex::new(Streams::new(queues)),
