@@ -139,7 +139,11 @@ mod tests {
         assert_eq!(settled(&unsettled), Some(None));
         // One that comes while a flush runs is not of those that it covers.
         unsettled.add(id(1), &root);
-        unsettled.settle(|_| Ok(unsettled.add(id(2), &root))).unwrap();
+        let meanwhile = |_: &Directories| {
+            unsettled.add(id(2), &root);
+            Ok(())
+        };
+        unsettled.settle(meanwhile).unwrap();
         assert_eq!(settled(&unsettled), Some(Some(1)));
         assert_eq!(settled(&unsettled), None);
     }
