@@ -70,7 +70,7 @@ impl Filesystem {
             handles: HandleTable::new(),
             plain_names,
             long_names: Mutex::new(()),
-            unsettled: Unsettled::new(),
+            unsettled: Unsettled::default(),
             audit,
             foreign_reported: Mutex::new(HashSet::new()),
             options,

@@ -20,7 +20,8 @@ use crate::error::FsResult;
 /// So many directories are flushed by one flush of the whole file system.
 const FEW: usize = 8;
 
-#[derive(Debug)]
+/// Empty at the mount: recovery has flushed what an earlier daemon left in the kernel's hands.
+#[derive(Debug, Default)]
 pub(super) struct Unsettled {
     changed: Mutex<Directories>,
     /// Changes so far, and how many of them are durable.
@@ -34,15 +35,17 @@ pub(super) struct Unsettled {
 #[derive(Debug)]
 pub(super) enum Directories {
     These(HashMap<NodeId, NodeRef>),
-    /// Too many, or nobody knows which.
+    /// Too many to say which.
     Any,
 }
 
-impl Directories {
-    fn nothing() -> Directories {
+impl Default for Directories {
+    fn default() -> Directories {
         Directories::These(HashMap::new())
     }
+}
 
+impl Directories {
     fn add(&mut self, id: NodeId, node: &NodeRef) {
         if let Directories::These(known) = self {
             known.insert(id, node.clone());
@@ -61,16 +64,6 @@ impl Directories {
 }
 
 impl Unsettled {
-    /// What was done before the mount, by a daemon that was killed perhaps, is owed as well.
-    pub(super) fn new() -> Unsettled {
-        Unsettled {
-            changed: Mutex::new(Directories::Any),
-            changes: AtomicU64::new(1),
-            settled: AtomicU64::new(0),
-            running: Mutex::new(()),
-        }
-    }
-
     /// After a name in `dir` was given, taken or moved, and before anybody is told.
     pub(super) fn add(&self, id: NodeId, dir: &NodeRef) {
         let mut changed = self.changed.lock();
@@ -91,7 +84,7 @@ impl Unsettled {
         }
         let (owed, covered) = {
             let mut changed = self.changed.lock();
-            let owed = std::mem::replace(&mut *changed, Directories::nothing());
+            let owed = std::mem::take(&mut *changed);
             (owed, self.changes.load(Ordering::Acquire))
         };
         if let Err(error) = flush(&owed) {
@@ -126,8 +119,7 @@ mod tests {
     fn each_change_is_flushed_once_and_again_after_a_failure() {
         let root = MemoryBacking::new().root();
         let id = |ino| NodeId { dev: 1, ino };
-        let unsettled = Unsettled::new();
-        assert_eq!(settled(&unsettled), Some(None), "of before the mount");
+        let unsettled = Unsettled::default();
         assert_eq!(settled(&unsettled), None);
         unsettled.add(id(1), &root);
         unsettled.add(id(1), &root);
