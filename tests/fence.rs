@@ -26,6 +26,8 @@ impl Server {
             .args(["--reuid=mysql", "--regid=mysql", "--clear-groups", "mariadb-install-db"])
             .args(["--no-defaults", "--skip-test-db", "--auth-root-authentication-method=normal"])
             .arg(format!("--datadir={}", server.path("data").display()))
+            // Its own: names of temporary tables are made of the process's number.
+            .env("TMPDIR", server.dir.path())
             .stdout(Stdio::null()));
         server
     }
@@ -41,6 +43,7 @@ impl Server {
             .arg(format!("--datadir={}", self.path("data").display()))
             .arg(format!("--socket={}", self.path("sock").display()))
             .arg(format!("--pid-file={}", self.path("pid").display()))
+            .env("TMPDIR", self.dir.path())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();

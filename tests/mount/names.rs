@@ -71,7 +71,7 @@ fn a_side_file_left_by_a_crash_is_hidden_and_in_nobody_s_way() {
     fs::write(mount.path("d").join(long(255)), "").unwrap();
     let tree = mount.tree();
     // The entry goes, as if its creation had never got so far.
-    shell(&tree, "rm */%L.*; ls */%N.*");
+    shell(&tree, "rm ./*/%L.*; ls ./*/%N.*");
     assert!(names(&mount.path("d")).is_empty());
     fs::remove_dir(mount.path("d")).unwrap();
 }

@@ -37,7 +37,7 @@ fn values_come_back_and_are_not_on_the_disk() {
     assert_eq!(&buf[..len], b"the canary's value");
     assert_eq!(getxattr(&path, "user.empty", &mut buf).unwrap(), 0);
     assert_eq!(list(&path), ["trusted.t", "user.canary", "user.empty"]);
-    let disk = shell(&mount.tree(), "getfattr -d -m - -e hex * 2>&1");
+    let disk = shell(&mount.tree(), "getfattr -d -m - -e hex ./* 2>&1");
     assert!(disk.contains("trusted.byokfs.") && !disk.contains(&hex(b"canary")), "{disk}");
     removexattr(&path, "user.canary").unwrap();
     let gone = getxattr(&path, "user.canary", &mut buf).unwrap_err();

@@ -85,10 +85,13 @@ impl Load for Names {
             let random = Random::new(self.seed ^ self.rounds << 32 ^ (number as u64) << 48);
             self.threads.push(std::thread::spawn(move || {
                 let error = change(&ledger, &dir, (&count, &gone), random);
-                if !matches!(
-                    error.raw_os_error(),
-                    Some(libc::EIO | libc::ENOTCONN | libc::EROFS | libc::ECONNABORTED)
-                ) {
+                let crashed = match error.raw_os_error() {
+                    Some(libc::EIO | libc::ENOTCONN | libc::EROFS | libc::ECONNABORTED) => true,
+                    // The guard has unmounted the volume already.
+                    Some(libc::ENOENT) => !dir.exists(),
+                    _ => false,
+                };
+                if !crashed {
                     ledger.lock().unwrap().failure = Some(error.to_string());
                 }
             }));
