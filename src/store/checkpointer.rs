@@ -37,6 +37,8 @@ pub(super) struct DirtyFiles {
     files: Mutex<Vec<Arc<File>>>,
     /// Files that are gone, by the lowest seqs that they had.
     graves: Mutex<Vec<[u64; STREAMS]>>,
+    /// Some of `files` are to be let go of.
+    due: AtomicBool,
     many: AtomicBool,
 }
 
@@ -53,6 +55,15 @@ impl DirtyFiles {
 
     fn list(&self) -> Vec<Arc<File>> {
         self.files.lock().clone()
+    }
+
+    /// Those that could not be let go of at once.
+    pub(super) fn inter_due(&self) {
+        if self.due.swap(false, Ordering::Relaxed) {
+            let mut forsaken = self.list();
+            forsaken.retain(|file| file.is_forsaken());
+            forsaken.into_iter().for_each(|file| self.inter(file));
+        }
     }
 
     fn remove(&self, gone: &Arc<File>) {
@@ -73,15 +84,17 @@ impl DirtyFiles {
     /// Lets go of a file that nobody can reach, if it has no name: its space comes back now. What
     /// the log has of it stays until its removal is durable, since without that it would be back.
     pub(super) fn bury(&self, file: Arc<File>) {
-        // A checkpoint that is at work on it does so at its end.
-        if file.has_no_name().unwrap_or(false) && file.forsake() {
+        if file.has_no_name().unwrap_or(false) {
+            file.forsake();
             self.inter(file);
         }
     }
 
-    /// Not while somebody else has it: a rotation, or a checkpoint, after which it is due again.
+    /// Not while somebody else has it: a checkpoint, a rotation, or who has answered the last request
+    /// for it, and is about to let go of it. Then it is due a little later.
     fn inter(&self, file: Arc<File>) {
         if Arc::strong_count(&file) > 2 {
+            self.due.store(true, Ordering::Relaxed);
             return;
         }
         if let Some(first) = file.first() {
@@ -261,13 +274,8 @@ impl Shared {
             }
             Ok(())
         };
-        let inter_forsaken = |work: Vec<(_, Arc<File>)>| {
-            let forsaken = work.into_iter().filter(|(_, file)| file.is_forsaken());
-            forsaken.for_each(|(_, file)| self.dirty.inter(file));
-        };
         if let Err(error) = bring() {
             work.iter().for_each(|(_, file)| file.abandon_checkpoint());
-            inter_forsaken(work);
             return Err(error);
         }
         let mut done = Ok(());
@@ -282,8 +290,8 @@ impl Shared {
                 }
             }
         }
-        inter_forsaken(work);
         done?;
+        drop(work);
         self.dirty.graves.lock().drain(..graves);
         self.forget_clean(&home);
         self.forget_clean(&clean);
@@ -334,6 +342,7 @@ impl Shared {
         let mut flushed = Instant::now();
         while self.pause(false).is_some() {
             let Some(log) = self.log.get() else { continue };
+            self.dirty.inter_due();
             if flushed.elapsed() >= FLUSH_EVERY {
                 flushed = Instant::now();
                 if self.newborn.mark().is_some()

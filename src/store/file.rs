@@ -135,11 +135,9 @@ impl File {
         self.state.lock().first()
     }
 
-    /// Nobody can reach it any more. True unless a checkpoint is at work on it.
-    pub(super) fn forsake(&self) -> bool {
-        let mut state = self.state.lock();
-        state.forsaken = true;
-        state.inflight.is_none()
+    /// It has no name, and nobody can reach it any more.
+    pub(super) fn forsake(&self) {
+        self.state.lock().forsaken = true;
     }
 
     pub(super) fn is_forsaken(&self) -> bool {

@@ -156,7 +156,7 @@ fn what_is_written_while_a_checkpoint_takes_long_is_flushed_all_the_same() {
 }
 
 #[test]
-fn the_space_of_what_is_removed_during_a_checkpoint_comes_back_with_its_end() {
+fn the_space_of_what_is_removed_during_a_checkpoint_comes_back_after_it() {
     for fails in [false, true] {
         let volume = Volume::new();
         let file = volume.create("f");
@@ -176,6 +176,7 @@ fn the_space_of_what_is_removed_during_a_checkpoint_comes_back_with_its_end() {
             }
         });
         assert_eq!(volume.store.checkpoint().is_err(), fails);
+        volume.store.shared.dirty.inter_due();
         assert_eq!(gone.strong_count(), 0, "failing: {fails}");
         volume.faults.disarm();
         // What the log has of it is let go with the next one.
@@ -195,4 +196,20 @@ fn a_checkpoint_after_the_last_one_leaves_the_volume_closed() {
     assert!(volume.store.shared.log().unwrap().is_closed());
     volume.store.checkpoint().unwrap();
     assert!(volume.store.shared.log().unwrap().is_closed());
+}
+
+/// Whoever has answered the last request for a file lets go of it a moment later.
+#[test]
+fn the_space_of_what_somebody_still_holds_comes_back_when_he_lets_go() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    write(&file, 0, &pattern(5 * BLOCK_LEN, 1));
+    volume.store.tree().unlink(b"f").unwrap();
+    volume.store.forsaken(file.backing().node().unwrap().id());
+    volume.store.shared.dirty.inter_due();
+    let gone = Arc::downgrade(&file);
+    assert_eq!(volume.store.log_status().unwrap().dirty_files, 1, "it may be written to yet");
+    drop(file);
+    volume.store.shared.dirty.inter_due();
+    assert_eq!((gone.strong_count(), volume.store.log_status().unwrap().dirty_files), (0, 0));
 }
