@@ -426,6 +426,10 @@ impl File for FaultFile {
         self.inner.write_out(offset, len)
     }
 
+    fn overwrite_in_place(&self) {
+        self.inner.overwrite_in_place();
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }

@@ -136,6 +136,14 @@ impl File for LinuxFile {
         sys::writeout::write_out(self.fd.as_fd(), offset, len)
     }
 
+    fn overwrite_in_place(&self) {
+        let set = fs::ioctl_getflags(&self.fd)
+            .and_then(|flags| fs::ioctl_setflags(&self.fd, flags | fs::IFlags::NOCOW));
+        if let Err(error) = set {
+            log::debug!("no change of how a file is overwritten: {error}");
+        }
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }

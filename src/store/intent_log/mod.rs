@@ -193,6 +193,8 @@ impl Log {
             let made = &files[stream];
             let make = || -> io::Result<()> {
                 let file = made.dir.create_unnamed()?;
+                // Or a full disk would be the end of it.
+                file.overwrite_in_place();
                 // Written, not only allocated: an unwritten extent costs a journal commit later.
                 let zeros = vec![0; 1 << 20];
                 let mut at = 0;
