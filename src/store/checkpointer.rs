@@ -4,8 +4,8 @@
 //! [`super::file`] describes, and then has the log forget what they needed. In the background it
 //! runs when a stream is half full, when too many files are dirty, and when the oldest change is
 //! half a minute old; and every few seconds, whether or not one runs, what is not durable yet is
-//! flushed. A checkpoint that fails is tried again; until one succeeds, writers go on as long as the log has room, and get the
-//! checkpoint's error when it has none.
+//! flushed. A checkpoint that fails is tried again; until one succeeds, writers go on as long as
+//! the log has room, and get the checkpoint's error when it has none.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;

@@ -317,7 +317,8 @@ impl File {
         log::error!("file {file}: write-back failed ({error}); it takes no more writes");
         self.failed.store(true, Ordering::Release);
         self.tell_log(&error);
-        error.into()
+        // Whatever it was: MySQL takes EROFS for success.
+        Errno::IO.into()
     }
 
     /// Of a flush that failed.

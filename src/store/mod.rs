@@ -655,9 +655,12 @@ impl Store {
         Ok(())
     }
 
-    /// Everything at home, and every name, is on stable storage afterwards.
-    pub fn flush_home(&self) -> FsResult<()> {
-        self.shared.sync_fs()
+    /// All names are on stable storage afterwards, and everything at home. A failure is final.
+    pub fn flush_all_names(&self) -> FsResult<()> {
+        self.shared.sync_fs().map_err(|error| match error {
+            FsError::Os(errno) => self.shared.names_failed(&errno.into()),
+            other => other,
+        })
     }
 
     /// Everything acknowledged so far is on stable storage afterwards, except names and attributes.

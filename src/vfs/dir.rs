@@ -126,7 +126,7 @@ impl Filesystem {
         self.store.flush_log()?;
         self.store.flush_new_files()?;
         self.settle_names()?;
-        Ok(self.handles.dir(handle)?.inode.node.sync()?)
+        self.store.flush_names(std::iter::once(&self.handles.dir(handle)?.inode.node))
     }
 
     fn push_next(

@@ -144,7 +144,7 @@ impl Filesystem {
         }
         self.unsettled.settle(|owed| match owed {
             Directories::These(known) => self.store.flush_names(known.values()),
-            Directories::Any => self.store.flush_home(),
+            Directories::Any => self.store.flush_all_names(),
         })
     }
 

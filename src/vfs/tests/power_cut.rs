@@ -10,7 +10,7 @@ use crate::backing::{Backing, RenameMode};
 use crate::error::FsError;
 use crate::key::gate::{BootTime, Gate};
 use crate::store::{FormatOptions, Store};
-use crate::vfs::types::ROOT;
+use crate::vfs::types::{ROOT, SetAttr};
 use crate::vfs::{AuditSink, Filesystem, FilesystemOptions};
 use rustix::io::Errno;
 
@@ -272,5 +272,38 @@ fn names_changed_before_another_file_was_flushed() {
             fs.write(log.handle, &write(b"goes on")).unwrap();
             fs.fsync(log.handle, true).unwrap();
         });
+    }
+}
+
+/// MySQL takes EROFS from `fsync` for success, and acknowledges.
+#[test]
+fn a_disk_that_turned_read_only_answers_eio_to_every_flush() {
+    for (call, names, attributes) in [
+        (Call::SyncDir, 1, false),
+        (Call::Sync, 20, false),
+        (Call::Sync, 0, true),
+        (Call::Sync, 0, false),
+    ] {
+        let (backing, machine) = in_memory();
+        drop(machine);
+        let (faulty, faults) = FaultBacking::new(backing);
+        let machine = mount(faulty);
+        let created = machine.fs.create(ME, ROOT, b"a", 0o644, 0).unwrap();
+        machine.fs.fsync(created.handle, false).unwrap();
+        for number in 0..names {
+            let dir = machine.fs.mkdir(ME, ROOT, format!("{number}").as_bytes(), 0o755, 0);
+            let made = machine.fs.symlink(ME, dir.unwrap().node, b"s", b"t");
+            made.unwrap();
+        }
+        if attributes {
+            let change = SetAttr { mode: Some(0o600), ..SetAttr::default() };
+            machine.fs.setattr(created.entry.node, &change).unwrap();
+        }
+        machine.fs.write(created.handle, &write(TEXT)).unwrap();
+        faults.arm(Rule { call, after: 0, lasting: false, errno: Errno::ROFS, partial: None });
+        for _ in 0..2 {
+            let answer = machine.fs.fsync(created.handle, false);
+            assert!(matches!(answer, Err(FsError::Os(Errno::IO))), "{call:?}: {answer:?}");
+        }
     }
 }
