@@ -135,7 +135,11 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
     let (revalidated, unconfirmed) = if standing == Standing::Confirmed {
         let revalidated = check_key(&*provider, &envelope, &info, &pin, &plan.config)?;
         log_warnings(&revalidated.report);
-        volume_key::settle(&plan.config_dir, &info.uuid, &pin, &envelope, &revalidated.keyring)?;
+        if !plan.read_only {
+            let saved = (&envelope, &store.envelope_dir());
+            let keyring = &revalidated.keyring;
+            volume_key::settle(&plan.config_dir, &info.uuid, &pin, saved, keyring)?;
+        }
         store.start_session(&revalidated.keyring)?;
         (Some(revalidated), None)
     } else {

@@ -16,6 +16,7 @@ use std::time::Duration;
 use super::offline::Offline;
 use super::pins::{self, Pin};
 use super::volume::name_the_service;
+use crate::backing::NodeRef;
 use crate::error::Result;
 use crate::key::custody;
 use crate::key::envelope::Envelope;
@@ -60,12 +61,12 @@ pub fn rotate(volume: &Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
     }
 }
 
-/// At a mount: a rotation that a crash ended just before its last step ends here.
+/// At a mount that may write: a rotation that a crash ended before its last step ends here.
 pub fn settle(
     config_dir: &Path,
     uuid: &[u8; 16],
     pin: &Pin,
-    envelope: &Envelope,
+    (envelope, dir): (&Envelope, &NodeRef),
     keyring: &Keyring,
 ) -> Result<()> {
     if envelope.retiring.is_some() {
@@ -76,10 +77,21 @@ pub fn settle(
     }
     let fingerprint = keyring.fingerprint()?;
     if pin.fingerprint_next == Some(fingerprint) {
-        let old = envelope.volume_key_id.saturating_sub(1);
-        pins::end_volume_key(config_dir, uuid, fingerprint, old)?;
+        finish(config_dir, uuid, dir, fingerprint, envelope.volume_key_id.saturating_sub(1))?;
     }
     Ok(())
+}
+
+/// What is left to do once the envelope names no other volume key than that with `fingerprint`.
+fn finish(
+    config_dir: &Path,
+    uuid: &[u8; 16],
+    dir: &NodeRef,
+    fingerprint: [u8; 32],
+    old: u32,
+) -> Result<()> {
+    Envelope::remove_previous(dir)?;
+    pins::end_volume_key(config_dir, uuid, fingerprint, old)
 }
 
 fn carry_out(volume: &Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
@@ -90,8 +102,15 @@ fn carry_out(volume: &Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
     if !resumed {
         let tolerant = !volume.pin.requirements;
         let settings = settings::requirements(&volume.config, &envelope.kid, tolerant);
-        envelope = custody::renew(&*provider, &envelope, volume.pin.pinned(), &settings, LIMIT)
+        let renewal = custody::renew(&*provider, &envelope, volume.pin.pinned(), &settings, LIMIT)
             .map_err(|refusal| name_the_service(refusal.error, &envelope.kid))?;
+        // The pin has room for two: one that a crash has left there must not take the place of the
+        // key that is in use.
+        if volume.pin.fingerprint_next == Some(renewal.retired) {
+            let old = envelope.volume_key_id.saturating_sub(1);
+            finish(config_dir, uuid, &dir, renewal.retired, old)?;
+        }
+        envelope = renewal.envelope;
         pins::begin_volume_key(config_dir, uuid, envelope.fingerprint)?;
         envelope.save(&dir)?;
     }
@@ -104,7 +123,6 @@ fn carry_out(volume: &Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
     drop(key);
 
     Envelope { retiring: None, ..envelope.clone() }.save_in_place(&dir)?;
-    Envelope::remove_previous(&dir)?;
-    pins::end_volume_key(config_dir, uuid, fingerprint, from)?;
+    finish(config_dir, uuid, &dir, fingerprint, from)?;
     Ok(Outcome { from, to: envelope.volume_key_id, adopted, resumed })
 }

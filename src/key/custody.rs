@@ -179,15 +179,23 @@ pub fn revalidate(
     })
 }
 
-/// A new volume key for a volume that keeps its KEK: its envelope, with the old one retiring in it.
-/// What is in the envelope has been unwrapped once before this returns.
+/// A new volume key for a volume that keeps its KEK.
+#[derive(Debug)]
+pub struct Renewal {
+    /// With the old volume key retiring in it.
+    pub envelope: Envelope,
+    /// The fingerprint of that old one, as unwrapped, not as the envelope says.
+    pub retired: [u8; 32],
+}
+
+/// Makes a new volume key. What is in the envelope has been unwrapped once before this returns.
 pub fn renew(
     provider: &dyn Provider,
     envelope: &Envelope,
     pinned: impl Into<Pinned>,
     settings: &Settings,
     limit: Duration,
-) -> Result<Envelope, Refusal> {
+) -> Result<Renewal, Refusal> {
     let pinned = pinned.into();
     stack::with_burnt_stack(|| {
         let mut session = provider.session(BootTime::now() + limit)?;
@@ -195,21 +203,23 @@ pub fn renew(
         let Envelope { kid, algorithm, .. } = envelope;
         checked(session, kid, *algorithm, settings)?;
         unwrap_canary(session, envelope)?;
-        pinned_key(session, envelope, &envelope.wrapped_volume_key, &pinned)?;
+        let retired =
+            fingerprint(&pinned_key(session, envelope, &envelope.wrapped_volume_key, &pinned)?)?;
         let volume_key = Secret::<32>::random()?;
         let id = envelope.volume_key_id.checked_add(1).ok_or_else(foreign_envelope)?;
         let retiring = RetiringKey {
             id: envelope.volume_key_id,
             wrapped: envelope.wrapped_volume_key.clone(),
         };
-        Ok(Envelope {
+        let envelope = Envelope {
             volume_key_id: id,
             wrapped_volume_key: wrap_and_compare(session, kid, *algorithm, &volume_key)?,
             fingerprint: fingerprint(&volume_key)?,
             retiring: Some(retiring),
             canary: new_canary(session, kid, *algorithm)?,
             ..envelope.clone()
-        })
+        };
+        Ok(Renewal { envelope, retired })
     })
 }
 

@@ -82,6 +82,47 @@ fn everything_is_there_and_old_envelopes_open_nothing() {
 }
 
 #[test]
+fn killed_before_its_last_step_it_is_finished_by_the_next_or_by_a_mount() {
+    if !can_mount() {
+        return;
+    }
+    let mut sandbox = Sandbox::mounted();
+    fill(&sandbox);
+    sandbox.umount();
+    let mut pins = fs::read_dir(sandbox.path("config/volumes.d")).unwrap();
+    let pin = pins.next().unwrap().unwrap().path();
+    let fingerprint = || {
+        let text = fs::read_to_string(&pin).unwrap();
+        text.lines().find(|line| line.starts_with("fingerprint =")).unwrap().to_owned()
+    };
+    // The envelope has forgotten the old key, the pin not yet, nor has the envelope before it.
+    let previous = sandbox.back().join("envelope.prev.json");
+    let rotate_all_but_the_pin = |sandbox: &Sandbox| {
+        let before = fs::read_to_string(&pin).unwrap();
+        let old = fingerprint();
+        let envelope = fs::read(sandbox.back().join("envelope.json")).unwrap();
+        sandbox.byokfs(&["rotate", "volume", path(&sandbox.back())]).ok();
+        let next = fingerprint().replace("fingerprint =", "fingerprint_next =");
+        fs::write(&pin, before.replace(&old, &format!("{old}\n{next}"))).unwrap();
+        fs::write(&previous, envelope).unwrap();
+    };
+
+    rotate_all_but_the_pin(&sandbox);
+    sandbox.byokfs(&["rotate", "volume", path(&sandbox.back())]).ok();
+    assert!(!previous.exists());
+    sandbox.mount();
+    assert_filled(&sandbox);
+    sandbox.umount();
+
+    rotate_all_but_the_pin(&sandbox);
+    sandbox.mount();
+    assert_filled(&sandbox);
+    assert!(!previous.exists());
+    assert!(!fs::read_to_string(&pin).unwrap().contains("fingerprint_next"));
+    sandbox.umount();
+}
+
+#[test]
 fn killed_at_any_moment_it_is_finished_by_the_next() {
     if !can_mount() {
         return;
