@@ -6,7 +6,7 @@ use super::reply::{CutOffErrno, Errno};
 use super::wire::{self, Header, Listing, Reader, Writer, opcode};
 use crate::backing::{FileKind, RenameMode, SetTime, XattrMode};
 use crate::error::{FsError, FsResult};
-use crate::vfs::{Filesystem, Plus, SetAttr, WriteRequest};
+use crate::vfs::{Filesystem, PendingFlush, Plus, SetAttr, WriteRequest};
 
 const FOPEN_DIRECT_IO: u32 = 1 << 0;
 const FOPEN_NOFLUSH: u32 = 1 << 5;
@@ -32,11 +32,13 @@ const FATTR_MTIME_NOW: u32 = 1 << 8;
 const FATTR_KILL_SUIDGID: u32 = 1 << 11;
 
 /// What becomes of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Outcome {
     /// That many bytes of the reply buffer.
     Reply(usize),
     Error(Errno),
+    /// A reply without a body, when that has happened; an error as [`Adapter::errno`] says.
+    Later(PendingFlush),
     /// The kernel expects no reply.
     Silent,
 }
@@ -72,6 +74,10 @@ impl Adapter {
         Adapter { fs, errno }
     }
 
+    pub(super) fn errno(&self) -> CutOffErrno {
+        self.errno
+    }
+
     pub(super) fn filesystem(&self) -> &Arc<Filesystem> {
         &self.fs
     }
@@ -87,8 +93,12 @@ impl Adapter {
             }
             _ => {}
         }
-        match self.dispatch(header, args, out) {
-            Ok(len) => Outcome::Reply(len),
+        let served = match header.opcode {
+            opcode::FSYNC => self.fsync(args),
+            _ => self.dispatch(header, args, out).map(Outcome::Reply),
+        };
+        match served {
+            Ok(outcome) => outcome,
             Err(Failure::Fs(error)) => Outcome::Error(self.errno.pick(&error)),
             Err(Failure::Protocol(errno)) => Outcome::Error(errno),
         }
@@ -119,7 +129,6 @@ impl Adapter {
                 fs.release(args.u64()?);
                 Ok(0)
             }
-            opcode::FSYNC => self.fsync(args),
             opcode::FSYNCDIR => {
                 let mut args = args;
                 done(fs.fsyncdir(args.u64()?))
@@ -287,9 +296,10 @@ impl Adapter {
         Ok(Writer::new(out).u32(written as u32).u32(0).len())
     }
 
-    fn fsync(&self, mut args: Reader<'_>) -> Served {
+    fn fsync(&self, mut args: Reader<'_>) -> Result<Outcome, Failure> {
         let (handle, flags) = (args.u64()?, args.u32()?);
-        done(self.fs.fsync(handle, flags & FSYNC_FDATASYNC != 0))
+        let rest = self.fs.begin_fsync(handle, flags & FSYNC_FDATASYNC != 0)?;
+        Ok(rest.map_or(Outcome::Reply(0), Outcome::Later))
     }
 
     fn setxattr(&self, header: &Header, mut args: Reader<'_>) -> Served {

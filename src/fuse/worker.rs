@@ -1,5 +1,7 @@
 //! The threads that serve: read a request, have it served, write the reply.
 //!
+//! What only waits for a flush is answered by whoever flushes, on the device that it was read from.
+//!
 //! A worker's two buffers hold plaintext. It overwrites them when asked to ([`Workers::wipe`]),
 //! and after every request that it refuses while the volume is cut off.
 //!
@@ -311,6 +313,12 @@ impl<'a> Worker<'a> {
                 self.reply.used = self.reply.bytes.len();
                 self.send(&header, -errno.raw(), 0)
             }
+            Outcome::Later(rest) => {
+                let answer = Answer::new(&self.device, &header);
+                let errno = self.workers.adapter.errno();
+                rest.then(move |done| answer.send(done.map_err(|error| errno.pick(&error))));
+                0
+            }
         };
         self.reply.used = self.reply.used.max(reply_len);
         if self.workers.adapter.filesystem().check_open().is_err() {
@@ -321,22 +329,7 @@ impl<'a> Worker<'a> {
     /// Returns how much of the reply buffer was used.
     fn send(&mut self, header: &Header, error: i32, body_len: usize) -> usize {
         let len = OUT_HEADER_LEN + body_len;
-        let reply = &mut self.reply.bytes[..len];
-        reply[..4].copy_from_slice(&(len as u32).to_ne_bytes());
-        reply[4..8].copy_from_slice(&error.to_ne_bytes());
-        reply[8..16].copy_from_slice(&header.unique.to_ne_bytes());
-        match rustix::io::writev(self.device.as_fd(), &[IoSlice::new(reply)]) {
-            Ok(_) => {}
-            // The mount went away, and with it whoever waited for this.
-            Err(OsErrno::NOENT | OsErrno::NODEV | OsErrno::NOTCONN) => {}
-            Err(error) => {
-                log::error!("cannot reply to request {}: {error}", header.opcode);
-                // Without any reply whoever waits for it would wait for ever.
-                if body_len > 0 {
-                    self.send(header, -libc::EIO, 0);
-                }
-            }
-        }
+        send(&self.device, header, error, &mut self.reply.bytes[..len]);
         len
     }
 
@@ -345,5 +338,55 @@ impl<'a> Worker<'a> {
         self.reply.wipe();
         // The ciphers spill what they work on.
         sys::stack::burn();
+    }
+}
+
+/// Sends a reply of which all but the header is there.
+fn send(device: &OwnedFd, header: &Header, error: i32, reply: &mut [u8]) {
+    let len = reply.len() as u32;
+    reply[..4].copy_from_slice(&len.to_ne_bytes());
+    reply[4..8].copy_from_slice(&error.to_ne_bytes());
+    reply[8..16].copy_from_slice(&header.unique.to_ne_bytes());
+    match rustix::io::writev(device, &[IoSlice::new(reply)]) {
+        Ok(_) => {}
+        // The mount went away, and with it whoever waited for this.
+        Err(OsErrno::NOENT | OsErrno::NODEV | OsErrno::NOTCONN) => {}
+        Err(error) => {
+            log::error!("cannot reply to request {}: {error}", header.opcode);
+            // Without any reply whoever waits for it would wait for ever.
+            if reply.len() > OUT_HEADER_LEN {
+                send(device, header, -libc::EIO, &mut reply[..OUT_HEADER_LEN]);
+            }
+        }
+    }
+}
+
+/// A reply that is owed. If nobody sends it, it is EIO.
+struct Answer {
+    device: Arc<OwnedFd>,
+    header: Header,
+    sent: bool,
+}
+
+impl Answer {
+    fn new(device: &Arc<OwnedFd>, header: &Header) -> Answer {
+        Answer { device: Arc::clone(device), header: *header, sent: false }
+    }
+
+    fn send(mut self, done: std::result::Result<(), Errno>) {
+        self.put(done.err().map_or(0, |errno| -errno.raw()));
+    }
+
+    fn put(&mut self, error: i32) {
+        self.sent = true;
+        send(&self.device, &self.header, error, &mut [0; OUT_HEADER_LEN]);
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if !self.sent {
+            self.put(-libc::EIO);
+        }
     }
 }

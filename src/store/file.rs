@@ -33,7 +33,7 @@ use self::overlay::State;
 pub use self::overlay::Times;
 use super::Shared;
 use super::header::Header;
-use super::intent_log::{Kind, Log, Record, STREAMS, Stream};
+use super::intent_log::{Kind, Log, PendingFlush, Record, STREAMS, Stream};
 use super::keys::{FileKeys, hex};
 use super::layout::{BLOCK, HEADERS_LEN, blocks_for, group_of, region_of_group};
 use super::range_lock::RangeLock;
@@ -233,24 +233,41 @@ impl File {
     /// What was written is on stable storage afterwards; with `attributes`, those of the backing
     /// file are too. The name is the caller's business. A failure is final.
     pub fn sync(&self, attributes: bool) -> FsResult<()> {
+        self.sync_inode(attributes)?;
+        self.begin_sync()?.map_or(Ok(()), PendingFlush::wait)
+    }
+
+    /// The first half of [`File::sync`]: the backing file itself, where that is owed.
+    pub fn sync_inode(&self, attributes: bool) -> FsResult<()> {
         self.check_usable()?;
-        self.since_sync.store(0, Ordering::Relaxed);
         if (attributes || self.is_unsynced())
             && let Err(error) = self.backing.sync_all()
         {
             return Err(self.fail(error));
         }
+        Ok(())
+    }
+
+    /// The other half: what was written. Returns the last flush of the log, if one is owed.
+    pub fn begin_sync(&self) -> FsResult<Option<PendingFlush>> {
+        self.check_usable()?;
+        self.since_sync.store(0, Ordering::Relaxed);
         if self.shared.read_only {
-            return Ok(());
+            return Ok(None);
         }
         let last = self.state.lock().last;
         let log = self.shared.log()?;
-        for stream in [Stream::Bulk, Stream::Hot] {
-            if last[stream as usize] > 0 {
-                log.flush_through(stream, last[stream as usize])?;
+        let owed = |stream: Stream| match last[stream as usize] {
+            0 => None,
+            seq => log.pending_flush(stream, seq),
+        };
+        match (owed(Stream::Bulk), owed(Stream::Hot)) {
+            (Some(bulk), Some(hot)) => {
+                bulk.wait()?;
+                Ok(Some(hot))
             }
+            (bulk, hot) => Ok(bulk.or(hot)),
         }
-        Ok(())
     }
 
     /// The times that the file shows.

@@ -42,6 +42,7 @@ use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
 
 pub use file::{Durability, File, Times, WriteMode};
+pub use intent_log::PendingFlush;
 pub use layout::{BLOCK_LEN, MAX_SIZE};
 pub use recovery::Recovery;
 pub use rotation::{Pace, Rotated};

@@ -12,7 +12,7 @@ use super::inode::Inode;
 use super::types::WriteRequest;
 use crate::backing::{Access, FileKind};
 use crate::error::{FsError, FsResult};
-use crate::store::{Durability, WriteMode};
+use crate::store::{Durability, PendingFlush, WriteMode};
 
 /// `O_*` as the kernel sends them.
 const ACCESS_MODE: u32 = libc::O_ACCMODE as u32;
@@ -77,15 +77,32 @@ impl Filesystem {
     /// What was written through any handle, and the file's attributes unless `data_only`, are on
     /// stable storage afterwards.
     pub fn fsync(&self, handle: u64, data_only: bool) -> FsResult<()> {
+        self.begin_fsync(handle, data_only)?.map_or(Ok(()), PendingFlush::wait)
+    }
+
+    /// All of [`Filesystem::fsync`] but a flush that it may share with others.
+    pub fn begin_fsync(&self, handle: u64, data_only: bool) -> FsResult<Option<PendingFlush>> {
         self.gate.check()?;
         let open = self.handles.file(handle)?;
         let attributes = !data_only && open.inode.take_attributes();
-        let done = self.in_order(&open, || open.file.sync(attributes));
-        let done = self.audited(&open.inode, done);
-        if done.is_err() && attributes {
+        let begun = self.begin_sync(&open, attributes);
+        let begun = self.audited(&open.inode, begun);
+        if begun.is_err() && attributes {
             open.inode.note_attributes();
         }
-        done
+        begun
+    }
+
+    fn begin_sync(&self, open: &OpenFile, attributes: bool) -> FsResult<Option<PendingFlush>> {
+        let owed = open.file.owes_name();
+        // Before the names: where those are in a journal, they are flushed with it.
+        open.file.sync_inode(attributes)?;
+        self.settle_names()?;
+        let rest = open.file.begin_sync()?;
+        let Some(owed) = owed else { return Ok(rest) };
+        rest.map_or(Ok(()), PendingFlush::wait)?;
+        open.file.name_is_durable(owed);
+        Ok(None)
     }
 
     /// Before what `flush` makes durable counts as that, names do, that of a new file among them.

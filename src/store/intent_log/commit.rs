@@ -3,7 +3,7 @@
 //! Nobody holds the lock during I/O. A leader takes every record that is ready and lies without a
 //! gap, writes them with one call, and tells the others; whoever came meanwhile finds the next
 //! leader among them. The same again for the flush, which covers all that was written before it
-//! began.
+//! began; for that one can also wait without a thread ([`super::pending`]).
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,6 +13,7 @@ use std::sync::Arc;
 use parking_lot::MutexGuard;
 use rustix::io::Errno;
 
+use super::pending::Pending;
 use super::ring::{Ring, Spot};
 use super::{Log, PAGE, Position, Room, STREAMS, Stream};
 use crate::backing::FileRef;
@@ -42,6 +43,7 @@ pub(super) struct Queue {
     flushing: bool,
     writing_out: bool,
     homes: Vec<Home>,
+    pub(super) pending: Pending,
 }
 
 /// A home file with blocks that records only name: to be flushed before those records are.
@@ -72,6 +74,7 @@ impl Queue {
             flushing: false,
             writing_out: false,
             homes: Vec::new(),
+            pending: Pending::default(),
         }
     }
 
@@ -98,6 +101,11 @@ impl Queue {
             home.first = home.first.max(seq);
             home.last >= seq
         });
+    }
+
+    /// Records before this are on stable storage.
+    pub(super) fn durable_before(&self) -> u64 {
+        self.durable
     }
 
     /// The last record that is on stable storage.
@@ -255,7 +263,7 @@ impl Log {
     }
 
     /// Writes until every record before `seq` is in the kernel's hands.
-    fn write_until(&self, index: usize, seq: u64) -> FsResult<()> {
+    pub(super) fn write_until(&self, index: usize, seq: u64) -> FsResult<()> {
         let mut streams = self.streams.lock();
         loop {
             if streams.queues[index].written >= seq {
@@ -293,31 +301,36 @@ impl Log {
                 return Ok(());
             }
             streams.check()?;
-            let queue = &mut streams.queues[index];
-            if queue.flushing {
-                self.durable[index].wait(&mut streams);
-                continue;
-            }
-            queue.flushing = true;
-            let covered = queue.written;
-            let homes = queue.homes_before(covered);
-            let result = leading(&mut streams, || {
-                homes.iter().try_for_each(|home| home.sync_data())?;
-                self.syncs[index].flush(|| self.files[index].sync_data())
-            });
-            let queue = &mut streams.queues[index];
-            queue.flushing = false;
-            match result {
-                Ok(()) => {
-                    queue.durable = queue.durable.max(covered);
-                    queue.homes_are_durable(covered);
-                }
-                Err(error) => {
-                    self.poison_locked(&mut streams, index, "the log cannot be flushed", &error);
-                }
-            }
-            self.durable[index].notify_all();
+            self.flush_or_wait(&mut streams, index);
         }
+    }
+
+    /// Flushes the stream, or waits for who is at it; something has changed then.
+    pub(super) fn flush_or_wait(&self, streams: &mut MutexGuard<'_, Streams>, index: usize) {
+        let queue = &mut streams.queues[index];
+        if queue.flushing {
+            self.durable[index].wait(streams);
+            return;
+        }
+        queue.flushing = true;
+        let covered = queue.written;
+        let homes = queue.homes_before(covered);
+        let result = leading(streams, || {
+            homes.iter().try_for_each(|home| home.sync_data())?;
+            self.syncs[index].flush(|| self.files[index].sync_data())
+        });
+        let queue = &mut streams.queues[index];
+        queue.flushing = false;
+        match result {
+            Ok(()) => {
+                queue.durable = queue.durable.max(covered);
+                queue.homes_are_durable(covered);
+            }
+            Err(error) => {
+                self.poison_locked(streams, index, "the log cannot be flushed", &error);
+            }
+        }
+        self.durable[index].notify_all();
     }
 
     fn write_out_until(&self, index: usize, seq: u64) -> FsResult<()> {

@@ -23,6 +23,7 @@
 
 mod anchor;
 mod commit;
+mod pending;
 mod record;
 mod ring;
 mod scan;
@@ -43,6 +44,7 @@ use crate::store::keys::MacKeys;
 use anchor::ANCHORS_LEN;
 pub(super) use anchor::Anchor;
 use commit::{Queue, Streams};
+pub use pending::PendingFlush;
 pub(super) use record::{Draft, Entry, Kind, Place, Record, SAME_SIZE};
 use ring::{Ring, Spot};
 pub(super) use scan::Proof;

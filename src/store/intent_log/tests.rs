@@ -266,6 +266,73 @@ fn waiters_share_writes_and_flushes() {
     assert_eq!(find(&*backing).unwrap().records.len(), 20);
 }
 
+/// Notes of who was told what of which record, and how much had been done to the disk by then.
+type Told = Arc<Mutex<Vec<(u64, FsResult<()>, usize)>>>;
+
+fn tell(
+    told: &Told,
+    disk: &Arc<MemoryBacking>,
+    number: u64,
+) -> Box<dyn FnOnce(FsResult<()>) + Send> {
+    let (told, disk) = (Arc::clone(told), Arc::clone(disk));
+    Box::new(move |result| told.lock().push((number, result, disk.position())))
+}
+
+#[test]
+fn who_waits_without_a_thread_is_told_when_it_is_durable() {
+    for failing in [false, true] {
+        let memory = MemoryBacking::new();
+        fresh(&*memory);
+        let (backing, faults) = FaultBacking::new(memory.clone());
+        let log = start(&*backing);
+        let told = Told::default();
+        let written = |log: &Arc<Log>, number| {
+            let position = append(log, Stream::Hot, draft(number, 1, 1));
+            log.wait_written(&position).unwrap();
+            log.pending_flush(Stream::Hot, position.seq).unwrap()
+        };
+        let (one, two) = (written(&log, 1), written(&log, 2));
+        let during = {
+            let (log, told, memory) = (Arc::clone(&log), Arc::clone(&told), Arc::clone(&memory));
+            move || {
+                two.then(|_| panic!("as ordered"));
+                let three = written(&log, 3);
+                three.then(tell(&told, &memory, 3));
+                assert!(told.lock().is_empty(), "nothing is durable yet");
+            }
+        };
+        faults.arm_hook(Call::Sync, during);
+        if failing {
+            let errno = Errno::NOSPC;
+            faults.arm(Rule { call: Call::Sync, after: 0, lasting: false, errno, partial: None });
+        }
+        let flushes = memory.position();
+        one.then(tell(&told, &memory, 1));
+        let told = std::mem::take(&mut *told.lock());
+        assert_eq!(told.iter().map(|(number, ..)| *number).collect::<Vec<_>>(), [1, 3]);
+        if failing {
+            for (_, result, _) in told {
+                assert_eq!(errno(result), Errno::IO);
+            }
+            assert!(log.poisoned().is_some());
+            let last = log.next_seqs()[0] - 1;
+            let late = log.pending_flush(Stream::Hot, last).unwrap();
+            assert_eq!(errno(late.wait()), Errno::IO);
+            continue;
+        }
+        // The write of the third and two flushes: the first did not cover it.
+        assert_eq!(memory.position() - flushes, 3);
+        for (number, result, position) in told {
+            result.unwrap();
+            for crash in memory.trace().crashes(position, &Options::default()) {
+                let kept = numbers(&find(&*memory.trace().materialise(&crash)).unwrap());
+                assert!(kept.contains(&number), "{number} is not in {kept:?} after {crash:?}");
+            }
+        }
+        assert!(log.pending_flush(Stream::Hot, log.next_seqs()[0] - 1).is_none());
+    }
+}
+
 #[test]
 fn many_threads_and_both_streams() {
     let backing = MemoryBacking::new();
@@ -278,9 +345,17 @@ fn many_threads_and_both_streams() {
                 for i in 0..40 {
                     let stream = if i % 3 == 0 { Stream::Bulk } else { Stream::Hot };
                     let position = append(log, stream, draft(thread * 1000 + i, 1, thread as u8));
-                    match i % 4 {
+                    match i % 5 {
                         0 => log.wait_durable(&position).unwrap(),
                         1 => log.wait_on_device(&position).unwrap(),
+                        2 => {
+                            let (tell, told) = std::sync::mpsc::channel();
+                            log.wait_written(&position).unwrap();
+                            if let Some(rest) = log.pending_flush(stream, position.seq) {
+                                rest.then(move |result| tell.send(result).unwrap());
+                                told.recv().unwrap().unwrap();
+                            }
+                        }
                         _ => log.wait_written(&position).unwrap(),
                     }
                 }
