@@ -27,6 +27,7 @@ mod recovery;
 mod registry;
 mod rotation;
 mod session;
+mod sleeper;
 mod times;
 pub mod verify;
 mod volume;

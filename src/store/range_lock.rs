@@ -7,7 +7,9 @@
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
+
+use super::sleeper::Sleeper;
 
 #[derive(Debug)]
 struct Request {
@@ -15,6 +17,8 @@ struct Request {
     first: u64,
     last: u64,
     exclusive: bool,
+    /// It waits, and has not been woken.
+    sleeper: Option<Sleeper>,
 }
 
 impl Request {
@@ -28,14 +32,10 @@ struct Queue {
     /// Granted and waiting, in order of arrival.
     requests: VecDeque<Request>,
     next_ticket: u64,
-    waiting: usize,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct RangeLock {
-    queue: Mutex<Queue>,
-    changed: Condvar,
-}
+pub(super) struct RangeLock(Mutex<Queue>);
 
 #[derive(Debug)]
 pub(super) struct RangeGuard<'a> {
@@ -53,37 +53,52 @@ impl RangeLock {
     }
 
     fn take(&self, range: RangeInclusive<u64>, exclusive: bool) -> RangeGuard<'_> {
-        let mut queue = self.queue.lock();
+        let mut queue = self.0.lock();
         let ticket = queue.next_ticket;
         queue.next_ticket += 1;
         let (first, last) = range.into_inner();
-        queue.requests.push_back(Request { ticket, first, last, exclusive });
+        queue.requests.push_back(Request { ticket, first, last, exclusive, sleeper: None });
         // From here on the guard takes the request back, however this ends.
         let guard = RangeGuard { lock: self, ticket };
-        while !queue.may_proceed(ticket) {
-            queue.waiting += 1;
-            self.changed.wait(&mut queue);
-            queue.waiting -= 1;
+        while let Some(mine) = queue.hindered(ticket) {
+            let me = Sleeper::mine();
+            queue.requests[mine].sleeper = Some(me.clone());
+            me.sleep(&mut queue);
         }
         guard
     }
 }
 
 impl Queue {
-    fn may_proceed(&self, ticket: u64) -> bool {
-        let mut earlier = self.requests.iter().take_while(|request| request.ticket != ticket);
-        let mine = self.requests.iter().find(|request| request.ticket == ticket);
-        mine.is_none_or(|mine| !earlier.any(|request| request.conflicts(mine)))
+    /// Where the request is, if it conflicts with an earlier one.
+    fn hindered(&self, ticket: u64) -> Option<usize> {
+        let mine = self.requests.iter().position(|request| request.ticket == ticket)?;
+        self.is_hindered(mine).then_some(mine)
+    }
+
+    fn is_hindered(&self, at: usize) -> bool {
+        let mut earlier = self.requests.iter().take(at);
+        earlier.any(|request| request.conflicts(&self.requests[at]))
+    }
+
+    /// Wakes whom nobody hinders any more.
+    fn wake(&mut self) {
+        for at in 0..self.requests.len() {
+            if self.requests[at].sleeper.is_some()
+                && !self.is_hindered(at)
+                && let Some(sleeper) = self.requests[at].sleeper.take()
+            {
+                sleeper.wake();
+            }
+        }
     }
 }
 
 impl Drop for RangeGuard<'_> {
     fn drop(&mut self) {
-        let mut queue = self.lock.queue.lock();
+        let mut queue = self.lock.0.lock();
         queue.requests.retain(|request| request.ticket != self.ticket);
-        if queue.waiting > 0 {
-            self.lock.changed.notify_all();
-        }
+        queue.wake();
     }
 }
 
@@ -123,7 +138,7 @@ mod tests {
                 });
             }
         });
-        assert!(lock.queue.lock().requests.is_empty());
+        assert!(lock.0.lock().requests.is_empty());
     }
 
     #[test]
@@ -147,11 +162,11 @@ mod tests {
         let reader = lock.shared(0..=0);
         std::thread::scope(|scope| {
             let writer = scope.spawn(|| drop(lock.exclusive(0..=0)));
-            while lock.queue.lock().requests.len() < 2 {
+            while lock.0.lock().requests.len() < 2 {
                 std::thread::sleep(Duration::from_millis(1));
             }
             let late = scope.spawn(|| drop(lock.shared(0..=0)));
-            while lock.queue.lock().requests.len() < 3 {
+            while lock.0.lock().requests.len() < 3 {
                 std::thread::sleep(Duration::from_millis(1));
             }
             assert!(!late.is_finished(), "waits behind the writer");

@@ -18,6 +18,7 @@ use super::ring::{Ring, Spot};
 use super::{Log, PAGE, Position, Room, STREAMS, Stream};
 use crate::backing::FileRef;
 use crate::error::{FsError, FsResult};
+use crate::store::sleeper::Sleeper;
 
 /// The most that one write takes along.
 const BATCH: usize = 4 << 20;
@@ -44,6 +45,32 @@ pub(super) struct Queue {
     writing_out: bool,
     homes: Vec<Home>,
     pub(super) pending: Pending,
+    /// Those who wait for others' I/O. Whenever a role becomes free, and somebody needs it, one of
+    /// those is called to take it; if he needs it no more, he calls the next.
+    asleep: Vec<Asleep>,
+}
+
+/// What one thread does for all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Write,
+    Flush,
+    WriteOut,
+}
+
+/// Records before `before` as far as that role brings them.
+#[derive(Clone, Copy, Debug)]
+struct Goal {
+    role: Role,
+    before: u64,
+}
+
+#[derive(Debug)]
+struct Asleep {
+    goal: Goal,
+    /// Woken to take the role.
+    called: bool,
+    sleeper: Sleeper,
 }
 
 /// A home file with blocks that records only name: to be flushed before those records are.
@@ -75,6 +102,7 @@ impl Queue {
             writing_out: false,
             homes: Vec::new(),
             pending: Pending::default(),
+            asleep: Vec::new(),
         }
     }
 
@@ -111,6 +139,56 @@ impl Queue {
     /// The last record that is on stable storage.
     pub(super) fn durable_seq(&self) -> u64 {
         self.durable.saturating_sub(1)
+    }
+
+    fn is_reached(&self, goal: Goal) -> bool {
+        let reached = match goal.role {
+            Role::Write => self.written,
+            Role::Flush => self.durable,
+            Role::WriteOut => self.on_device.max(self.durable),
+        };
+        goal.before <= reached
+    }
+
+    fn is_free(&self, role: Role) -> bool {
+        match role {
+            Role::Write => !self.writing,
+            Role::Flush => !self.flushing,
+            Role::WriteOut => !self.writing_out,
+        }
+    }
+
+    /// Wakes whoever has what he waits for, and calls the first who needs that role, if it is free
+    /// and there is something to do for it.
+    fn wake(&mut self, role: Role) {
+        let for_role = |asleep: &Asleep| asleep.goal.role == role;
+        let mut wanted = self.is_free(role)
+            && (role != Role::Write || self.is_ready())
+            && !self.asleep.iter().any(|asleep| asleep.called && for_role(asleep));
+        let mut all = std::mem::take(&mut self.asleep);
+        all.retain_mut(|asleep| {
+            let reached = self.is_reached(asleep.goal);
+            let takes_over = wanted && !reached && for_role(asleep);
+            if asleep.called || !(reached || takes_over) {
+                return true;
+            }
+            wanted &= !takes_over;
+            asleep.called = takes_over;
+            asleep.sleeper.wake();
+            takes_over
+        });
+        self.asleep = all;
+    }
+
+    /// If the role was left to this one, and he does not need it any more, it is the next one's.
+    fn woken(&mut self, sleeper: &Sleeper) {
+        let mine = self.asleep.iter().position(|asleep| asleep.sleeper.is(sleeper));
+        if let Some(mine) = mine {
+            let goal = self.asleep.remove(mine).goal;
+            if self.is_reached(goal) {
+                self.wake(goal.role);
+            }
+        }
     }
 
     fn is_ready(&self) -> bool {
@@ -175,7 +253,7 @@ impl<'a> Slot<'a> {
             queued.bytes = Some([head, body]);
         }
         if at == 0 {
-            self.log.written[self.index].notify_all();
+            queue.wake(Role::Write);
         }
         self.filled = true;
     }
@@ -272,7 +350,7 @@ impl Log {
             streams.check()?;
             let queue = &mut streams.queues[index];
             if queue.writing || !queue.is_ready() {
-                self.written[index].wait(&mut streams);
+                sleep(&mut streams, index, Goal { role: Role::Write, before: seq });
                 continue;
             }
             queue.writing = true;
@@ -289,7 +367,7 @@ impl Log {
                     self.poison_locked(&mut streams, index, "a record cannot be written", &error);
                 }
             }
-            self.written[index].notify_all();
+            streams.queues[index].wake(Role::Write);
         }
     }
 
@@ -301,15 +379,21 @@ impl Log {
                 return Ok(());
             }
             streams.check()?;
-            self.flush_or_wait(&mut streams, index);
+            self.flush_or_wait(&mut streams, index, seq);
         }
     }
 
-    /// Flushes the stream, or waits for who is at it; something has changed then.
-    pub(super) fn flush_or_wait(&self, streams: &mut MutexGuard<'_, Streams>, index: usize) {
+    /// Flushes the stream, or waits for who is at it: until records before `seq` are on stable
+    /// storage, or it is this thread's turn.
+    pub(super) fn flush_or_wait(
+        &self,
+        streams: &mut MutexGuard<'_, Streams>,
+        index: usize,
+        seq: u64,
+    ) {
         let queue = &mut streams.queues[index];
         if queue.flushing {
-            self.durable[index].wait(streams);
+            sleep(streams, index, Goal { role: Role::Flush, before: seq });
             return;
         }
         queue.flushing = true;
@@ -330,7 +414,7 @@ impl Log {
                 self.poison_locked(streams, index, "the log cannot be flushed", &error);
             }
         }
-        self.durable[index].notify_all();
+        streams.queues[index].wake(Role::Flush);
     }
 
     fn write_out_until(&self, index: usize, seq: u64) -> FsResult<()> {
@@ -345,7 +429,7 @@ impl Log {
             streams.check()?;
             let queue = &mut streams.queues[index];
             if queue.writing_out {
-                self.durable[index].wait(&mut streams);
+                sleep(&mut streams, index, Goal { role: Role::WriteOut, before: seq });
                 continue;
             }
             queue.writing_out = true;
@@ -365,7 +449,7 @@ impl Log {
                     self.poison_locked(&mut streams, index, what, &error);
                 }
             }
-            self.durable[index].notify_all();
+            streams.queues[index].wake(Role::WriteOut);
         }
     }
 
@@ -398,10 +482,19 @@ impl Log {
         let reason = format!("{file}: {what}: {error}");
         log::error!("{reason}; writes fail until the volume is mounted again");
         streams.poison.get_or_insert(reason);
-        for waiting in [&self.written, &self.durable, &self.space].into_iter().flatten() {
-            waiting.notify_all();
+        for queue in &mut streams.queues {
+            queue.asleep.drain(..).for_each(|asleep| asleep.sleeper.wake());
         }
+        self.space.iter().for_each(|space| _ = space.notify_all());
     }
+}
+
+/// Waits until [`Queue::wake`] finds this thread, or the log fails.
+fn sleep(streams: &mut MutexGuard<'_, Streams>, index: usize, goal: Goal) {
+    let sleeper = Sleeper::mine();
+    streams.queues[index].asleep.push(Asleep { goal, called: false, sleeper: sleeper.clone() });
+    sleeper.sleep(streams);
+    streams.queues[index].woken(&sleeper);
 }
 
 /// I/O for all who wait, without the lock. A panic in it is a failure like any other: those who
@@ -415,3 +508,69 @@ fn leading(
 }
 
 const _: () = assert!(BATCH >= super::record::MAX_PAGES * PAGE);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queue() -> Queue {
+        Queue::new(Ring::resume(0, 1 << 20, Spot { seq: 1, at: 0 }, &[]))
+    }
+
+    fn add(queue: &mut Queue, role: Role, before: u64) -> Sleeper {
+        let sleeper = Sleeper::default();
+        let goal = Goal { role, before };
+        queue.asleep.push(Asleep { goal, called: false, sleeper: sleeper.clone() });
+        sleeper
+    }
+
+    fn called(queue: &Queue) -> Vec<u64> {
+        let called = queue.asleep.iter().filter(|asleep| asleep.called);
+        called.map(|asleep| asleep.goal.before).collect()
+    }
+
+    #[test]
+    fn one_is_called_and_calls_the_next_if_he_needs_it_no_more() {
+        let mut queue = queue();
+        let first = add(&mut queue, Role::WriteOut, 3);
+        add(&mut queue, Role::WriteOut, 9);
+        add(&mut queue, Role::Flush, 9);
+        queue.wake(Role::WriteOut);
+        queue.wake(Role::WriteOut);
+        assert_eq!(called(&queue), [3]);
+        // Before he comes to it, a flush does for him.
+        queue.durable = 5;
+        queue.wake(Role::WriteOut);
+        assert_eq!(called(&queue), [3]);
+        queue.woken(&first);
+        assert_eq!(called(&queue), [9], "or nobody would do it");
+        assert_eq!(queue.asleep.len(), 2);
+    }
+
+    #[test]
+    fn nobody_is_called_to_a_role_that_somebody_has_or_that_has_nothing_to_do() {
+        let mut queue = queue();
+        add(&mut queue, Role::Flush, 9);
+        add(&mut queue, Role::Write, 9);
+        queue.flushing = true;
+        queue.wake(Role::Flush);
+        queue.wake(Role::Write);
+        assert!(called(&queue).is_empty());
+        queue.flushing = false;
+        queue.wake(Role::Flush);
+        assert_eq!(queue.asleep.iter().filter(|asleep| asleep.called).count(), 1);
+        assert!(queue.asleep[0].called);
+    }
+
+    #[test]
+    fn all_who_have_what_they_wait_for_are_woken() {
+        let mut queue = queue();
+        for (role, before) in [(Role::Flush, 4), (Role::WriteOut, 5), (Role::Flush, 6)] {
+            add(&mut queue, role, before);
+        }
+        queue.durable = 5;
+        queue.wake(Role::Flush);
+        assert_eq!(called(&queue), [6]);
+        assert_eq!(queue.asleep.len(), 1);
+    }
+}

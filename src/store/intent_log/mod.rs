@@ -135,10 +135,6 @@ pub(super) struct Log {
     /// Rises with every record of either stream.
     order: AtomicU64,
     streams: Mutex<Streams>,
-    /// A batch of the stream is in the kernel's hands, or its oldest record is ready to go there.
-    written: [Condvar; STREAMS],
-    /// More of the stream is on the device, or on stable storage.
-    durable: [Condvar; STREAMS],
     space: [Condvar; STREAMS],
     /// The newest on disk. One trim at a time.
     anchor: Mutex<Anchor>,
@@ -482,8 +478,6 @@ impl Found {
             paths: self.paths,
             order: AtomicU64::new(self.next_order),
             streams: Mutex::new(Streams::new(queues)),
-            written: Default::default(),
-            durable: Default::default(),
             space: Default::default(),
             anchor: Mutex::new(self.anchors[0]),
             bulk_anchor: Mutex::new(self.anchors[1]),

@@ -98,17 +98,15 @@ impl Log {
             let queue = &mut streams.queues[index];
             let durable = queue.durable_before();
             let due = queue.pending.due(durable, failed);
-            let last = queue.pending.notes.is_empty();
+            let next = queue.pending.notes.iter().map(|note| note.before).min();
             // Whoever comes while the last ones are told sees to himself.
-            queue.pending.attended = !last;
+            queue.pending.attended = next.is_some();
             if !due.is_empty() {
                 let tell = || due.into_iter().for_each(|note| note.tell(durable));
                 MutexGuard::unlocked(streams, tell);
             }
-            if last {
-                return;
-            }
-            self.flush_or_wait(streams, index);
+            let Some(next) = next else { return };
+            self.flush_or_wait(streams, index, next);
         }
     }
 }
