@@ -204,7 +204,7 @@ pub fn end_volume_key(
     old_id: u32,
 ) -> Result<()> {
     let old = read(config_dir, uuid)?;
-    if old.fingerprint != fingerprint {
+    if old.fingerprint_next == Some(fingerprint) {
         let kept = path(config_dir, uuid).with_extension(format!("toml.volume-key-{old_id}"));
         let failed = || format!("cannot write {}", kept.display());
         let text = Pin { fingerprint_next: None, ..old }.to_text(uuid)?;
@@ -214,7 +214,11 @@ pub fn end_volume_key(
         }
         .context(failed)?;
     }
-    update(config_dir, uuid, |pin| Pin { fingerprint, fingerprint_next: None, ..pin })
+    update(config_dir, uuid, |pin| match pin.pinned().has(&fingerprint) {
+        true => Pin { fingerprint, fingerprint_next: None, ..pin },
+        // Another rotation has ended since the caller looked.
+        false => pin,
+    })
 }
 
 /// Records the backup of the key.

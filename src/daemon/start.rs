@@ -135,12 +135,10 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
     let (revalidated, unconfirmed) = if standing == Standing::Confirmed {
         let revalidated = check_key(&*provider, &envelope, &info, &pin, &plan.config)?;
         log_warnings(&revalidated.report);
-        if !plan.read_only {
-            let saved = (&envelope, &store.envelope_dir());
-            let keyring = &revalidated.keyring;
-            volume_key::settle(&plan.config_dir, &info.uuid, &pin, saved, keyring)?;
-        }
         store.start_session(&revalidated.keyring)?;
+        let saved = (&envelope, &store.envelope_dir());
+        let keyring = &revalidated.keyring;
+        volume_key::settle(&plan.config_dir, &info.uuid, &pin, saved, keyring, plan.read_only)?;
         (Some(revalidated), None)
     } else {
         // Not a failure: the mount is there, shut, until a person has confirmed it.

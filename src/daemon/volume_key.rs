@@ -17,7 +17,7 @@ use super::offline::Offline;
 use super::pins::{self, Pin};
 use super::volume::name_the_service;
 use crate::backing::NodeRef;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::key::custody;
 use crate::key::envelope::Envelope;
 use crate::key::gate::Keyring;
@@ -61,13 +61,15 @@ pub fn rotate(volume: &Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
     }
 }
 
-/// At a mount that may write: a rotation that a crash ended before its last step ends here.
+/// At a mount: a rotation that a crash ended before its last step ends here, unless something of it
+/// is left on a disk that is mounted read-only.
 pub fn settle(
     config_dir: &Path,
     uuid: &[u8; 16],
     pin: &Pin,
     (envelope, dir): (&Envelope, &NodeRef),
     keyring: &Keyring,
+    read_only: bool,
 ) -> Result<()> {
     if envelope.retiring.is_some() {
         log::warn!(
@@ -76,22 +78,41 @@ pub fn settle(
         return Ok(());
     }
     let fingerprint = keyring.fingerprint()?;
-    if pin.fingerprint_next == Some(fingerprint) {
-        finish(config_dir, uuid, dir, fingerprint, envelope.volume_key_id.saturating_sub(1))?;
+    if pin.fingerprint_next != Some(fingerprint) {
+        return Ok(());
     }
-    Ok(())
+    if read_only && predecessor_has_older_key(dir, envelope)? {
+        log::warn!(
+            "the old volume key still opens this volume until it is mounted to be written to"
+        );
+        return Ok(());
+    }
+    finish(config_dir, uuid, (envelope, dir), fingerprint)
 }
 
 /// What is left to do once the envelope names no other volume key than that with `fingerprint`.
 fn finish(
     config_dir: &Path,
     uuid: &[u8; 16],
-    dir: &NodeRef,
+    (envelope, dir): (&Envelope, &NodeRef),
     fingerprint: [u8; 32],
-    old: u32,
 ) -> Result<()> {
-    Envelope::remove_previous(dir)?;
+    if predecessor_has_older_key(dir, envelope)? {
+        Envelope::remove_previous(dir)?;
+    }
+    let old = envelope.volume_key_id.saturating_sub(1);
     pins::end_volume_key(config_dir, uuid, fingerprint, old)
+}
+
+/// Not so after a later rotation of the KEK; nor is it if the predecessor is all that is left.
+fn predecessor_has_older_key(dir: &NodeRef, envelope: &Envelope) -> Result<bool> {
+    match Envelope::load_previous(dir) {
+        Ok(None) => Ok(false),
+        Ok(Some(previous)) => Ok(previous.volume_key_id < envelope.volume_key_id),
+        Err(error) if error.kind == Kind::Io => Err(error),
+        // Who can tell what a part of it is good for.
+        Err(_) => Ok(true),
+    }
 }
 
 fn carry_out(volume: &Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
@@ -107,8 +128,7 @@ fn carry_out(volume: &Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
         // The pin has room for two: one that a crash has left there must not take the place of the
         // key that is in use.
         if volume.pin.fingerprint_next == Some(renewal.retired) {
-            let old = envelope.volume_key_id.saturating_sub(1);
-            finish(config_dir, uuid, &dir, renewal.retired, old)?;
+            finish(config_dir, uuid, (&envelope, &dir), renewal.retired)?;
         }
         envelope = renewal.envelope;
         pins::begin_volume_key(config_dir, uuid, envelope.fingerprint)?;
@@ -122,7 +142,8 @@ fn carry_out(volume: &Offline, told: &mut dyn FnMut(u64)) -> Result<Outcome> {
     volume.close()?;
     drop(key);
 
-    Envelope { retiring: None, ..envelope.clone() }.save_in_place(&dir)?;
-    finish(config_dir, uuid, &dir, fingerprint, from)?;
+    envelope.retiring = None;
+    envelope.save_in_place(&dir)?;
+    finish(config_dir, uuid, (&envelope, &dir), fingerprint)?;
     Ok(Outcome { from, to: envelope.volume_key_id, adopted, resumed })
 }

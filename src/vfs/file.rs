@@ -84,6 +84,8 @@ impl Filesystem {
     pub fn begin_fsync(&self, handle: u64, data_only: bool) -> FsResult<Option<PendingFlush>> {
         self.gate.check()?;
         let open = self.handles.file(handle)?;
+        // Whoever finds that nothing has changed must not be ahead of who is at it.
+        let _one = (!data_only).then(|| open.inode.lock_attributes());
         let attributes = !data_only && open.inode.take_attributes();
         let begun = self.begin_sync(&open, attributes);
         let begun = self.audited(&open.inode, begun);

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex, RwLock};
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use rustix::io::Errno;
 
 use super::types::ROOT;
@@ -34,6 +34,7 @@ pub(super) struct Inode {
     /// What is known of the mode, in two bits, and above them how often that was changed.
     set_id: AtomicU32,
     attributes_changed: AtomicBool,
+    attributes_flushed: Mutex<()>,
 }
 
 /// Where an inode was last seen, for messages: a node id and a name of the disk.
@@ -68,6 +69,11 @@ impl Inode {
     /// Something that only `fsync` of the backing inode makes durable has changed.
     pub(super) fn note_attributes(&self) {
         self.attributes_changed.store(true, Ordering::Release);
+    }
+
+    /// For as long as one flushes what [`Inode::take_attributes`] has told.
+    pub(super) fn lock_attributes(&self) -> MutexGuard<'_, ()> {
+        self.attributes_flushed.lock()
     }
 
     pub(super) fn take_attributes(&self) -> bool {
@@ -272,6 +278,7 @@ fn new_inode(id: u64, node: NodeRef, kind: FileKind) -> Inode {
         set_id: AtomicU32::new(0),
         // Before it was forgotten, perhaps.
         attributes_changed: AtomicBool::new(true),
+        attributes_flushed: Mutex::default(),
     }
 }
 

@@ -120,6 +120,16 @@ fn killed_before_its_last_step_it_is_finished_by_the_next_or_by_a_mount() {
     assert!(!previous.exists());
     assert!(!fs::read_to_string(&pin).unwrap().contains("fingerprint_next"));
     sandbox.umount();
+
+    // After another rotation the predecessor is that one's.
+    rotate_all_but_the_pin(&sandbox);
+    sandbox.vault(&["key", "rotate", "--name", "kek"]);
+    sandbox.byokfs(&["rotate", "kek", path(&sandbox.back())]).ok();
+    sandbox.mount();
+    assert_filled(&sandbox);
+    assert!(previous.exists());
+    assert!(!fs::read_to_string(&pin).unwrap().contains("fingerprint_next"));
+    sandbox.umount();
 }
 
 #[test]

@@ -406,7 +406,10 @@ impl Log {
         let queue = &mut streams.queues[index];
         queue.flushing = false;
         match result {
+            // What has failed meanwhile may have been told to another, and not to this flush.
+            Ok(()) if streams.poison.is_some() => {}
             Ok(()) => {
+                let queue = &mut streams.queues[index];
                 queue.durable = queue.durable.max(covered);
                 queue.homes_are_durable(covered);
             }
@@ -443,7 +446,11 @@ impl Log {
             let queue = &mut streams.queues[index];
             queue.writing_out = false;
             match result {
-                Ok(()) => queue.on_device = queue.on_device.max(covered),
+                Ok(()) if streams.poison.is_some() => {}
+                Ok(()) => {
+                    let queue = &mut streams.queues[index];
+                    queue.on_device = queue.on_device.max(covered);
+                }
                 Err(error) => {
                     let what = "a record cannot be written out";
                     self.poison_locked(&mut streams, index, what, &error);

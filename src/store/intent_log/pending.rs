@@ -84,6 +84,10 @@ impl Log {
             return tell(Err(error));
         }
         let mut streams = self.streams.lock();
+        if before <= streams.queues[index].durable_before() {
+            drop(streams);
+            return tell(Ok(()));
+        }
         let pending = &mut streams.queues[index].pending;
         pending.notes.push(Note { before, tell });
         if !pending.attended {
@@ -106,7 +110,9 @@ impl Log {
                 MutexGuard::unlocked(streams, tell);
             }
             let Some(next) = next else { return };
-            self.flush_or_wait(streams, index, next);
+            if streams.check().is_ok() {
+                self.flush_or_wait(streams, index, next);
+            }
         }
     }
 }

@@ -334,6 +334,49 @@ fn who_waits_without_a_thread_is_told_when_it_is_durable() {
 }
 
 #[test]
+fn nobody_is_told_that_all_is_well_once_the_log_has_failed() {
+    for during_the_flush in [true, false] {
+        let memory = MemoryBacking::new();
+        fresh(&*memory);
+        let (backing, faults) = FaultBacking::new(memory.clone());
+        let log = start(&*backing);
+        let told = Told::default();
+        let written = |number| {
+            let position = append(&log, Stream::Hot, draft(number, 1, 1));
+            log.wait_written(&position).unwrap();
+            log.pending_flush(Stream::Hot, position.seq).unwrap()
+        };
+        let fail = {
+            let log = Arc::clone(&log);
+            move || log.names_failed(&io::Error::other("as ordered"))
+        };
+        let one = written(1);
+        if during_the_flush {
+            faults.arm_hook(Call::Sync, fail);
+            one.then(tell(&told, &memory, 1));
+        } else {
+            // It fails while the first is told; the second, which no flush covers yet, waits.
+            let (notes, disk, log) = (Arc::clone(&told), Arc::clone(&memory), Arc::clone(&log));
+            faults.arm_hook(Call::Sync, move || {
+                let late = append(&log, Stream::Hot, draft(3, 1, 1));
+                log.wait_written(&late).unwrap();
+                let rest = log.pending_flush(Stream::Hot, late.seq).unwrap();
+                rest.then(tell(&notes, &disk, 2));
+            });
+            one.then(move |result| {
+                result.unwrap();
+                fail();
+            });
+        }
+        let told = std::mem::take(&mut *told.lock());
+        assert!(!told.is_empty());
+        for (number, result, _) in told {
+            assert_eq!(errno(result), Errno::IO, "{number}, {during_the_flush}");
+        }
+    }
+}
+
+#[test]
 fn many_threads_and_both_streams() {
     let backing = MemoryBacking::new();
     fresh(&*backing);
