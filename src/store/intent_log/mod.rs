@@ -24,6 +24,7 @@
 mod anchor;
 mod commit;
 mod pending;
+mod queue;
 mod record;
 mod ring;
 mod scan;
@@ -43,8 +44,9 @@ use crate::error::{Context, Error, FsResult, Result};
 use crate::store::keys::MacKeys;
 use anchor::ANCHORS_LEN;
 pub(super) use anchor::Anchor;
-use commit::{Queue, Streams};
+use commit::Streams;
 pub use pending::PendingFlush;
+use queue::Queue;
 pub(super) use record::{Draft, Entry, Kind, Place, Record, SAME_SIZE};
 use ring::{Ring, Spot};
 pub(super) use scan::Proof;

@@ -75,7 +75,7 @@ impl Log {
         stream: Stream,
         seq: u64,
     ) -> Option<PendingFlush> {
-        let durable = self.streams.lock().queues[stream as usize].durable_before();
+        let durable = self.streams.lock().queues[stream as usize].durable;
         (durable <= seq).then(|| PendingFlush { log: Arc::clone(self), stream, seq })
     }
 
@@ -84,7 +84,7 @@ impl Log {
             return tell(Err(error));
         }
         let mut streams = self.streams.lock();
-        if before <= streams.queues[index].durable_before() {
+        if before <= streams.queues[index].durable {
             drop(streams);
             return tell(Ok(()));
         }
@@ -100,7 +100,7 @@ impl Log {
         loop {
             let failed = streams.check().is_err();
             let queue = &mut streams.queues[index];
-            let durable = queue.durable_before();
+            let durable = queue.durable;
             let due = queue.pending.due(durable, failed);
             let next = queue.pending.notes.iter().map(|note| note.before).min();
             // Whoever comes while the last ones are told sees to himself.
