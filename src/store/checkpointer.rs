@@ -181,9 +181,18 @@ impl Shared {
     /// writes them again: nothing more may count as durable.
     pub(super) fn names_failed(&self, error: &std::io::Error) -> FsError {
         if let Ok(log) = self.log() {
-            log.names_failed(error);
+            log.flush_failed("names cannot be flushed", error);
         }
         Errno::IO.into()
+    }
+
+    /// The kernel tells of a failure once: a flush that succeeds after it, or beside it, proves
+    /// nothing.
+    pub(super) fn unless_failed(&self, flush: impl FnOnce() -> FsResult<()>) -> FsResult<()> {
+        let check = || self.log.get().map_or(Ok(()), |log| log.check());
+        check()?;
+        flush()?;
+        check()
     }
 
     /// Everything at home, and every name, is on stable storage afterwards.

@@ -240,12 +240,11 @@ impl File {
     /// The first half of [`File::sync`]: the backing file itself, where that is owed.
     pub fn sync_inode(&self, attributes: bool) -> FsResult<()> {
         self.check_usable()?;
-        if (attributes || self.is_unsynced())
-            && let Err(error) = self.backing.sync_all()
-        {
-            return Err(self.fail(error));
+        if !(attributes || self.is_unsynced()) {
+            return Ok(());
         }
-        Ok(())
+        let sync = || self.backing.sync_all().map_err(|error| self.fail(error));
+        self.shared.unless_failed(sync)
     }
 
     /// The other half: what was written. Returns the last flush of the log, if one is owed.
@@ -329,20 +328,17 @@ impl File {
         self.check_usable()
     }
 
+    /// The kernel has told of a failed write-back, perhaps of something that a checkpoint has brought
+    /// home and is about to flush: the log must not forget anything any more.
     fn fail(&self, error: std::io::Error) -> FsError {
         let file = hex(&self.file_id);
         log::error!("file {file}: write-back failed ({error}); it takes no more writes");
         self.failed.store(true, Ordering::Release);
-        self.tell_log(&error);
+        if let Ok(log) = self.shared.log() {
+            log.flush_failed("a file cannot be flushed", &error);
+        }
         // Whatever it was: MySQL takes EROFS for success.
         Errno::IO.into()
-    }
-
-    /// Of a flush that failed.
-    fn tell_log(&self, error: &std::io::Error) {
-        if let Ok(log) = self.shared.log() {
-            log.home_failed(Some(&self.backing), error);
-        }
     }
 
     fn cache_id(&self) -> u64 {

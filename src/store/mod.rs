@@ -635,33 +635,41 @@ impl Store {
             None if !self.shared.newborn.contains(node.id()) => Ok(()),
             // The number may be that of a file that is gone, given to something else since.
             None if node.metadata()?.kind != FileKind::Regular => Ok(()),
-            None => Ok(node.open(Access::Peek)?.sync_all()?),
+            None => self.shared.unless_failed(|| {
+                let file = node.open(Access::Peek)?;
+                file.sync_all().map_err(|error| self.shared.names_failed(&error))
+            }),
         }
     }
 
-    /// Files that were made and not flushed since are on stable storage afterwards, names and all.
+    /// Files that were made and not flushed since are on stable storage afterwards, names and all. A
+    /// failure is final.
     pub fn flush_new_files(&self) -> FsResult<()> {
-        if self.shared.newborn.mark().is_some() { self.shared.sync_fs() } else { Ok(()) }
+        if self.shared.newborn.mark().is_some() { self.flush_all_names() } else { Ok(()) }
     }
 
     /// The names in these directories are on stable storage afterwards. A failure is final.
     pub fn flush_names<'a>(&self, directories: impl Iterator<Item = &'a NodeRef>) -> FsResult<()> {
-        for directory in directories {
-            match directory.sync() {
-                // One that is gone has none.
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => return Err(self.shared.names_failed(&error)),
-                Ok(()) => {}
+        self.shared.unless_failed(|| {
+            for directory in directories {
+                match directory.sync() {
+                    // One that is gone has none.
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(self.shared.names_failed(&error)),
+                    Ok(()) => {}
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// All names are on stable storage afterwards, and everything at home. A failure is final.
     pub fn flush_all_names(&self) -> FsResult<()> {
-        self.shared.sync_fs().map_err(|error| match error {
-            FsError::Os(errno) => self.shared.names_failed(&errno.into()),
-            other => other,
+        self.shared.unless_failed(|| {
+            self.shared.sync_fs().map_err(|error| match error {
+                FsError::Os(errno) => self.shared.names_failed(&errno.into()),
+                other => other,
+            })
         })
     }
 

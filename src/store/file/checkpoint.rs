@@ -156,12 +156,20 @@ impl File {
         write_header(&self.shared, &self.backing, &snapshot.header)
     }
 
-    /// The flush of steps 3 to 5.
+    /// The flush of steps 3 to 5. A checkpoint that fails is made again, with all that it writes; what
+    /// went home otherwise is not.
     pub(in crate::store) fn sync_home(&self) -> FsResult<()> {
+        self.check_usable()?;
         self.backing.sync_data().map_err(|error| {
-            self.tell_log(&error);
-            error.into()
-        })
+            if let Ok(log) = self.shared.log() {
+                log.home_failed(Some(&self.backing), &error);
+            }
+            match self.is_unsynced() {
+                true => self.shared.names_failed(&error),
+                false => error.into(),
+            }
+        })?;
+        self.check_usable()
     }
 
     /// Step 6. True if something is dirty again.

@@ -134,6 +134,11 @@ impl Log {
         self.space.iter().for_each(|space| _ = space.notify_all());
     }
 
+    /// EIO once the log has failed.
+    pub(in crate::store) fn check(&self) -> FsResult<()> {
+        self.streams.lock().check()
+    }
+
     /// Why the log takes nothing more, if so.
     pub(in crate::store) fn poisoned(&self) -> Option<String> {
         self.streams.lock().poison.clone()
@@ -272,9 +277,9 @@ impl Log {
         }
     }
 
-    /// A flush of names, or of new files, has failed.
-    pub(crate) fn names_failed(&self, error: &io::Error) {
-        self.poison_locked(&mut self.streams.lock(), 0, "names cannot be flushed", error);
+    /// A flush of something else that nobody will write again has failed.
+    pub(crate) fn flush_failed(&self, what: &str, error: &io::Error) {
+        self.poison_locked(&mut self.streams.lock(), 0, what, error);
     }
 
     pub(super) fn poison(&self, index: usize, what: &str, error: &io::Error) -> FsError {

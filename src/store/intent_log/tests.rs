@@ -348,7 +348,7 @@ fn nobody_is_told_that_all_is_well_once_the_log_has_failed() {
         };
         let fail = {
             let log = Arc::clone(&log);
-            move || log.names_failed(&io::Error::other("as ordered"))
+            move || log.flush_failed("a file", &io::Error::other("as ordered"))
         };
         let one = written(1);
         if during_the_flush {

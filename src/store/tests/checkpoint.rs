@@ -113,11 +113,44 @@ fn write_fails(file: &File) {
 }
 
 #[test]
+fn a_checkpoint_does_not_end_well_if_somebody_else_has_heard_that_its_writes_failed() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    write(&file, 0, b"acknowledged");
+    file.sync(true).unwrap();
+    let (faults, other) = (volume.faults.clone(), file.clone());
+    volume.faults.arm_hook(Call::Write, move || {
+        let once =
+            Rule { call: Call::Sync, after: 0, lasting: false, errno: Errno::IO, partial: None };
+        faults.arm(once);
+        other.sync(true).unwrap_err();
+    });
+    volume.store.checkpoint().unwrap_err();
+    volume.store.checkpoint().unwrap_err();
+    assert!(file.first().is_some(), "the log still has it");
+    write_fails(&file);
+    write_fails(&volume.create("g"));
+}
+
+#[test]
+fn a_new_file_is_not_durable_after_a_flush_of_it_has_failed_in_a_checkpoint() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    write(&file, 0, b"something to bring home");
+    let once = Rule { call: Call::Sync, after: 1, lasting: false, errno: Errno::IO, partial: None };
+    volume.faults.arm(once);
+    volume.store.checkpoint().unwrap_err();
+    assert!(volume.faults.disarm());
+    file.sync(false).expect_err("its header may be lost");
+}
+
+#[test]
 fn a_flush_that_fails_in_a_checkpoint_alone_is_made_good_by_the_next() {
     let volume = Volume::new();
     let file = volume.create("f");
     write(&file, 0, b"something to bring home");
     file.sync(true).unwrap();
+    file.name_is_durable(file.owes_name().unwrap());
     let once = Rule { call: Call::Sync, after: 0, lasting: false, errno: Errno::IO, partial: None };
     volume.faults.arm(once);
     volume.store.checkpoint().unwrap_err();

@@ -275,6 +275,25 @@ fn names_changed_before_another_file_was_flushed() {
     }
 }
 
+#[test]
+fn a_flush_of_names_that_failed_is_not_tried_again() {
+    let (backing, machine) = in_memory();
+    drop(machine);
+    let (faulty, faults) = FaultBacking::new(backing);
+    let machine = mount(faulty);
+    let created = machine.fs.create(ME, ROOT, b"a", 0o644, 0).unwrap();
+    machine.fs.write(created.handle, &write(TEXT)).unwrap();
+    machine.fs.fsync(created.handle, false).unwrap();
+    machine.fs.rename(ROOT, b"a", ROOT, b"b", RenameMode::Replace).unwrap();
+    let errno = Errno::IO;
+    faults.arm(Rule { call: Call::SyncDir, after: 0, lasting: false, errno, partial: None });
+    // The file itself owes nothing, the names before it do.
+    for _ in 0..2 {
+        let answer = machine.fs.fsync(created.handle, true);
+        assert!(matches!(answer, Err(FsError::Os(Errno::IO))), "{answer:?}");
+    }
+}
+
 /// MySQL takes EROFS from `fsync` for success, and acknowledges.
 #[test]
 fn a_disk_that_turned_read_only_answers_eio_to_every_flush() {
@@ -303,6 +322,25 @@ fn a_disk_that_turned_read_only_answers_eio_to_every_flush() {
         faults.arm(Rule { call, after: 0, lasting: false, errno: Errno::ROFS, partial: None });
         for _ in 0..2 {
             let answer = machine.fs.fsync(created.handle, false);
+            assert!(matches!(answer, Err(FsError::Os(Errno::IO))), "{call:?}: {answer:?}");
+        }
+    }
+}
+
+#[test]
+fn nor_does_the_flush_of_a_directory_answer_erofs() {
+    for (call, new_file) in [(Call::Sync, true), (Call::SyncDir, true), (Call::SyncDir, false)] {
+        let (backing, machine) = in_memory();
+        drop(machine);
+        let (faulty, faults) = FaultBacking::new(backing);
+        let machine = mount(faulty);
+        let dir = machine.fs.opendir(ROOT).unwrap();
+        if new_file {
+            machine.fs.create(ME, ROOT, b"a", 0o644, 0).unwrap();
+        }
+        faults.arm(Rule { call, after: 0, lasting: false, errno: Errno::ROFS, partial: None });
+        for _ in 0..2 {
+            let answer = machine.fs.fsyncdir(dir);
             assert!(matches!(answer, Err(FsError::Os(Errno::IO))), "{call:?}: {answer:?}");
         }
     }
