@@ -181,7 +181,7 @@ impl Shared {
     /// writes them again: nothing more may count as durable.
     pub(super) fn names_failed(&self, error: &std::io::Error) -> FsError {
         if let Ok(log) = self.log() {
-            log.flush_failed("names cannot be flushed", error);
+            log.flush_failed("names, or new files, cannot be flushed", error);
         }
         Errno::IO.into()
     }

@@ -335,7 +335,7 @@ impl File {
         log::error!("file {file}: write-back failed ({error}); it takes no more writes");
         self.failed.store(true, Ordering::Release);
         if let Ok(log) = self.shared.log() {
-            log.flush_failed("a file cannot be flushed", &error);
+            log.flush_failed(&format!("file {file} cannot be flushed"), &error);
         }
         // Whatever it was: MySQL takes EROFS for success.
         Errno::IO.into()

@@ -279,7 +279,7 @@ impl Log {
 
     /// A flush of something else that nobody will write again has failed.
     pub(crate) fn flush_failed(&self, what: &str, error: &io::Error) {
-        self.poison_locked(&mut self.streams.lock(), 0, what, error);
+        self.poison_because(&mut self.streams.lock(), format!("{what}: {error}"));
     }
 
     pub(super) fn poison(&self, index: usize, what: &str, error: &io::Error) -> FsError {
@@ -289,7 +289,10 @@ impl Log {
 
     fn poison_locked(&self, streams: &mut Streams, index: usize, what: &str, error: &io::Error) {
         let file = String::from_utf8_lossy(super::FILES[index]);
-        let reason = format!("{file}: {what}: {error}");
+        self.poison_because(streams, format!("{file}: {what}: {error}"));
+    }
+
+    fn poison_because(&self, streams: &mut Streams, reason: String) {
         log::error!("{reason}; writes fail until the volume is mounted again");
         streams.poison.get_or_insert(reason);
         for queue in &mut streams.queues {

@@ -128,6 +128,9 @@ fn a_checkpoint_does_not_end_well_if_somebody_else_has_heard_that_its_writes_fai
     volume.store.checkpoint().unwrap_err();
     volume.store.checkpoint().unwrap_err();
     assert!(file.first().is_some(), "the log still has it");
+    let reason = volume.store.log_status().and_then(|log| log.poisoned).unwrap();
+    let id = crate::store::keys::hex(&file.file_id());
+    assert!(reason.contains(&id) && !reason.contains("log."), "{reason}");
     write_fails(&file);
     write_fails(&volume.create("g"));
 }
