@@ -52,9 +52,9 @@ impl Filesystem {
         self.writable()?;
         let dir = self.directory(parent)?;
         let disk = self.seal_name(name)?;
-        let (backing, file) = self.unnamed(caller, &dir, mode, umask)?;
+        let (backing, node, file) = self.unnamed(caller, &dir, mode, umask)?;
         self.named(&dir, &disk, || Ok(dir.node.link_file(&*backing, &disk.entry)?))?;
-        let inode = self.inodes.reference(backing.node()?, FileKind::Regular);
+        let inode = self.inodes.reference(node, FileKind::Regular);
         inode.set_place(dir.id, &disk.entry);
         self.created(inode, file)
     }
@@ -69,8 +69,8 @@ impl Filesystem {
     ) -> FsResult<Created> {
         self.writable()?;
         let dir = self.directory(parent)?;
-        let (backing, file) = self.unnamed(caller, &dir, mode, umask)?;
-        let inode = self.inodes.reference(backing.node()?, FileKind::Regular);
+        let (_, node, file) = self.unnamed(caller, &dir, mode, umask)?;
+        let inode = self.inodes.reference(node, FileKind::Regular);
         self.inodes.unnamed(inode.key);
         self.created(inode, file)
     }
@@ -180,12 +180,13 @@ impl Filesystem {
         dir: &Inode,
         mode: u32,
         umask: u32,
-    ) -> FsResult<(FileRef, Arc<File>)> {
+    ) -> FsResult<(FileRef, NodeRef, Arc<File>)> {
         let owner = self.ownership(caller, dir, mode, umask)?;
         let backing = dir.node.create_unnamed()?;
-        owner.give(&*backing.node()?)?;
+        let node = backing.node()?;
+        owner.give(&*node)?;
         let file = self.store.create_file(Arc::clone(&backing))?;
-        Ok((backing, file))
+        Ok((backing, node, file))
     }
 
     fn created(&self, inode: Arc<Inode>, file: Arc<File>) -> FsResult<Created> {
