@@ -14,6 +14,7 @@
 //! vault       the embedded key vault (shares only wire types with `key`)
 //! crypto      aead, kdf, nonce, secret memory
 //! observe     log, audit
+//! sync        locks
 //! sys         every `unsafe`
 //! ```
 //!
@@ -33,6 +34,7 @@ pub mod key;
 pub mod maintenance;
 pub mod observe;
 pub mod store;
+pub(crate) mod sync;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod vault;

@@ -9,13 +9,13 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use super::{
     Access, Backing, DirStream, File, FileKind, FileRef, Metadata, Node, NodeId, NodeRef,
     RenameMode, SetTime, StatFs, XattrMode,
 };
+use crate::sync::Mutex;
 
 /// Kinds of calls that can be made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -21,7 +21,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
 use rustix::io::Errno;
 
 pub use crash::{Crash, Options, Order};
@@ -34,6 +33,7 @@ use super::{
     Access, Backing, DirEntry, DirStream, File, FileKind, FileRef, Metadata, Node, NodeId, NodeRef,
     RenameMode, SetTime, StatFs, Timestamp, XattrMode,
 };
+use crate::sync::Mutex;
 
 const DEVICE: u64 = 0xb70;
 

@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use parking_lot::Mutex;
 use serde::Serialize;
 use serde_json::json;
 
@@ -30,6 +29,7 @@ use crate::store::VolumeInfo;
 
 use super::args::{ConfigArg, FsckArgs};
 use super::output;
+use crate::sync::Mutex;
 
 /// Those of fsck(8); they add up.
 const CORRECTED: u8 = 1;

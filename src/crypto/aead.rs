@@ -84,7 +84,7 @@ pub(crate) mod seals {
     use std::collections::HashMap;
     use std::sync::LazyLock;
 
-    use parking_lot::Mutex;
+    use crate::sync::Mutex;
     use ring::digest::{Context, SHA256};
 
     use super::NONCE_LEN;

@@ -4,14 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
-
 use super::clock::BootTime;
 use super::provider::{
     Algorithm, Class, KeyInfo, Provider, ProviderError, ProviderResult, Session, VersionInfo,
 };
 use super::reason::Reason;
 use crate::crypto::secret::SecretBytes;
+use crate::sync::Mutex;
 
 /// The key as the service sees it, and how it misbehaves.
 #[derive(Clone, Debug)]

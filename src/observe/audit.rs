@@ -12,7 +12,6 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use parking_lot::Mutex;
 use serde_json::{Map, Value};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -20,6 +19,7 @@ use time::format_description::well_known::Rfc3339;
 use super::append_to;
 use super::writer::Lines;
 use crate::error::{Context, IntegrityFailure, Result};
+use crate::sync::Mutex;
 
 /// Identical integrity failures within this time are counted, not written again.
 const REPEAT_AFTER: Duration = Duration::from_secs(60);

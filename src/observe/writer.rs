@@ -9,9 +9,8 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
-
 use crate::error::{Context, Result};
+use crate::sync::{Condvar, Mutex};
 
 /// How long a line is waited for, when the ones before it were in time.
 const PATIENCE: Duration = Duration::from_secs(1);

@@ -8,11 +8,11 @@ use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use zeroize::Zeroize;
 
 use super::layout::BLOCK_LEN;
 use super::page::{Page, PageId};
+use crate::sync::Mutex;
 
 const SHARDS: usize = 16;
 

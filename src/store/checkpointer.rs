@@ -13,13 +13,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
 
 use super::Shared;
 use super::file::File;
 use super::intent_log::{Room, STREAMS, Stream};
 use crate::error::{Context, FsError, FsResult, Result};
+use crate::sync::{Condvar, Mutex};
 
 /// What `sync` never tells a FUSE daemon to do, this does.
 const FLUSH_EVERY: Duration = Duration::from_secs(5);

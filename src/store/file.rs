@@ -24,7 +24,7 @@ mod write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 use rustix::io::Errno;
 
 use self::change::Change;
@@ -39,6 +39,7 @@ use super::layout::{BLOCK, HEADERS_LEN, blocks_for, group_of, region_of_group};
 use super::range_lock::RangeLock;
 use crate::backing::{FileRef, NodeId, NodeRef, SetTime};
 use crate::error::{FsError, FsResult};
+use crate::sync::Mutex;
 
 /// When a write is acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

@@ -14,7 +14,6 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use super::Session;
@@ -27,6 +26,7 @@ use crate::crypto::secret::Secret;
 use crate::crypto::{kdf, wrap};
 use crate::error::{Error, FsError, FsResult, Kind, Result};
 use crate::key::gate::{Gate, Keyring, Lease};
+use crate::sync::Mutex;
 
 const LABEL_VOLUME: &str = "byokfs volume mac v1";
 const LABEL_SESSIONS: &str = "byokfs session table mac v1";

@@ -39,7 +39,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 use rustix::io::Errno;
 
 pub use file::{Durability, File, Times, WriteMode};
@@ -66,6 +66,7 @@ use crate::crypto::random;
 use crate::crypto::secret::Secret;
 use crate::error::{Context, Error, FsError, FsResult, Kind, Result};
 use crate::key::gate::{Gate, Keyring, Wipe};
+use crate::sync::Mutex;
 
 pub const FORMAT_VERSION: u32 = 1;
 /// Names are stored as they are, not encrypted.

@@ -6,9 +6,8 @@
 
 use std::collections::HashMap;
 
-use parking_lot::Mutex;
-
 use crate::backing::NodeId;
+use crate::sync::Mutex;
 
 #[derive(Debug, Default)]
 pub(super) struct Newborn(Mutex<Listed>);

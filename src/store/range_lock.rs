@@ -7,9 +7,8 @@
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;
 
-use parking_lot::Mutex;
-
 use super::sleeper::Sleeper;
+use crate::sync::Mutex;
 
 #[derive(Debug)]
 struct Request {

@@ -3,11 +3,10 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
-
 use super::file::File;
 use crate::backing::NodeId;
 use crate::error::FsResult;
+use crate::sync::Mutex;
 
 const SHARDS: usize = 64;
 

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use parking_lot::{Condvar, MutexGuard};
+use crate::sync::{Condvar, MutexGuard};
 
 /// What one thread is woken by.
 #[derive(Clone, Debug, Default)]

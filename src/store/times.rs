@@ -6,9 +6,8 @@
 
 use std::collections::HashMap;
 
-use parking_lot::Mutex;
-
 use crate::backing::{NodeId, Timestamp};
+use crate::sync::Mutex;
 
 /// More are forgotten, all at once.
 const MOST: usize = 65_536;

@@ -9,7 +9,7 @@ use std::io;
 use std::ops::Deref;
 use std::ptr::NonNull;
 
-use parking_lot::Mutex;
+use crate::sync::Mutex;
 
 const REGION: usize = 256 * 1024;
 /// Slot sizes; the largest holds an AES-GCM key schedule with its GHASH tables many times over.

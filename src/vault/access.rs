@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 
 use super::network::{NetworkDenial, NetworkRules};
 use super::permission::Permission;
@@ -18,6 +18,7 @@ use super::settings::{self, AccessModel};
 use super::store::identities::{self, Identity};
 use super::store::{Store, roles};
 use crate::error::{Error, Result};
+use crate::sync::Mutex;
 
 /// Snapshots kept for a propagation delay.
 const MAX_HISTORY: usize = 1024;

@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -19,6 +18,7 @@ use time::format_description::well_known::Rfc3339;
 use super::access::Needed;
 use super::store::identities::Identity;
 use crate::error::{Context, Result};
+use crate::sync::Mutex;
 
 const OBJECT_ID_CLAIM: &str = "http://schemas.microsoft.com/identity/claims/objectidentifier";
 

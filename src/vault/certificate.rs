@@ -6,7 +6,6 @@
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SerialNumber,
@@ -17,6 +16,7 @@ use time::{Duration, OffsetDateTime};
 use crate::crypto::random;
 use crate::crypto::secret::SecretBytes;
 use crate::error::{Error, Kind, Result};
+use crate::sync::Mutex;
 
 const CA_LIFETIME: Duration = Duration::days(3650);
 /// [`ISSUED_IN_ADVANCE`] tolerates clocks that are behind.

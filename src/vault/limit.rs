@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use parking_lot::Mutex;
+use crate::sync::Mutex;
 
 const WINDOW_SECONDS: f64 = 10.0;
 

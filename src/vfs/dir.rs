@@ -4,14 +4,13 @@
 //! that the caller sees (moved up by the two entries `.` and `..`), so a position stays valid
 //! whatever is created or removed meanwhile, and no directory is ever held in memory.
 
-use parking_lot::Mutex;
-
 use super::filesystem::Filesystem;
 use super::handle::{Handle, OpenDir};
 use super::inode::Inode;
 use super::types::Entry;
 use crate::backing::{DirEntry, DirStream, FileKind};
 use crate::error::{FsError, FsResult};
+use crate::sync::Mutex;
 
 /// One entry of a listing.
 #[derive(Debug)]

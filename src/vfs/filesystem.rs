@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use super::audit::{AuditSink, IntegrityEvent};
@@ -20,6 +19,7 @@ use crate::backing::{Backing, FileKind, NodeRef, StatFs};
 use crate::error::{CutOff, FsError, FsResult, IntegrityFailure};
 use crate::key::gate::Gate;
 use crate::store::{FEATURE_PLAINTEXT_NAMES, Store};
+use crate::sync::Mutex;
 
 /// Directories one below the other, at most.
 const PATH_MAX: usize = 1000;

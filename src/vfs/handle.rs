@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 use rustix::io::Errno;
 
 use super::dir::Cursor;
 use super::inode::Inode;
 use crate::error::{FsError, FsResult};
 use crate::store::File;
+use crate::sync::Mutex;
 
 /// Handles of different files rarely share a lock.
 const SHARDS: usize = 16;

@@ -13,13 +13,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
+use parking_lot::RwLock;
 use rustix::io::Errno;
 
 use super::types::ROOT;
 use crate::backing::{FileKind, NodeId, NodeRef};
 use crate::error::{FsError, FsResult};
 use crate::store::File;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 #[derive(Debug)]
 pub(super) struct Inode {

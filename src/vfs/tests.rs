@@ -8,7 +8,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use rustix::io::Errno;
 use tempfile::TempDir;
 
@@ -25,6 +24,7 @@ use crate::crypto::secret::Secret;
 use crate::error::{CutOff, FsError, FsResult};
 use crate::key::gate::{BootTime, Gate, Keyring, Reason};
 use crate::store::{FormatOptions, Store};
+use crate::sync::Mutex;
 
 const ME: Caller = Caller { uid: 0, gid: 0, pid: 1 };
 

@@ -12,10 +12,9 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::Mutex;
-
 use crate::backing::{NodeId, NodeRef};
 use crate::error::FsResult;
+use crate::sync::Mutex;
 
 /// So many directories are flushed by one flush of the whole file system.
 const FEW: usize = 8;

@@ -12,7 +12,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use url::{Host, Url};
 
 use super::azure_identity::Credential;
@@ -24,6 +23,7 @@ use crate::error::Result;
 use crate::key::clock::BootTime;
 use crate::key::reason::Reason;
 use crate::key::wall_clock;
+use crate::sync::Mutex;
 
 /// How long a token is used although it would be valid longer.
 const MAX_AGE: Duration = Duration::from_secs(5 * 60);

@@ -12,13 +12,13 @@ use std::time::Instant;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use parking_lot::Mutex;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{CipherSuite, ServerConfig, ServerConnection, StreamOwned};
 
 use super::super::azure_assertion::tests::{MADE, verified};
 use super::super::{AppService, Application, Identity, Imds};
 use super::*;
+use crate::sync::Mutex;
 
 const VERSION: &str = "0123456789abcdef0123456789abcdef";
 

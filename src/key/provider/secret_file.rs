@@ -6,10 +6,9 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-
 use crate::crypto::secret::SecretString;
 use crate::error::{Context, Error, Kind, Result};
+use crate::sync::Mutex;
 
 /// A secret is a line, a token or a private key: nothing longer is read.
 const LIMIT: u64 = 15 * 1024;

@@ -9,8 +9,6 @@ use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
-
 use super::{CutOffOrder, Handler, Notice, ProbeReport, Settings};
 use crate::crypto::random;
 use crate::error::{Context, Result};
@@ -23,6 +21,7 @@ use crate::key::provider::{Class, Provider, ProviderError};
 use crate::key::reason::Reason;
 use crate::key::requirement::validity;
 use crate::key::wall_clock;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 pub(super) const TICK: Duration = Duration::from_secs(1);
 /// How much longer than its deadline a probe may take to come back before it counts as lost.

@@ -23,8 +23,6 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, SystemTime};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
-
 use super::clock::BootTime;
 use super::custody::Revalidated;
 use super::envelope::Envelope;
@@ -35,6 +33,7 @@ use super::reason::Reason;
 use super::rewrap::Rewrapped;
 use super::wall_clock;
 use crate::error::{Error, Kind, Result};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use engine::{
     COMPLETE_WITHIN, Inner, Shared, TICK, Watched, jittered, run_cut_offs, run_events, spawn,
     system_time_of, unix_time,

@@ -7,13 +7,12 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::{Condvar, Mutex};
-
 use super::place::Place;
 use super::{Code, Finding, Job, Remedy, fatal, unreadable};
 use crate::backing::{NodeId, NodeRef};
 use crate::error::{Error, Kind, Result};
 use crate::store::verify::{FileCheck, Flaw, Opened, Scratch, What};
+use crate::sync::{Condvar, Mutex};
 
 /// Files that wait; each holds two descriptors.
 const QUEUE: usize = 256;

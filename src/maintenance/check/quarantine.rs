@@ -5,7 +5,6 @@
 
 use std::io;
 
-use parking_lot::Mutex;
 use serde_json::json;
 
 use super::finding::Finding;
@@ -13,6 +12,7 @@ use crate::backing::{Access, FileRef, NodeRef};
 use crate::error::{Context, Result};
 use crate::observe::audit::timestamp;
 use crate::store::lost::Lost;
+use crate::sync::Mutex;
 
 /// In `lost/`: one JSON object a line.
 const MANIFEST: &[u8] = b"manifest.jsonl";

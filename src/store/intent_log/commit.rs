@@ -9,7 +9,6 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use parking_lot::MutexGuard;
 use rustix::io::Errno;
 
 use super::queue::{Goal, Queue, Role};
@@ -17,6 +16,7 @@ use super::{Log, Position, Room, STREAMS, Stream};
 use crate::backing::FileRef;
 use crate::error::{FsError, FsResult};
 use crate::store::sleeper::Sleeper;
+use crate::sync::{Condvar, MutexGuard};
 
 #[derive(Debug)]
 pub(super) struct Streams {
@@ -131,7 +131,7 @@ impl Log {
 
     /// Makes everyone who waits for room ask again whether to give up.
     pub(in crate::store) fn wake(&self) {
-        self.space.iter().for_each(|space| _ = space.notify_all());
+        self.space.iter().for_each(Condvar::notify_all);
     }
 
     /// EIO once the log has failed.
@@ -298,7 +298,7 @@ impl Log {
         for queue in &mut streams.queues {
             queue.wake_all();
         }
-        self.space.iter().for_each(|space| _ = space.notify_all());
+        self.space.iter().for_each(Condvar::notify_all);
     }
 }
 

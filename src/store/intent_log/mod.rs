@@ -36,12 +36,11 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::{Condvar, Mutex};
-
 use crate::backing::{Access, FileRef, NodeRef};
 use crate::crypto::mac::MacKey;
 use crate::error::{Context, Error, FsResult, Result};
 use crate::store::keys::MacKeys;
+use crate::sync::{Condvar, Mutex};
 use anchor::ANCHORS_LEN;
 pub(super) use anchor::Anchor;
 use commit::Streams;

@@ -9,11 +9,10 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use parking_lot::MutexGuard;
-
 use super::commit::Streams;
 use super::{Log, Stream};
 use crate::error::FsResult;
+use crate::sync::MutexGuard;
 
 /// Is called once, by any thread.
 type Tell = Box<dyn FnOnce(FsResult<()>) + Send>;

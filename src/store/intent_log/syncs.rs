@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
-use parking_lot::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex};
 
 #[derive(Debug, Default)]
 pub(super) struct Syncs {

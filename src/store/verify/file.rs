@@ -5,7 +5,6 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use zeroize::Zeroizing;
 
 use super::nonces::Nonces;
@@ -20,6 +19,7 @@ use crate::store::layout::{
     generation_page_at, group_of, region_of_group,
 };
 use crate::store::session::SessionTable;
+use crate::sync::Mutex;
 
 /// Groups of a piece: 15 MiB of plaintext. A region is a whole number of pieces.
 const GROUPS_PER_PIECE: u64 = 32;

@@ -19,7 +19,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
-use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use url::form_urlencoded;
@@ -43,6 +42,7 @@ use super::token::TokenAuthority;
 use super::wire::Wire;
 use super::{Clock, codec};
 use crate::error::Result;
+use crate::sync::Mutex;
 
 #[derive(Debug)]
 pub(crate) struct Request {

@@ -12,10 +12,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::Clock;
+use crate::sync::Mutex;
 pub(crate) use fault::{Endpoint, Fault, FaultKind, FaultRequest};
 
 /// As many as anyone can oversee.

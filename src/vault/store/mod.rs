@@ -12,10 +12,10 @@ pub(crate) mod roles;
 
 use std::path::Path;
 
-use parking_lot::Mutex;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Transaction, TransactionBehavior};
 
 use crate::error::{Error, Kind, Result};
+use crate::sync::Mutex;
 
 /// Of `PRAGMA user_version`.
 const SCHEMA_VERSION: i64 = 2;

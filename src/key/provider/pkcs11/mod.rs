@@ -22,7 +22,6 @@ use std::path::PathBuf;
 use std::process::Child;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use ring::digest::{SHA256, digest};
 
 pub use serve::serve;
@@ -41,6 +40,7 @@ use crate::crypto::secret::SecretBytes;
 use crate::error::{Error, Kind, Result};
 use crate::key::clock::BootTime;
 use crate::key::reason::Reason;
+use crate::sync::Mutex;
 
 /// The verb of this program that loads the library.
 pub const VERB: &str = "__pkcs11";

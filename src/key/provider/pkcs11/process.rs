@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -19,6 +18,7 @@ use super::super::{ProviderError, ProviderResult};
 use super::wire::{Answer, Request};
 use super::{VERB, unexpected};
 use crate::key::clock::BootTime;
+use crate::sync::Mutex;
 
 /// Longer than any answer.
 const LINE_LIMIT: usize = 1024 * 1024;

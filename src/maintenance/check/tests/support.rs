@@ -6,8 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
-
 use crate::backing::linux::LinuxBacking;
 use crate::backing::{Backing, XattrMode};
 use crate::crypto::secret::Secret;
@@ -17,6 +15,7 @@ use crate::key::gate::{BootTime, Gate, Keyring};
 use crate::key::provider::Algorithm;
 use crate::maintenance::check::{Check, Finding, Options, Repair, Report, Severity, Summary};
 use crate::store::{FormatOptions, Store};
+use crate::sync::Mutex;
 use crate::vfs::types::ROOT;
 use crate::vfs::{AuditSink, Caller, Filesystem, FilesystemOptions, IntegrityEvent, WriteRequest};
 
