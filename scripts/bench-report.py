@@ -11,7 +11,7 @@ import pathlib
 import statistics
 import sys
 
-COLORS = {"plain": "#9aa0a6", "byokfs": "#1a73e8", "gocryptfs": "#f29900"}
+COLORS = {"plain": "#9aa0a6", "byokfs": "#1a73e8", "byokfs-dev": "#8ab4f8", "gocryptfs": "#f29900"}
 TITLES = {
     "seq_write": "sequential write, 1 MiB",
     "seq_read": "sequential read, 1 MiB, cold",

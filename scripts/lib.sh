@@ -261,6 +261,17 @@ export BYOKFS_KEK=$(printf %q "$(kek_url "$dir")")
 SH
 }
 
+# Lets FUSE use io_uring until the script ends; false where this kernel cannot. What is mounted stays as it is.
+fuse_ring=/sys/module/fuse/parameters/enable_uring
+allow_fuse_ring() {
+    [[ -w $fuse_ring ]] || return 1
+    fuse_ring_before=$(cat "$fuse_ring")
+    on_exit restore_fuse_ring
+    note "FUSE over io_uring is allowed for now: $fuse_ring"
+    echo Y >"$fuse_ring"
+}
+restore_fuse_ring() { echo "$fuse_ring_before" >"$fuse_ring"; }
+
 # Ends the mount and its daemon, whatever state they are in; what uses the mount must have ended before.
 volume_unmount() { # DIR
     local dir=$1

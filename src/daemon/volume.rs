@@ -391,6 +391,7 @@ impl Volume {
             "valid_for_seconds": gate.valid_for.as_secs(),
             "mounted_since": mount.map(|mount| timestamp(mount.since)),
             "device": mount.map(|mount| mount.device.to_string()),
+            "transport": mount.map(|mount| mount.session.transport().name()),
             "fence": self.plan.config.fence.enabled,
             "pid": std::process::id(),
             "guard_pid": self.guard.load(Ordering::Relaxed),

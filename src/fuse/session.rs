@@ -2,7 +2,6 @@
 
 use std::ffi::CString;
 use std::fs;
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -11,14 +10,14 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno as OsErrno;
 
 use super::adapter::Adapter;
+use super::init::Offer;
 use super::purge::Purge;
 use super::reply::CutOffErrno;
-use super::trim;
-use super::wire::{Header, IN_HEADER_LEN, MAJOR, MINOR, OUT_HEADER_LEN, Reader, Writer, opcode};
-use super::worker::{MAX_WRITE, Workers};
+use super::ring::{self, Rings};
+use super::worker::Workers;
+use super::{dev, trim};
 use crate::error::{Context, Error, Kind, Result};
 use crate::sys;
 use crate::vfs::Filesystem;
@@ -32,56 +31,30 @@ const DEVICE: &str = "/dev/fuse";
 const THREADS_PER_CPU: usize = 8;
 const THREADS_MIN: usize = 32;
 const THREADS_MAX: usize = 128;
-
-/// INIT flags.
-const ASYNC_READ: u64 = 1 << 0;
-const ATOMIC_O_TRUNC: u64 = 1 << 3;
-const EXPORT_SUPPORT: u64 = 1 << 4;
-const BIG_WRITES: u64 = 1 << 5;
-const DONT_MASK: u64 = 1 << 6;
-const DO_READDIRPLUS: u64 = 1 << 13;
-const READDIRPLUS_AUTO: u64 = 1 << 14;
-const ASYNC_DIO: u64 = 1 << 15;
-const PARALLEL_DIROPS: u64 = 1 << 18;
-const POSIX_ACL: u64 = 1 << 20;
-const MAX_PAGES: u64 = 1 << 22;
-const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
-const SETXATTR_EXT: u64 = 1 << 29;
-const INIT_EXT: u64 = 1 << 30;
-const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
-
-/// What byokfs cannot do without. Left out on purpose: WRITEBACK_CACHE (acknowledged data would
-/// be lost at a cut-off), PASSTHROUGH (past the encryption), AUTO_INVAL_DATA and the caching of
-/// link targets (plaintext in the page cache), POSIX_LOCKS and FLOCK_LOCKS (the kernel's own
-/// are right for one mount).
-const REQUIRED: u64 = ASYNC_READ
-    | ATOMIC_O_TRUNC
-    | BIG_WRITES
-    | DONT_MASK
-    | ASYNC_DIO
-    | PARALLEL_DIROPS
-    | POSIX_ACL
-    | MAX_PAGES
-    | HANDLE_KILLPRIV_V2
-    | SETXATTR_EXT
-    | INIT_EXT
-    | DIRECT_IO_ALLOW_MMAP;
-const WANTED: u64 = REQUIRED | EXPORT_SUPPORT | DO_READDIRPLUS | READDIRPLUS_AUTO;
-
-/// Asynchronous requests that the kernel lets run at a time; its own default of 12 would limit
-/// every native AIO.
-const MAX_BACKGROUND: u16 = 4096;
+/// Beside the ring they take only what the kernel forgets and interrupts.
+const BESIDE_RING: usize = 4;
 
 /// How requests come from the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Transport {
-    /// The best that this kernel and this version have.
+    /// The ring where the kernel offers it, or else the device.
     #[default]
     Auto,
     /// read(2) and write(2) of /dev/fuse.
     Dev,
     /// FUSE over io_uring.
     Uring,
+}
+
+impl Transport {
+    /// Stable name, as in the configuration and in `--json` output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Transport::Auto => "auto",
+            Transport::Dev => "dev",
+            Transport::Uring => "uring",
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -119,30 +92,19 @@ pub struct Mounted {
     mountpoint: PathBuf,
     device: Arc<OwnedFd>,
     workers: Arc<Workers>,
+    transport: Transport,
 }
 
 /// Mounts; on return the mount serves.
 pub fn mount(fs: Arc<Filesystem>, options: &MountOptions) -> Result<Mounted> {
-    match options.transport {
-        Transport::Auto | Transport::Dev => {}
-        Transport::Uring => {
-            let message = "this version has no io_uring transport; use transport = \"auto\"";
-            return Err(Error::new(Kind::Unsupported, message));
-        }
-    }
     trim::raise_descriptor_limit();
     let mountpoint = fs::canonicalize(&options.mountpoint)
         .context(|| format!("cannot use the mount point {}", options.mountpoint.display()))?;
     let device = Arc::new(open_device()?);
     attach(&device, &mountpoint, options)?;
-    let serve = || {
-        handshake(&device)?;
-        let devices = clone_devices(&device, threads(options.threads))?;
-        Workers::start(Adapter::new(fs, options.errno), devices)
-    };
-    match serve() {
-        Ok(workers) => {
-            let mounted = Mounted { mountpoint, device, workers };
+    match serve(fs, options, &device) {
+        Ok((workers, transport)) => {
+            let mounted = Mounted { mountpoint, device, workers, transport };
             trim::start(mounted.purge(), &mounted.workers)?;
             Ok(mounted)
         }
@@ -155,9 +117,60 @@ pub fn mount(fs: Arc<Filesystem>, options: &MountOptions) -> Result<Mounted> {
     }
 }
 
+/// Agrees with the kernel on how requests come, and starts who serves them.
+fn serve(
+    fs: Arc<Filesystem>,
+    options: &MountOptions,
+    device: &Arc<OwnedFd>,
+) -> Result<(Arc<Workers>, Transport)> {
+    let offer = Offer::read(device)?;
+    let from_device = threads(options.threads);
+    let from_ring = match options.transport {
+        Transport::Uring if !offer.has_ring() => return Err(no_ring()),
+        Transport::Auto | Transport::Uring if offer.has_ring() => ring::workers(options.threads)?,
+        _ => None,
+    };
+    let adapter = Adapter::new(fs, options.errno);
+    let workers = Workers::new(adapter, from_device + from_ring.unwrap_or(0));
+    let rings = from_ring.map(|count| Rings::prepare(&workers, from_device, count));
+    let rings = unless_asked_for(rings, options.transport)?;
+    offer.answer(device, rings.is_some())?;
+    let registered = rings.map(|rings| rings.register(device));
+    let transport = match unless_asked_for(registered, options.transport)? {
+        Some(()) => Transport::Uring,
+        None => Transport::Dev,
+    };
+    let from_device =
+        if transport == Transport::Uring { from_device.min(BESIDE_RING) } else { from_device };
+    dev::start(&workers, 0, clone_devices(device, from_device)?)?;
+    Ok((workers, transport))
+}
+
+/// Without the ring the device will do, unless nothing else was to be.
+fn unless_asked_for<T>(ring: Option<Result<T>>, transport: Transport) -> Result<Option<T>> {
+    match ring {
+        Some(Err(error)) if transport != Transport::Uring => {
+            log::warn!("requests come over {DEVICE}, not by io_uring: {error}");
+            Ok(None)
+        }
+        ring => ring.transpose(),
+    }
+}
+
+fn no_ring() -> Error {
+    let message = "this kernel offers no FUSE over io_uring: it needs Linux 6.14 or newer, and Y in \
+                   /sys/module/fuse/parameters/enable_uring";
+    Error::new(Kind::Unsupported, message)
+}
+
 impl Mounted {
     pub fn mountpoint(&self) -> &Path {
         &self.mountpoint
+    }
+
+    /// How requests come: never [`Transport::Auto`].
+    pub fn transport(&self) -> Transport {
+        self.transport
     }
 
     pub fn purge(&self) -> Purge {
@@ -303,116 +316,9 @@ fn detach(mountpoint: &Path, lazy: bool) -> Result<()> {
     })
 }
 
-/// Agrees with the kernel on the protocol: the first request is always INIT.
-fn handshake(device: &OwnedFd) -> Result<()> {
-    let protocol = |message: &str| Error::new(Kind::Unsupported, message);
-    let mut request = vec![0; MAX_WRITE + 4096];
-    let len = loop {
-        match rustix::io::read(device, &mut request[..]) {
-            Ok(len) => break len,
-            Err(OsErrno::INTR | OsErrno::AGAIN | OsErrno::NOENT) => {}
-            Err(error) => {
-                return Err(Error::io("the kernel closed the new mount", error.into()));
-            }
-        }
-    };
-    let header = Header::parse(&request[..len])
-        .filter(|header| header.opcode == opcode::INIT)
-        .ok_or_else(|| protocol("the kernel did not begin with FUSE_INIT"))?;
-    let offered = Init::parse(Reader::new(&request[IN_HEADER_LEN..len], &[]))
-        .ok_or_else(|| protocol("FUSE_INIT is too short: this kernel is too old"))?;
-    let mut reply = [0; OUT_HEADER_LEN + 64];
-    let (out, body) = reply.split_at_mut(OUT_HEADER_LEN);
-    let error = match offered.check() {
-        Ok(()) => {
-            offered.answer(body);
-            0
-        }
-        Err(_) => -libc::EPROTO,
-    };
-    let reply_len = if error == 0 { OUT_HEADER_LEN + 64 } else { OUT_HEADER_LEN };
-    Writer::new(out).u32(reply_len as u32).u32(error.cast_unsigned()).u64(header.unique);
-    rustix::io::write(device, &reply[..reply_len])
-        .map_err(io::Error::from)
-        .context(|| "cannot answer FUSE_INIT".into())?;
-    offered.check()
-}
-
-/// `struct fuse_init_in`.
-#[derive(Clone, Copy, Debug)]
-struct Init {
-    major: u32,
-    minor: u32,
-    max_readahead: u32,
-    flags: u64,
-}
-
-impl Init {
-    fn parse(mut args: Reader<'_>) -> Option<Init> {
-        let (major, minor) = (args.u32().ok()?, args.u32().ok()?);
-        let (max_readahead, low) = (args.u32().ok()?, args.u32().ok()?);
-        let high = if u64::from(low) & INIT_EXT == 0 { 0 } else { args.u32().ok()? };
-        Some(Init { major, minor, max_readahead, flags: u64::from(high) << 32 | u64::from(low) })
-    }
-
-    fn check(&self) -> Result<()> {
-        if self.major != MAJOR {
-            let message = format!("the kernel speaks FUSE {}, not {MAJOR}", self.major);
-            return Err(Error::new(Kind::Unsupported, message));
-        }
-        let missing = REQUIRED & !self.flags;
-        if missing != 0 {
-            let message = format!(
-                "this kernel's FUSE {}.{} lacks what byokfs needs (flags {missing:#x}); use Linux \
-                 6.6 or newer",
-                self.major, self.minor
-            );
-            return Err(Error::new(Kind::Unsupported, message));
-        }
-        Ok(())
-    }
-
-    /// `struct fuse_init_out`.
-    fn answer(&self, body: &mut [u8]) {
-        let flags = self.flags & WANTED;
-        let mut writer = Writer::new(body);
-        writer.u32(MAJOR).u32(MINOR.min(self.minor)).u32(self.max_readahead).u32(flags as u32);
-        writer.u16(MAX_BACKGROUND).u16(MAX_BACKGROUND / 4 * 3).u32(MAX_WRITE as u32);
-        // Times in nanoseconds, pages of the largest request, no alignment of mappings.
-        writer.u32(1).u16((MAX_WRITE / 4096) as u16).u16(0).u32((flags >> 32) as u32);
-        writer.zeros(28);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn init(flags: u64) -> Init {
-        Init { major: 7, minor: 45, max_readahead: 131_072, flags }
-    }
-
-    #[test]
-    fn only_what_is_wanted_is_agreed_on() {
-        let mut body = [0xff; 64];
-        init(u64::MAX).answer(&mut body);
-        let word = |at: usize| u32::from_ne_bytes(body[at..at + 4].try_into().unwrap());
-        let flags = u64::from(word(12)) | u64::from(word(32)) << 32;
-        assert_eq!(flags, WANTED);
-        let writeback_cache = 1 << 16;
-        let passthrough = 1 << 37;
-        assert_eq!(flags & (writeback_cache | passthrough), 0);
-        assert_eq!(word(20), 1 << 20);
-        assert_eq!(&body[36..], &[0; 28]);
-    }
-
-    #[test]
-    fn an_old_kernel_is_refused_with_the_reason() {
-        assert!(init(REQUIRED).check().is_ok());
-        let error = init(REQUIRED & !DIRECT_IO_ALLOW_MMAP).check().unwrap_err();
-        assert_eq!(error.kind, Kind::Unsupported);
-        assert!(error.to_string().contains("6.6"));
-    }
 
     #[test]
     fn threads_follow_the_machine_unless_told() {

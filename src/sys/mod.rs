@@ -7,4 +7,5 @@ pub mod peer;
 pub mod signals;
 pub mod stack;
 pub mod stdio;
+pub mod uring;
 pub mod writeout;

@@ -28,3 +28,4 @@ mod rotate_volume;
 mod rotation;
 mod services;
 mod tamper;
+mod transport;

@@ -12,7 +12,7 @@ use byokfs::backing::Backing;
 use byokfs::backing::fault::{Call, FaultBacking};
 use byokfs::backing::linux::LinuxBacking;
 use byokfs::crypto::secret::Secret;
-use byokfs::fuse::{self, CutOffErrno, MountOptions};
+use byokfs::fuse::{self, CutOffErrno, MountOptions, Transport};
 use byokfs::key::clock::BootTime;
 use byokfs::key::gate::{Gate, Keyring};
 use byokfs::key::reason::Reason;
@@ -23,6 +23,8 @@ use byokfs::vfs::{Filesystem, FilesystemOptions};
 
 const DIR: &str = "BYOKFS_TEST_DIR";
 const OPTIONS: &str = "BYOKFS_TEST_OPTIONS";
+/// The transport that the daemon would take: so one variable sets that of all tests.
+const TRANSPORT: &str = "BYOKFS_MOUNT_TRANSPORT";
 
 /// A mounted volume; unmounted and removed when dropped.
 pub(crate) struct Mount {
@@ -204,7 +206,15 @@ fn serve() {
     if options.contains("key") {
         mount_options.errno = CutOffErrno::Key;
     }
+    mount_options.transport = match std::env::var(TRANSPORT).as_deref() {
+        Ok("uring") => Transport::Uring,
+        Ok("dev") => Transport::Dev,
+        Ok("auto") | Err(_) => Transport::Auto,
+        Ok(other) => panic!("no such transport: {other}"),
+    };
     let mounted = fuse::mount(Arc::clone(&fs), &mount_options).unwrap();
+    let wanted = mount_options.transport;
+    assert!(wanted == Transport::Auto || wanted == mounted.transport());
     let purge = mounted.purge();
     println!("\nready");
     let limit = Duration::from_secs(10);
