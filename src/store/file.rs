@@ -289,16 +289,23 @@ impl File {
         done
     }
 
-    /// Notes, before a record is appended, that from here on the log holds something of this file.
+    /// Notes, before a record is appended, that from here on the log holds something of this file. On
+    /// return it is among the dirty files, whoever put it there: of others a checkpoint does not know
+    /// that the log must keep their records.
     fn about_to_log(&self, log: &Log) {
-        let mut state = self.state.lock();
-        if state.dirty.first.is_none() {
-            state.dirty.first = Some(log.next_seqs());
-            drop(state);
-            if let Some(me) = self.me.upgrade() {
-                self.shared.dirty.add(me);
+        let first = {
+            let mut state = self.state.lock();
+            let first = *state.dirty.first.get_or_insert_with(|| log.next_seqs());
+            if state.dirty.listed {
+                return;
             }
+            first
+        };
+        if let Some(me) = self.me.upgrade() {
+            self.shared.dirty.add(me);
         }
+        let dirty = &mut self.state.lock().dirty;
+        dirty.listed = dirty.first == Some(first);
     }
 
     /// The last record of this file in the other stream.

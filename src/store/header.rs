@@ -127,13 +127,15 @@ impl Header {
         });
     }
 
-    /// Forgets the generation pages of every region from `region` on.
-    pub(super) fn drop_regions_from(&mut self, region: u64) {
+    /// Forgets the generation pages of every region from `region` on; true if there was one.
+    pub(super) fn drop_regions_from(&mut self, region: u64) -> bool {
+        let past = self.runs.last().map_or(0, |run| u64::from(run.start) + u64::from(run.len));
         self.runs.retain_mut(|run| {
             let keep = region.saturating_sub(u64::from(run.start)).min(u64::from(run.len));
             run.len = keep as u32;
             run.len > 0
         });
+        past > region
     }
 
     /// Both pages, as one piece of the file.

@@ -575,7 +575,6 @@ impl<'a> Change<'a> {
     pub(super) fn of_record(file: &'a File, record: &Record) -> FsResult<Change<'a>> {
         let draft = &record.draft;
         let mut change = Change::new(file, draft.kind);
-        let size = file.size();
         if draft.size != SAME_SIZE {
             change.size = Some(draft.size);
         }
@@ -583,7 +582,15 @@ impl<'a> Change<'a> {
             let shown = file.shown_times()?;
             change.unseen = Some(Times { mtime: Some(draft.mtime), ..shown });
         }
-        change.make_holes(draft.holes.0..draft.holes.1, blocks_for(size))?;
+        // The home file may be newer than the record, if a checkpoint came to its end and the log could
+        // not be told any more. Its size is then none that the file had when the record was made, and
+        // what earlier records have put past it must go as it went then.
+        let (first, past) = draft.holes;
+        let end = past.max(blocks_for(file.size()));
+        let past = if draft.kind == Kind::Truncate { end } else { past };
+        if first < draft.holes.1 {
+            change.make_holes(first..past, end)?;
+        }
         let entries: Vec<(u64, Entry)> = draft
             .entries
             .iter()
@@ -650,6 +657,9 @@ impl<'a> Change<'a> {
         }
         for (&block, &spot) in self.logged.numbers.iter().zip(spots) {
             state.dirty.blocks.insert(block, spot);
+        }
+        for block in &self.direct.numbers {
+            state.dirty.blocks.remove(block);
         }
         if let Some(size) = self.size {
             state.set_size(size);

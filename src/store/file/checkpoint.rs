@@ -48,6 +48,7 @@ impl File {
         state.put_back();
         if !state.dirty.changed {
             state.dirty.first = None;
+            state.dirty.listed = false;
             return None;
         }
         state.begin();

@@ -80,6 +80,8 @@ pub(super) struct Overlay {
     pub changed: bool,
     /// No record of this overlay has a lower seq; None where it has no record.
     pub first: Option<[u64; STREAMS]>,
+    /// With `first`, the file is among the dirty files, and stays there.
+    pub listed: bool,
 }
 
 /// The current state of a file, as far as it is not on the disk alone.
@@ -195,11 +197,11 @@ impl State {
         }
     }
 
-    /// Forgets everything of the regions past that of `size`.
+    /// Forgets everything of the regions past that of `size`: whatever the size was, since at recovery
+    /// older records may have put something past that.
     pub(super) fn set_size(&mut self, size: u64) {
-        if size < self.header.size {
-            let kept = if size == 0 { 0 } else { region_of_group(group_of(size - 1)) + 1 };
-            self.header.drop_regions_from(kept);
+        let kept = if size == 0 { 0 } else { region_of_group(group_of(size - 1)) + 1 };
+        if self.header.drop_regions_from(kept) {
             let stays = |id: &PageId| match *id {
                 PageId::Tags(group) => group < kept * GROUPS_PER_REGION as u64,
                 PageId::Generations(region) => region < kept,

@@ -8,6 +8,7 @@
 //! may find nothing but notes. Now and then recovery itself is cut, and what
 //! recovers from that; now and then the volume is written to again, and cut again.
 
+mod killed;
 mod nonces;
 mod planted;
 mod tampered;
@@ -366,6 +367,10 @@ impl Run {
             if effort.checked > 0 && i % effort.checked == 1 {
                 self.only_read(crash, effort)?;
             }
+            if i % GROWN == 0 {
+                nothing_past_the_end(self.trace.materialise(crash))
+                    .map_err(|error| format!("cut {}: {crash:?}: {error}", crash.cut))?;
+            }
             let count = |chosen: &[usize]| chosen.iter().filter(|&&chosen| chosen == i).count();
             self.try_crash(crash, effort, count(&again) > 0, count(&lives) > 0).map_err(
                 |error| {
@@ -431,6 +436,30 @@ impl Run {
     }
 }
 
+/// In one state of so many, files are grown.
+const GROWN: usize = 5;
+
+/// Where files grow after a recovery, they read as zeros, before and after that comes home.
+fn nothing_past_the_end(backing: Arc<MemoryBacking>) -> Result<(), String> {
+    const MORE: u64 = 2 << 20;
+    let mounted = mount(backing).map_err(|error| format!("recovery: {error}"))?;
+    let before = contents(&mounted)?;
+    let mut expected = before.clone();
+    for (name, content) in NAMES.iter().zip(&mut expected) {
+        let Some(content) = content else { continue };
+        let size = content.len() as u64 + MORE;
+        mounted.open(name).truncate(size).map_err(|error| format!("{name}: {error}"))?;
+        Arc::make_mut(content).resize(size as usize, 0);
+    }
+    for when in ["at once", "at home"] {
+        if contents(&mounted).map_err(|error| format!("grown, {when}: {error}"))? != expected {
+            return Err(format!("grown, {when}: not zeros"));
+        }
+        mounted.store.checkpoint().map_err(|error| format!("grown: {error}"))?;
+    }
+    Ok(())
+}
+
 /// Recovery is cut, and the recovery of that, and of that.
 const LEVELS: usize = 3;
 
@@ -454,6 +483,9 @@ fn cut_recovery(
                 return Err(at(&"another content"));
             }
             drop(mounted);
+            if i == 0 {
+                nothing_past_the_end(trace.materialise(&crash)).map_err(|error| at(&error))?;
+            }
             if levels > 1 && cut == deeper && i == 0 {
                 cut_recovery(&backing.trace(), contents, levels - 1, random)
                     .map_err(|error| at(&error))?;

@@ -85,6 +85,40 @@ fn what_could_not_be_brought_home_can_be_brought_again() {
     }
 }
 
+#[test]
+fn what_was_cut_off_stays_away_though_the_smaller_size_was_home_before_the_log_was_replayed() {
+    // Blocks that the log writes, and where it then truncates: within a group, and across groups.
+    for (written, size) in [(165, 138 * BLOCK), (300, 138 * BLOCK + 9), (300, 100), (300, 0)] {
+        let (backing, mounted) = in_memory();
+        let file = mounted.create("f");
+        write(&file, 0, &pattern(50_000, 1));
+        file.truncate(400 * BLOCK).unwrap();
+        file.sync(true).unwrap();
+        mounted.store.checkpoint().unwrap();
+        write(&file, written * BLOCK, &pattern(3 * BLOCK_LEN, 2));
+        file.truncate(size).unwrap();
+        let before = backing.trace().len();
+        mounted.store.checkpoint().unwrap();
+        let trace = backing.trace();
+        let mut expected = pattern(50_000, 1);
+        expected.resize(400 * BLOCK as usize, 0);
+        expected[size as usize..].fill(0);
+        for cut in before..=trace.len() {
+            let mounted = mount(trace.at(cut)).unwrap();
+            let file = mounted.open("f");
+            assert_eq!(file.size(), size, "cut at {cut}");
+            file.truncate(400 * BLOCK).unwrap();
+            let found = mounted.content("f").unwrap();
+            assert!(found == Ok(expected.clone()), "{written}, {size}: cut at {cut}: {found:.60?}");
+            // And what comes home of it.
+            mounted.store.checkpoint().unwrap();
+            write(&file, 399 * BLOCK, &pattern(BLOCK_LEN, 3));
+            let found = mounted.content("f").unwrap();
+            assert!(found.is_ok(), "{written}, {size}: cut at {cut}: {found:.60?}");
+        }
+    }
+}
+
 /// Pages 0 and 1 of the log's first file, the older first.
 fn anchors(mounted: &Mounted) -> [u64; 2] {
     let root = mounted.store.envelope_dir();
