@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::sys;
+use crate::sys::fuse::Unmount;
 
 pub const FS_TYPE: &str = "fuse.byokfs";
 const TABLE: &str = "/proc/self/mountinfo";
@@ -67,7 +68,8 @@ pub fn unmount(mount_point: &Path, lazy: bool) -> Result<()> {
     let failed = || format!("cannot unmount {}", mount_point.display());
     let path = CString::new(mount_point.as_os_str().as_bytes())
         .map_err(|error| Error::usage(failed()).with_source(error))?;
-    match sys::fuse::unmount(&path, lazy) {
+    let how = if lazy { Unmount::Lazy } else { Unmount::IfUnused };
+    match sys::fuse::unmount(&path, how) {
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
             Err(Error::new(Kind::Busy, format!("{} is busy", mount_point.display())))
         }

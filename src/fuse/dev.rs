@@ -224,8 +224,7 @@ impl<'a> Channel<'a> {
                 self.send(&header, 0, body_len);
             }
             Outcome::Error(errno) => {
-                // How far the operation had got with its reply is not known.
-                self.reply.has_used_all();
+                self.reply.has_used(OUT_HEADER_LEN + header.most_of_reply(args));
                 self.send(&header, -errno.raw(), 0);
             }
             Outcome::Later(rest) => {

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno as OsErrno;
+use rustix::param::page_size;
 
 use super::wire::{Header, IN_HEADER_LEN, MAJOR, MINOR, OUT_HEADER_LEN, Reader, Writer, opcode};
 use super::worker::MAX_WRITE;
@@ -84,7 +85,7 @@ impl Offer {
     }
 
     /// Agrees to it, or refuses a kernel that lacks something. With `ring` the kernel then serves
-    /// nobody until every queue has an entry, or one was refused.
+    /// nobody until every queue has an entry.
     pub(super) fn answer(&self, device: &OwnedFd, ring: bool) -> Result<()> {
         let mut reply = [0; OUT_HEADER_LEN + 64];
         let (out, body) = reply.split_at_mut(OUT_HEADER_LEN);
@@ -145,7 +146,7 @@ impl Init {
         writer.u32(MAJOR).u32(MINOR.min(self.minor)).u32(self.max_readahead).u32(flags as u32);
         writer.u16(MAX_BACKGROUND).u16(MAX_BACKGROUND / 4 * 3).u32(MAX_WRITE as u32);
         // Times in nanoseconds, pages of the largest request, no alignment of mappings.
-        writer.u32(1).u16((MAX_WRITE / 4096) as u16).u16(0).u32((flags >> 32) as u32);
+        writer.u32(1).u16((MAX_WRITE / page_size()) as u16).u16(0).u32((flags >> 32) as u32);
         writer.zeros(28);
     }
 }

@@ -49,15 +49,16 @@ impl Purge {
     /// False when the time was up first.
     pub fn drop_all(&self, limit: Duration) -> bool {
         let until = Instant::now() + limit;
-        let wiped = self.workers.wipe(until);
         let purge = self.clone();
-        let taken = within(until.saturating_duration_since(Instant::now()), move || {
+        // A worker may be held up by the disk: the kernel's pages do not wait for it.
+        let taken = start(move || {
             for node in purge.workers.adapter().filesystem().known_nodes() {
                 purge.invalidate(node);
             }
             purge.notify(NOTIFY_INC_EPOCH, &[]);
         });
-        wiped && taken
+        let wiped = self.workers.wipe(until);
+        taken.is_some_and(|taken| ends(&taken, until)) && wiped
     }
 
     /// Asks the kernel to forget `nodes`; it keeps those that are in use. False from a kernel
@@ -114,19 +115,23 @@ impl Purge {
 
 /// Runs `work` on a thread of its own; false if it has not ended in time.
 fn within(limit: Duration, work: impl FnOnce() + Send + 'static) -> bool {
+    let until = Instant::now() + limit;
+    start(work).is_some_and(|work| ends(&work, until))
+}
+
+/// Runs `work` on a thread of its own, which says when it has ended.
+fn start(work: impl FnOnce() + Send + 'static) -> Option<mpsc::Receiver<()>> {
     let (done, wait) = mpsc::channel();
     let started = thread::Builder::new().name("fuse-purge".into()).spawn(move || {
         work();
         // Nobody waits any more when the time is up.
         let _ = done.send(());
     });
-    match started {
-        Ok(_) => wait.recv_timeout(limit).is_ok(),
-        Err(error) => {
-            log::error!("cannot start the purge: {error}");
-            false
-        }
-    }
+    started.map(|_| wait).map_err(|error| log::error!("cannot start the purge: {error}")).ok()
+}
+
+fn ends(work: &mpsc::Receiver<()>, until: Instant) -> bool {
+    work.recv_timeout(until.saturating_duration_since(Instant::now())).is_ok()
 }
 
 const _: () = assert!(ROOT == 1, "FUSE_ROOT_ID");

@@ -31,9 +31,8 @@ use crate::sys::uring::{self, Waited};
 /// Workers for each CPU: enough for as many commits to share a flush, and for those that wait for the
 /// disk to leave others.
 const PER_CPU: usize = 16;
-/// On a machine with more CPUs than this leaves [`PER_CPU`] for, the device does better than queues
-/// with few workers each.
-const MAX: usize = 512;
+/// A machine that would have more is better off with the device, unless it is told otherwise.
+pub(super) const MANY: usize = 512;
 
 /// After as many requests that were not made beside others, a worker is back on its queue's CPU.
 const SINGLE: usize = 64;
@@ -41,12 +40,12 @@ const SINGLE: usize = 64;
 /// The largest reply to a request with names or data in it: an extended attribute (XATTR_SIZE_MAX).
 const MAX_REPLY: usize = 64 * 1024;
 
-/// How many workers this machine needs, `asked` being 0 or how many there are to be in all; None if
-/// there would be too many.
-pub(super) fn workers(asked: usize) -> Result<Option<usize>> {
+/// How many workers this machine needs for a ring: `asked`, rounded up so that every queue has as
+/// many, or if that is 0 what suits the machine.
+pub(super) fn workers(asked: usize) -> Result<usize> {
     let cpus = possible_cpus()?;
     let each = if asked > 0 { asked.div_ceil(cpus) } else { PER_CPU };
-    Ok(Some(cpus * each).filter(|&count| count <= MAX || asked > 0))
+    Ok(cpus * each)
 }
 
 /// Workers with a ring each, which the kernel does not know yet.
@@ -95,7 +94,8 @@ impl Rings {
 
     /// Gives them to the session of `device`, which has agreed on it; on return requests come to them.
     ///
-    /// After an error they come to the device.
+    /// After an error the session cannot be used: the kernel may wait for a queue to get its entry, or
+    /// have begun without those that failed.
     pub(super) fn register(self, device: &Arc<OwnedFd>) -> Result<()> {
         for go in &self.waiting {
             // A worker that has ended says nothing below.
@@ -256,6 +256,7 @@ impl<'a> Entry<'a> {
         if let Some(header) = &header {
             self.place.choose(self.queue.is_parallel(header.caller.pid, self.number));
         }
+        let most = header.map_or(0, |header| header.most_of_reply(Reader::new(request.fixed, &[])));
         let outcome = match header {
             None => Outcome::Error(Errno::IO),
             Some(header) if request_len == 0 => {
@@ -271,20 +272,28 @@ impl<'a> Entry<'a> {
                 outcome
             }
         };
+        self.used = self.used.max(request_len);
         let (error, reply_len) = match outcome {
             Outcome::Reply(len) => (0, len),
             Outcome::Silent => (0, 0),
             Outcome::Error(errno) => {
-                // How far the operation had got with its reply is not known.
-                self.used = MAX_WRITE;
-                self.reply.has_used_all();
+                if request_len == 0 {
+                    self.used = self.used.max(most.min(MAX_WRITE));
+                } else {
+                    self.reply.has_used(most);
+                }
                 (-errno.raw(), 0)
             }
             Outcome::Later(rest) => {
-                (self.worker.finish(rest).map_or_else(|errno| -errno.raw(), |()| 0), 0)
+                // It may take as long as the disk does, and a cut-off shall not wait for it.
+                self.wipe();
+                self.worker.set_clean(true);
+                let done = self.worker.finish(rest);
+                self.worker.set_clean(false);
+                (done.map_or_else(|errno| -errno.raw(), |()| 0), 0)
             }
         };
-        self.used = self.used.max(request_len).max(reply_len);
+        self.used = self.used.max(reply_len);
         self.entry.commit(error, reply_len)
     }
 
@@ -364,8 +373,8 @@ mod tests {
     #[test]
     fn each_cpu_has_as_many_workers() {
         let cpus = possible_cpus().unwrap();
-        assert_eq!(workers(1).unwrap(), Some(cpus));
-        assert_eq!(workers(cpus * 3).unwrap(), Some(cpus * 3));
-        assert!(workers(0).unwrap().is_none_or(|count| count <= MAX && count % cpus == 0));
+        assert_eq!(workers(1).unwrap(), cpus);
+        assert_eq!(workers(cpus * 3).unwrap(), cpus * 3);
+        assert_eq!(workers(0).unwrap(), cpus * PER_CPU);
     }
 }

@@ -20,6 +20,7 @@ use super::worker::Workers;
 use super::{dev, trim};
 use crate::error::{Context, Error, Kind, Result};
 use crate::sys;
+use crate::sys::fuse::Unmount;
 use crate::vfs::Filesystem;
 
 /// The type that mount(8) and /proc/self/mountinfo show.
@@ -100,19 +101,52 @@ pub fn mount(fs: Arc<Filesystem>, options: &MountOptions) -> Result<Mounted> {
     trim::raise_descriptor_limit();
     let mountpoint = fs::canonicalize(&options.mountpoint)
         .context(|| format!("cannot use the mount point {}", options.mountpoint.display()))?;
-    let device = Arc::new(open_device()?);
-    attach(&device, &mountpoint, options)?;
-    match serve(fs, options, &device) {
-        Ok((workers, transport)) => {
-            let mounted = Mounted { mountpoint, device, workers, transport };
-            trim::start(mounted.purge(), &mounted.workers)?;
-            Ok(mounted)
+    let mounted = match begin(&fs, &mountpoint, options, options.transport) {
+        Err(Failure::Ring(error)) if options.transport == Transport::Auto => {
+            over_device(&error);
+            begin(&fs, &mountpoint, options, Transport::Dev)
         }
-        Err(error) => {
-            if let Err(error) = detach(&mountpoint, true) {
+        mounted => mounted,
+    };
+    let mounted = mounted.map_err(|failure| match failure {
+        Failure::Ring(error) | Failure::Other(error) => error,
+    })?;
+    trim::start(mounted.purge(), &mounted.workers)?;
+    Ok(mounted)
+}
+
+/// Why a session could not begin.
+enum Failure {
+    /// It was promised a ring, and did not get it.
+    Ring(Error),
+    Other(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        Failure::Other(error)
+    }
+}
+
+fn begin(
+    fs: &Arc<Filesystem>,
+    mountpoint: &Path,
+    options: &MountOptions,
+    transport: Transport,
+) -> Result<Mounted, Failure> {
+    let device = Arc::new(open_device()?);
+    attach(&device, mountpoint, options)?;
+    let served = serve(Arc::clone(fs), options, transport, &device);
+    match served {
+        Ok((workers, transport)) => {
+            Ok(Mounted { mountpoint: mountpoint.to_owned(), device, workers, transport })
+        }
+        Err(failure) => {
+            // By force: who waits for an answer already would keep it, and the workers, for ever.
+            if let Err(error) = detach(mountpoint, Unmount::Forced) {
                 log::error!("{error}");
             }
-            Err(error)
+            Err(failure)
         }
     }
 }
@@ -121,40 +155,62 @@ pub fn mount(fs: Arc<Filesystem>, options: &MountOptions) -> Result<Mounted> {
 fn serve(
     fs: Arc<Filesystem>,
     options: &MountOptions,
+    transport: Transport,
     device: &Arc<OwnedFd>,
-) -> Result<(Arc<Workers>, Transport)> {
+) -> Result<(Arc<Workers>, Transport), Failure> {
     let offer = Offer::read(device)?;
     let from_device = threads(options.threads);
-    let from_ring = match options.transport {
-        Transport::Uring if !offer.has_ring() => return Err(no_ring()),
-        Transport::Auto | Transport::Uring if offer.has_ring() => ring::workers(options.threads)?,
-        _ => None,
-    };
+    let from_ring = workers_for_ring(options.threads, transport, &offer)?;
     let adapter = Adapter::new(fs, options.errno);
-    let workers = Workers::new(adapter, from_device + from_ring.unwrap_or(0));
-    let rings = from_ring.map(|count| Rings::prepare(&workers, from_device, count));
-    let rings = unless_asked_for(rings, options.transport)?;
-    offer.answer(device, rings.is_some())?;
-    let registered = rings.map(|rings| rings.register(device));
-    let transport = match unless_asked_for(registered, options.transport)? {
-        Some(()) => Transport::Uring,
-        None => Transport::Dev,
+    let workers = Workers::new(adapter, from_device + from_ring);
+    let rings = match from_ring {
+        0 => None,
+        count => match Rings::prepare(&workers, from_device, count) {
+            Ok(rings) => Some(rings),
+            Err(error) if transport == Transport::Uring => return Err(Failure::Other(error)),
+            Err(error) => {
+                over_device(&error);
+                // They count against the same limits as those that are started below.
+                workers.join(Some(Duration::from_secs(1)));
+                None
+            }
+        },
     };
-    let from_device =
-        if transport == Transport::Uring { from_device.min(BESIDE_RING) } else { from_device };
+    offer.answer(device, rings.is_some())?;
+    let (transport, from_device) = match rings {
+        Some(rings) => {
+            rings.register(device).map_err(Failure::Ring)?;
+            (Transport::Uring, from_device.min(BESIDE_RING))
+        }
+        None => (Transport::Dev, from_device),
+    };
     dev::start(&workers, 0, clone_devices(device, from_device)?)?;
     Ok((workers, transport))
 }
 
-/// Without the ring the device will do, unless nothing else was to be.
-fn unless_asked_for<T>(ring: Option<Result<T>>, transport: Transport) -> Result<Option<T>> {
-    match ring {
-        Some(Err(error)) if transport != Transport::Uring => {
-            log::warn!("requests come over {DEVICE}, not by io_uring: {error}");
-            Ok(None)
-        }
-        ring => ring.transpose(),
+/// How many: none where the device is wanted, or will do.
+fn workers_for_ring(threads: usize, transport: Transport, offer: &Offer) -> Result<usize> {
+    match transport {
+        Transport::Dev => Ok(0),
+        Transport::Uring if !offer.has_ring() => Err(no_ring()),
+        Transport::Uring => ring::workers(threads),
+        Transport::Auto if !offer.has_ring() => Ok(0),
+        Transport::Auto => match ring::workers(threads) {
+            Ok(count) if threads > 0 || count <= ring::MANY => Ok(count),
+            Ok(count) => {
+                log::info!("requests come over {DEVICE}: io_uring would take {count} threads");
+                Ok(0)
+            }
+            Err(error) => {
+                over_device(&error);
+                Ok(0)
+            }
+        },
     }
+}
+
+fn over_device(error: &Error) {
+    log::warn!("requests come over {DEVICE}, not by io_uring: {error}");
 }
 
 fn no_ring() -> Error {
@@ -180,7 +236,7 @@ impl Mounted {
     /// Works in every state of the volume. Not lazy, it fails with [`Kind::Busy`] while files
     /// are open or someone's working directory is inside.
     pub fn unmount(&self, lazy: bool) -> Result<()> {
-        detach(&self.mountpoint, lazy)
+        detach(&self.mountpoint, if lazy { Unmount::Lazy } else { Unmount::IfUnused })
     }
 
     /// Until the mount is gone, whoever unmounted it, and the last worker has ended.
@@ -198,7 +254,7 @@ impl Drop for Mounted {
     fn drop(&mut self) {
         // Anything else could be mounted there by now, if this mount is gone.
         if !self.wait_timeout(Duration::ZERO)
-            && let Err(error) = detach(&self.mountpoint, true)
+            && let Err(error) = detach(&self.mountpoint, Unmount::Lazy)
         {
             log::warn!("{error}");
         }
@@ -304,10 +360,10 @@ fn attach(device: &OwnedFd, mountpoint: &Path, options: &MountOptions) -> Result
     })
 }
 
-fn detach(mountpoint: &Path, lazy: bool) -> Result<()> {
+fn detach(mountpoint: &Path, how: Unmount) -> Result<()> {
     let shown = mountpoint.display();
     let target = c_string(mountpoint.as_os_str().as_bytes())?;
-    sys::fuse::unmount(&target, lazy).map_err(|error| match error.raw_os_error() {
+    sys::fuse::unmount(&target, how).map_err(|error| match error.raw_os_error() {
         Some(libc::EBUSY) => Error::new(Kind::Busy, format!("{shown} is in use")),
         Some(libc::EINVAL | libc::ENOENT) => {
             Error::new(Kind::NotMounted, format!("nothing is mounted on {shown}"))

@@ -79,6 +79,18 @@ impl Header {
         };
         parse().ok()
     }
+
+    /// How much of the reply an operation that has failed may have put together. Those that do it
+    /// piece by piece say how much they want: `struct fuse_read_in`.
+    pub(super) fn most_of_reply(&self, mut args: Reader<'_>) -> usize {
+        const FIXED: usize = 4096;
+        match self.opcode {
+            opcode::READ | opcode::READDIR | opcode::READDIRPLUS => {
+                args.skip(16).and_then(|()| args.u32()).map_or(FIXED, |size| size as usize)
+            }
+            _ => FIXED,
+        }
+    }
 }
 
 /// Reads the arguments of a request. Over /dev/fuse they are one run of bytes; a ring hands over
@@ -327,6 +339,19 @@ mod tests {
         let header = Header { opcode: 3, unique: 77, node: 1, caller };
         assert_eq!(Header::parse(&bytes), Some(header));
         assert_eq!(Header::parse(&bytes[..39]), None);
+    }
+
+    #[test]
+    fn what_a_failed_read_has_left_is_as_long_as_was_asked_for() {
+        let mut args = [0; 40];
+        args[16..20].copy_from_slice(&70_000u32.to_ne_bytes());
+        let caller = Caller { uid: 0, gid: 0, pid: 1 };
+        let most = |opcode| {
+            Header { opcode, unique: 1, node: 1, caller }.most_of_reply(Reader::new(&args, &[]))
+        };
+        assert_eq!(most(opcode::READ), 70_000);
+        assert_eq!(most(opcode::READDIRPLUS), 70_000);
+        assert!(most(opcode::GETATTR) < 70_000);
     }
 
     #[test]

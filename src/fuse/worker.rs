@@ -173,8 +173,7 @@ impl Worker<'_> {
 
     /// Serves one request; the reply, without its header, is at the start of `out`.
     pub(super) fn serve(&self, header: &Header, args: Reader<'_>, out: &mut [u8]) -> Outcome {
-        // The operations hold no lock of their own across a panic that would not be released:
-        // parking_lot's are released as the stack unwinds, and none is poisoned.
+        // No lock is left behind by a panic: each is released as the stack unwinds, and none is poisoned.
         let served = || self.adapter().serve(header, args, out);
         panic::catch_unwind(AssertUnwindSafe(served)).unwrap_or_else(|_| {
             log::error!("request {} on node {} panicked", header.opcode, header.node);
@@ -215,11 +214,7 @@ impl Buffer {
     }
 
     pub(super) fn has_used(&mut self, len: usize) {
-        self.used = self.used.max(len);
-    }
-
-    pub(super) fn has_used_all(&mut self) {
-        self.used = self.bytes.len();
+        self.used = self.used.max(len).min(self.bytes.len());
     }
 
     pub(super) fn wipe(&mut self) {

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use crate::sync::{Condvar, MutexGuard};
 
-/// What one thread is woken by.
+/// What one thread is woken by. It may wait under several locks, one after the other, which the standard
+/// library's condition variable allows where it is made of futexes, as on Linux.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Sleeper(Arc<Condvar>);
 

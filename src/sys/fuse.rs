@@ -26,11 +26,26 @@ pub fn mount(
     })
 }
 
+/// What becomes of those who use a mount that is unmounted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unmount {
+    /// There are none, or it fails with EBUSY.
+    IfUnused,
+    /// They keep it until they have done with it.
+    Lazy,
+    /// The same, and every call of theirs fails from now on.
+    Forced,
+}
+
 /// `umount2(2)`; a symbolic link at `target` is not followed.
-pub fn unmount(target: &CStr, lazy: bool) -> io::Result<()> {
-    let detach = if lazy { libc::MNT_DETACH } else { 0 };
+pub fn unmount(target: &CStr, how: Unmount) -> io::Result<()> {
+    let flags = match how {
+        Unmount::IfUnused => 0,
+        Unmount::Lazy => libc::MNT_DETACH,
+        Unmount::Forced => libc::MNT_DETACH | libc::MNT_FORCE,
+    };
     // SAFETY: NUL-terminated, outlives the call.
-    check(unsafe { libc::umount2(target.as_ptr(), libc::UMOUNT_NOFOLLOW | detach) })
+    check(unsafe { libc::umount2(target.as_ptr(), libc::UMOUNT_NOFOLLOW | flags) })
 }
 
 /// FUSE_DEV_IOC_CLONE: makes `device`, newly opened, another channel of `session`.

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, types};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 /// `FUSE_IO_URING_CMD_REGISTER`, `FUSE_IO_URING_CMD_COMMIT_AND_FETCH`.
@@ -104,7 +105,7 @@ impl Entry {
     /// Gives the entry to a queue of the session of `device`, which agreed on the ring in its INIT:
     /// `queue` is the number of a CPU. Once every queue has one, requests come this way.
     ///
-    /// After an error the kernel takes the whole session back to the device, if it had not begun yet.
+    /// After an error it is not certain which way they come, if any.
     pub fn register(&mut self, device: Arc<OwnedFd>, queue: u16) -> io::Result<()> {
         if self.at.is_some() {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -208,9 +209,18 @@ impl Entry {
                 self.state = State::Request;
                 Ok(Waited::Request)
             }
-            libc::ENOTCONN | libc::ECONNABORTED | libc::ENODEV => Ok(Waited::Gone),
+            // A reply that meets the end of the mount may fail in other ways than by ENOTCONN.
+            _ if self.is_unmounted() => Ok(Waited::Gone),
             errno => Err(io::Error::from_raw_os_error(errno)),
         }
+    }
+
+    /// The device says so by POLLERR.
+    fn is_unmounted(&self) -> bool {
+        let Some((device, _)) = &self.at else { return false };
+        let mut device = [PollFd::new(device, PollFlags::empty())];
+        poll(&mut device, Some(&Timespec::default())).is_ok()
+            && device[0].revents().contains(PollFlags::ERR)
     }
 
     fn push(&mut self, command: u32, commit_id: u64) -> io::Result<()> {
@@ -261,9 +271,6 @@ struct Memory {
     start: NonNull<u8>,
     len: usize,
 }
-
-// SAFETY: it is plain memory, owned by whoever holds it.
-unsafe impl Send for Memory {}
 
 impl Memory {
     fn new(len: usize) -> io::Result<Memory> {

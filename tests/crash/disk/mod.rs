@@ -88,7 +88,7 @@ impl Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         let mountpoint = CString::new(self.mountpoint.as_os_str().as_bytes()).unwrap();
-        let _ = byokfs::sys::fuse::unmount(&mountpoint, true);
+        let _ = byokfs::sys::fuse::unmount(&mountpoint, byokfs::sys::fuse::Unmount::Lazy);
         // Whoever still has the file open keeps the connection, and the thread, for the moment; it
         // ends with the process at the latest.
         if let Some(server) = self.server.take()

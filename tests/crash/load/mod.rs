@@ -5,6 +5,7 @@ pub mod records;
 pub mod server;
 pub mod sqlite;
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -15,6 +16,16 @@ pub enum Crash {
     Power,
     /// The daemon was killed: every acknowledged write is there.
     Kill,
+}
+
+/// Whether a crash explains that a call has failed so.
+pub fn is_of_a_crash(error: &io::Error) -> bool {
+    match error.raw_os_error() {
+        Some(libc::EIO | libc::ENOTCONN | libc::EROFS | libc::ECONNABORTED) => true,
+        // What the kernel ends requests of a ring with, where it cannot hand them to a daemon that dies.
+        Some(libc::ECANCELED | libc::EINTR) => true,
+        _ => false,
+    }
 }
 
 /// One kind of load. A ledger of what was acknowledged is kept in this process: off the volume.

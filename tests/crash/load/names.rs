@@ -85,13 +85,9 @@ impl Load for Names {
             let random = Random::new(self.seed ^ self.rounds << 32 ^ (number as u64) << 48);
             self.threads.push(std::thread::spawn(move || {
                 let error = change(&ledger, &dir, (&count, &gone), random);
-                let crashed = match error.raw_os_error() {
-                    Some(libc::EIO | libc::ENOTCONN | libc::EROFS | libc::ECONNABORTED) => true,
-                    // The guard has unmounted the volume already.
-                    Some(libc::ENOENT) => !dir.exists(),
-                    _ => false,
-                };
-                if !crashed {
+                // The guard may have unmounted the volume already.
+                let unmounted = || error.kind() == io::ErrorKind::NotFound && !dir.exists();
+                if !super::is_of_a_crash(&error) && !unmounted() {
                     ledger.lock().unwrap().failure = Some(error.to_string());
                 }
             }));

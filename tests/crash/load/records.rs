@@ -385,9 +385,9 @@ fn write(
     careless: bool,
 ) -> Result<(), String> {
     let mut position = 0;
-    let expected = |error: io::Error| match error.raw_os_error() {
-        Some(libc::EIO | libc::ENOTCONN | libc::EROFS | libc::ECONNABORTED) => Ok(()),
-        _ => Err(error.to_string()),
+    let expected = |error: io::Error| match super::is_of_a_crash(&error) {
+        true => Ok(()),
+        false => Err(error.to_string()),
     };
     loop {
         let (op, sync) = {

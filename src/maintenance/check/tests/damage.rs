@@ -240,7 +240,7 @@ struct Mounted(CString);
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let done = sys::fuse::unmount(&self.0, false);
+        let done = sys::fuse::unmount(&self.0, sys::fuse::Unmount::IfUnused);
         assert!(done.is_ok() || std::thread::panicking(), "{done:?}");
     }
 }
