@@ -6,8 +6,12 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{self, LockResult, PoisonError};
 use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::thread::futex;
 
 /// [`std::sync::Mutex`].
 #[derive(Default)]
@@ -20,9 +24,13 @@ pub(crate) struct MutexGuard<'a, T> {
     locked: Option<sync::MutexGuard<'a, T>>,
 }
 
-/// [`std::sync::Condvar`].
+/// [`std::sync::Condvar`], which makes a system call only where somebody waits.
 #[derive(Debug, Default)]
-pub(crate) struct Condvar(sync::Condvar);
+pub(crate) struct Condvar {
+    condition: sync::Condvar,
+    /// Changed under the lock of who waits.
+    waiting: AtomicU32,
+}
 
 /// How a wait with a limit has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,20 +113,26 @@ impl<T: fmt::Debug> fmt::Debug for MutexGuard<'_, T> {
 
 impl Condvar {
     pub(crate) const fn new() -> Condvar {
-        Condvar(sync::Condvar::new())
+        Condvar { condition: sync::Condvar::new(), waiting: AtomicU32::new(0) }
     }
 
     pub(crate) fn notify_one(&self) {
-        self.0.notify_one();
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            self.condition.notify_one();
+        }
     }
 
     pub(crate) fn notify_all(&self) {
-        self.0.notify_all();
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            self.condition.notify_all();
+        }
     }
 
     pub(crate) fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
         if let Some(locked) = guard.locked.take() {
-            guard.locked = Some(sound(self.0.wait(locked)));
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+            guard.locked = Some(sound(self.condition.wait(locked)));
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
         }
     }
 
@@ -129,7 +143,9 @@ impl Condvar {
     ) -> WaitTimeoutResult {
         let mut timed_out = false;
         if let Some(locked) = guard.locked.take() {
-            let (locked, result) = sound(self.0.wait_timeout(locked, limit));
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+            let (locked, result) = sound(self.condition.wait_timeout(locked, limit));
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
             guard.locked = Some(locked);
             timed_out = result.timed_out();
         }
@@ -142,6 +158,63 @@ impl Condvar {
         limit: Instant,
     ) -> WaitTimeoutResult {
         self.wait_for(guard, limit.saturating_duration_since(Instant::now()))
+    }
+}
+
+/// Where threads sleep without a lock, until what they wait for may have come.
+///
+/// Who is about to sleep takes a ticket under the lock of what he waits for, having found that it has
+/// not come. Who changes that, changes it under the same lock, and wakes after that, best without it.
+#[derive(Debug, Default)]
+pub(crate) struct Signal {
+    /// How often somebody was to be woken: whoever has seen another number does not fall asleep.
+    calls: AtomicU32,
+    tickets: AtomicU32,
+}
+
+/// For one sleep.
+#[derive(Debug)]
+pub(crate) struct Ticket<'a> {
+    signal: &'a Signal,
+    calls: u32,
+}
+
+impl Signal {
+    pub(crate) fn ticket(&self) -> Ticket<'_> {
+        self.tickets.fetch_add(1, Ordering::SeqCst);
+        Ticket { signal: self, calls: self.calls.load(Ordering::SeqCst) }
+    }
+
+    pub(crate) fn wake_one(&self) {
+        self.wake(1);
+    }
+
+    pub(crate) fn wake_all(&self) {
+        // The kernel takes it for an int.
+        self.wake(i32::MAX as u32);
+    }
+
+    fn wake(&self, most: u32) {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        if self.tickets.load(Ordering::SeqCst) > 0 {
+            // It fails for addresses that are none.
+            let _ = futex::wake(&self.calls, futex::Flags::PRIVATE, most);
+        }
+    }
+}
+
+impl Ticket<'_> {
+    /// Until somebody wakes this one or all, or for no reason. True if a signal handler has run.
+    pub(crate) fn sleep(self) -> bool {
+        let calls = &self.signal.calls;
+        let slept = futex::wait(calls, futex::Flags::PRIVATE, self.calls, None);
+        slept == Err(Errno::INTR)
+    }
+}
+
+impl Drop for Ticket<'_> {
+    fn drop(&mut self) {
+        self.signal.tickets.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -204,5 +277,51 @@ mod tests {
         while !pair.1.wait_until(&mut guard, limit).timed_out() {}
         assert!(Instant::now() >= limit);
         assert!(*guard);
+    }
+
+    #[test]
+    fn a_ticket_sees_a_call_from_before_its_sleep_and_one_from_after() {
+        let signal = Signal::default();
+        let ticket = signal.ticket();
+        signal.wake_one();
+        assert!(!ticket.sleep(), "at once");
+        let mutex = Mutex::new(0);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let mut guard = mutex.lock();
+                    while *guard == 0 {
+                        let ticket = signal.ticket();
+                        MutexGuard::unlocked(&mut guard, || ticket.sleep());
+                    }
+                    *guard += 1;
+                });
+            }
+            while signal.tickets.load(Ordering::SeqCst) < 4 {
+                thread::yield_now();
+            }
+            *mutex.lock() = 1;
+            signal.wake_all();
+        });
+        assert_eq!(*mutex.lock(), 5);
+        assert_eq!(signal.tickets.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn each_call_wakes_one_more() {
+        let signal = Signal::default();
+        let woken = AtomicU32::new(0);
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    signal.ticket().sleep();
+                    woken.fetch_add(1, Ordering::SeqCst);
+                });
+            }
+            while woken.load(Ordering::SeqCst) < 2 {
+                signal.wake_one();
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
     }
 }

@@ -285,11 +285,11 @@ impl<'a> Entry<'a> {
                 (-errno.raw(), 0)
             }
             Outcome::Later(rest) => {
-                // It may take as long as the disk does, and a cut-off shall not wait for it.
-                self.wipe();
-                self.worker.set_clean(true);
-                let done = self.worker.finish(rest);
-                self.worker.set_clean(false);
+                let worker = self.worker;
+                let wipe = || {
+                    self.wipe();
+                };
+                let done = worker.finish(rest, wipe);
                 (done.map_or_else(|errno| -errno.raw(), |()| 0), 0)
             }
         };

@@ -181,9 +181,24 @@ impl Worker<'_> {
         })
     }
 
-    /// What is left of a request that only waits for a flush.
-    pub(super) fn finish(&self, rest: PendingFlush) -> std::result::Result<(), Errno> {
-        let done = panic::catch_unwind(AssertUnwindSafe(|| rest.wait())).unwrap_or_else(|_| {
+    /// What is left of a request that only waits for a flush. That may take as long as the disk does,
+    /// and a cut-off shall not wait for it: `wipe` overwrites this worker's memory meanwhile, when it
+    /// is asked for, or nobody could ask any more.
+    pub(super) fn finish(
+        &self,
+        rest: PendingFlush,
+        mut wipe: impl FnMut(),
+    ) -> std::result::Result<(), Errno> {
+        let mut pause = || {
+            if !self.state.clean.load(Ordering::SeqCst) {
+                wipe();
+                self.set_clean(true);
+            }
+        };
+        let wait = AssertUnwindSafe(|| rest.wait_with_pauses(&mut pause));
+        let done = self.waiting(|| panic::catch_unwind(wait));
+        self.set_clean(false);
+        let done = done.unwrap_or_else(|_| {
             log::error!("a request that waited for a flush panicked");
             Err(OsErrno::IO.into())
         });

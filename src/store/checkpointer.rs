@@ -155,8 +155,7 @@ impl Shared {
         let log = self.log()?;
         let before = self.checkpointer.attempts.load(Ordering::Acquire);
         let room = log.reserve(stream, pages, || self.make_room(before))?;
-        let (used, capacity) = log.fill(stream);
-        if used > capacity / 2 || self.dirty.many.load(Ordering::Relaxed) {
+        if room.was_half_full() || self.dirty.many.load(Ordering::Relaxed) {
             self.checkpointer.ask();
         }
         Ok(room)

@@ -22,10 +22,6 @@ impl Sleeper {
         MINE.with(Sleeper::clone)
     }
 
-    pub(super) fn is(&self, other: &Sleeper) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
-    }
-
     /// Waits, on the thread that this is of, without the lock until somebody wakes it.
     pub(super) fn sleep<T>(&self, guard: &mut MutexGuard<'_, T>) {
         self.0.wait(guard);

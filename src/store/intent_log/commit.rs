@@ -1,9 +1,9 @@
 //! Group commit: the first who waits writes, or flushes, for all who wait.
 //!
 //! Nobody holds the lock during I/O. A leader takes every record that is ready and lies without a
-//! gap, writes them with one call, and tells the others; whoever came meanwhile finds the next
-//! leader among them. The same again for the flush, which covers all that was written before it
-//! began; for that one can also wait without a thread ([`super::pending`]).
+//! gap, writes them with one call, and wakes the others; whoever came meanwhile finds the next
+//! leader among them ([`super::rounds`]). The same again for the flush, which covers all that was
+//! written before it began; for that one can also wait without a thread ([`super::pending`]).
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,11 +11,11 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::queue::{Goal, Queue, Role};
+use super::queue::Queue;
+use super::rounds::Role;
 use super::{Log, Position, Room, STREAMS, Stream};
 use crate::backing::FileRef;
 use crate::error::{FsError, FsResult};
-use crate::store::sleeper::Sleeper;
 use crate::sync::{Condvar, MutexGuard};
 
 #[derive(Debug)]
@@ -50,12 +50,16 @@ impl<'a> Slot<'a> {
     }
 
     pub(super) fn fill(mut self, head: Vec<u8>, body: Vec<u8>) {
-        let mut streams = self.log.streams.lock();
-        let queue = &mut streams.queues[self.index];
-        if queue.fill(self.seq, [head, body]) {
-            queue.wake(Role::Write);
-        }
+        let next = {
+            let mut streams = self.log.streams.lock();
+            let queue = &mut streams.queues[self.index];
+            let first = queue.fill(self.seq, [head, body]);
+            (first && queue.is_free(Role::Write)).then(|| queue.rounds(Role::Write).next())
+        };
         self.filled = true;
+        if let Some(next) = next {
+            self.log.progress[self.index].signal(Role::Write, next).wake_one();
+        }
     }
 }
 
@@ -71,13 +75,15 @@ impl Drop for Slot<'_> {
 impl Log {
     /// Returns when the record is in the kernel's hands: it survives this process.
     pub(in crate::store) fn wait_written(&self, position: &Position) -> FsResult<()> {
-        self.write_until(position.stream as usize, position.seq + 1)
+        self.until(position.stream as usize, Role::Write, position.seq + 1, &mut || {})
     }
 
     /// Returns when the record with that number, and all before it in its stream, is on the device,
     /// perhaps in its cache. Blocks that records only name are the caller's business.
     pub(in crate::store) fn write_out_through(&self, stream: Stream, seq: u64) -> FsResult<()> {
-        self.write_out_until(stream as usize, seq + 1)
+        let (index, before) = (stream as usize, seq + 1);
+        self.until(index, Role::Write, before, &mut || {})?;
+        self.until(index, Role::WriteOut, before, &mut || {})
     }
 
     /// Whether records name blocks in this home file that no flush has covered yet.
@@ -87,16 +93,25 @@ impl Log {
     }
 
     /// Returns when the record with that number, and all before it in its stream, is on stable
-    /// storage.
-    pub(in crate::store) fn flush_through(&self, stream: Stream, seq: u64) -> FsResult<()> {
-        self.flush_until(stream as usize, seq + 1)
+    /// storage. `pause` is called whenever that may take long, and a signal handler has run or this
+    /// thread is about to do it for all.
+    pub(in crate::store) fn flush_through(
+        &self,
+        stream: Stream,
+        seq: u64,
+        pause: &mut dyn FnMut(),
+    ) -> FsResult<()> {
+        let (index, before) = (stream as usize, seq + 1);
+        self.until(index, Role::Write, before, pause)?;
+        self.until(index, Role::Flush, before, pause)
     }
 
     /// Everything appended so far is on stable storage afterwards. Needs no key.
     pub(in crate::store) fn flush(&self) -> FsResult<()> {
         for index in 0..STREAMS {
             let next = self.streams.lock().queues[index].ring.next_seq();
-            self.flush_until(index, next)?;
+            self.until(index, Role::Write, next, &mut || {})?;
+            self.until(index, Role::Flush, next, &mut || {})?;
         }
         Ok(())
     }
@@ -114,8 +129,10 @@ impl Log {
         let mut streams = self.streams.lock();
         loop {
             streams.check()?;
-            if streams.queues[index].ring.reserve(pages) {
-                return Ok(Room { log: self.clone(), stream, pages });
+            let ring = &mut streams.queues[index].ring;
+            if ring.reserve(pages) {
+                let half_full = ring.used() > ring.capacity() / 2;
+                return Ok(Room { log: self.clone(), stream, pages, half_full });
             }
             MutexGuard::unlocked(&mut streams, &give_up)?;
             self.space[index].wait_for(&mut streams, std::time::Duration::from_secs(1));
@@ -144,123 +161,132 @@ impl Log {
         self.streams.lock().poison.clone()
     }
 
-    /// Writes until every record before `seq` is in the kernel's hands.
-    pub(super) fn write_until(&self, index: usize, seq: u64) -> FsResult<()> {
-        let mut streams = self.streams.lock();
-        loop {
-            if streams.queues[index].written >= seq {
-                return Ok(());
-            }
-            streams.check()?;
-            let queue = &mut streams.queues[index];
-            if queue.writing || !queue.is_ready() {
-                sleep(&mut streams, index, Goal { role: Role::Write, before: seq });
-                continue;
-            }
-            queue.writing = true;
-            let (at, batch, last) = queue.take_batch();
-            let result = leading(&mut streams, || {
-                let parts: Vec<&[u8]> = batch.iter().flatten().map(|part| &part[..]).collect();
-                self.files[index].write_parts_at(&parts, at)
-            });
-            let queue = &mut streams.queues[index];
-            queue.writing = false;
-            match result {
-                Ok(()) => queue.written = last + 1,
-                Err(error) => {
-                    self.poison_locked(&mut streams, index, "a record cannot be written", &error);
-                }
-            }
-            streams.queues[index].wake(Role::Write);
-        }
-    }
-
-    fn flush_until(&self, index: usize, seq: u64) -> FsResult<()> {
-        self.write_until(index, seq)?;
-        let mut streams = self.streams.lock();
-        loop {
-            if streams.queues[index].durable >= seq {
-                return Ok(());
-            }
-            streams.check()?;
-            self.flush_or_wait(&mut streams, index, seq);
-        }
-    }
-
-    /// Flushes the stream, or waits for who is at it: until records before `seq` are on stable
-    /// storage, or it is this thread's turn.
-    pub(super) fn flush_or_wait(
+    /// Returns when the records before `before` have come as far as that role brings them.
+    pub(super) fn until(
         &self,
-        streams: &mut MutexGuard<'_, Streams>,
         index: usize,
-        seq: u64,
-    ) {
-        let queue = &mut streams.queues[index];
-        if queue.flushing {
-            sleep(streams, index, Goal { role: Role::Flush, before: seq });
-            return;
+        role: Role,
+        before: u64,
+        pause: &mut dyn FnMut(),
+    ) -> FsResult<()> {
+        while !self.progress[index].has(role, before) {
+            self.go_on(index, role, before, pause)?;
         }
-        queue.flushing = true;
-        let covered = queue.written;
-        let homes = queue.homes_before(covered);
-        let result = leading(streams, || {
+        Ok(())
+    }
+
+    /// Takes the role for one round, or sleeps until somebody who has it has done one.
+    pub(super) fn go_on(
+        &self,
+        index: usize,
+        role: Role,
+        before: u64,
+        pause: &mut dyn FnMut(),
+    ) -> FsResult<()> {
+        let mut streams = self.streams.lock();
+        if self.progress[index].has(role, before) {
+            return Ok(());
+        }
+        streams.check()?;
+        let queue = &mut streams.queues[index];
+        if queue.is_free(role) {
+            match role {
+                Role::Write => self.write(streams, index),
+                Role::Flush => self.flush_written(streams, index, pause),
+                Role::WriteOut => self.write_out(streams, index),
+            }
+            return Ok(());
+        }
+        let group = queue.rounds(role).group(before);
+        let ticket = self.progress[index].signal(role, group).ticket();
+        drop(streams);
+        if ticket.sleep() {
+            pause();
+        }
+        Ok(())
+    }
+
+    fn write(&self, mut streams: MutexGuard<'_, Streams>, index: usize) {
+        let (at, batch, last) = streams.queues[index].take_batch();
+        self.round(streams, index, Role::Write, last + 1, "a record cannot be written", || {
+            let parts: Vec<&[u8]> = batch.iter().flatten().map(|part| &part[..]).collect();
+            self.files[index].write_parts_at(&parts, at)
+        });
+    }
+
+    fn flush_written(
+        &self,
+        streams: MutexGuard<'_, Streams>,
+        index: usize,
+        pause: &mut dyn FnMut(),
+    ) {
+        let covered = self.progress[index].mark(Role::Write);
+        let homes = streams.queues[index].homes_before(covered);
+        self.round(streams, index, Role::Flush, covered, "the log cannot be flushed", || {
+            pause();
             homes.iter().try_for_each(|home| home.sync_data())?;
             self.syncs[index].flush(|| self.files[index].sync_data())
         });
-        let queue = &mut streams.queues[index];
-        queue.flushing = false;
-        match result {
-            // What has failed meanwhile may have been told to another, and not to this flush.
-            Ok(()) if streams.poison.is_some() => {}
-            Ok(()) => {
-                let queue = &mut streams.queues[index];
-                queue.durable = queue.durable.max(covered);
-                queue.homes_are_durable(covered);
-            }
-            Err(error) => {
-                self.poison_locked(streams, index, "the log cannot be flushed", &error);
-            }
-        }
-        streams.queues[index].wake(Role::Flush);
     }
 
-    fn write_out_until(&self, index: usize, seq: u64) -> FsResult<()> {
-        self.write_until(index, seq)?;
-        let mut streams = self.streams.lock();
-        loop {
-            let queue = &mut streams.queues[index];
-            let from = queue.on_device.max(queue.durable);
-            if from >= seq {
-                return Ok(());
-            }
-            streams.check()?;
-            let queue = &mut streams.queues[index];
-            if queue.writing_out {
-                sleep(&mut streams, index, Goal { role: Role::WriteOut, before: seq });
-                continue;
-            }
-            queue.writing_out = true;
-            let covered = queue.written;
-            let ranges = queue.ring.ranges(from, covered);
-            let result = leading(&mut streams, || {
+    fn write_out(&self, streams: MutexGuard<'_, Streams>, index: usize) {
+        let from = self.progress[index].mark(Role::WriteOut);
+        let covered = self.progress[index].mark(Role::Write);
+        let ranges = streams.queues[index].ring.ranges(from, covered);
+        self.round(
+            streams,
+            index,
+            Role::WriteOut,
+            covered,
+            "a record cannot be written out",
+            || {
                 let file = &self.files[index];
                 let write = || ranges.iter().try_for_each(|&(at, len)| file.write_out(at, len));
                 self.syncs[index].write_out(write)
-            });
-            let queue = &mut streams.queues[index];
-            queue.writing_out = false;
-            match result {
-                Ok(()) if streams.poison.is_some() => {}
-                Ok(()) => {
-                    let queue = &mut streams.queues[index];
-                    queue.on_device = queue.on_device.max(covered);
-                }
-                Err(error) => {
-                    let what = "a record cannot be written out";
-                    self.poison_locked(&mut streams, index, what, &error);
+            },
+        );
+    }
+
+    /// Does `io` for all who wait for that role and for no more than `reaches`. A panic in it is a
+    /// failure like any other: those who wait must not wait for ever.
+    fn round(
+        &self,
+        mut streams: MutexGuard<'_, Streams>,
+        index: usize,
+        role: Role,
+        reaches: u64,
+        failure: &str,
+        io: impl FnOnce() -> io::Result<()>,
+    ) {
+        let progress = &self.progress[index];
+        streams.queues[index].rounds(role).begin(reaches);
+        drop(streams);
+        let done = catch_unwind(AssertUnwindSafe(io));
+        let done = done
+            .unwrap_or_else(|_| Err(io::Error::other("the request that was to do it panicked")));
+        let mut streams = self.streams.lock();
+        let group = streams.queues[index].rounds(role).end();
+        match done {
+            // What has failed meanwhile may have been told to another, and not to this one.
+            Ok(()) if streams.poison.is_some() => {}
+            Ok(()) => {
+                progress.raise(role, reaches);
+                if role == Role::Flush {
+                    streams.queues[index].homes_are_durable(reaches);
                 }
             }
-            streams.queues[index].wake(Role::WriteOut);
+            Err(error) => self.poison_locked(&mut streams, index, failure, &error),
+        }
+        let queue = &mut streams.queues[index];
+        let next = queue.is_free(role).then(|| queue.rounds(role).next());
+        drop(streams);
+        progress.signal(role, group).wake_all();
+        if let Some(next) = next {
+            progress.signal(role, next).wake_one();
+        }
+        if role == Role::Flush {
+            // What is on stable storage is on the device too.
+            progress.wake_all_of(Role::WriteOut);
         }
     }
 
@@ -295,27 +321,7 @@ impl Log {
     fn poison_because(&self, streams: &mut Streams, reason: String) {
         log::error!("{reason}; writes fail until the volume is mounted again");
         streams.poison.get_or_insert(reason);
-        for queue in &mut streams.queues {
-            queue.wake_all();
-        }
+        self.progress.iter().for_each(|progress| progress.wake_all());
         self.space.iter().for_each(Condvar::notify_all);
     }
-}
-
-/// Waits until [`Queue::wake`] finds this thread, or the log fails.
-fn sleep(streams: &mut MutexGuard<'_, Streams>, index: usize, goal: Goal) {
-    let sleeper = Sleeper::mine();
-    streams.queues[index].falls_asleep(goal, sleeper.clone());
-    sleeper.sleep(streams);
-    streams.queues[index].woken(&sleeper);
-}
-
-/// I/O for all who wait, without the lock. A panic in it is a failure like any other: those who
-/// wait must not wait for ever.
-fn leading(
-    streams: &mut MutexGuard<'_, Streams>,
-    io: impl FnOnce() -> io::Result<()>,
-) -> io::Result<()> {
-    let done = MutexGuard::unlocked(streams, || catch_unwind(AssertUnwindSafe(io)));
-    done.unwrap_or_else(|_| Err(io::Error::other("the request that was to do it panicked")))
 }

@@ -27,6 +27,7 @@ mod pending;
 mod queue;
 mod record;
 mod ring;
+mod rounds;
 mod scan;
 mod syncs;
 #[cfg(test)]
@@ -48,6 +49,7 @@ pub use pending::PendingFlush;
 use queue::Queue;
 pub(super) use record::{Draft, Entry, Kind, Place, Record, SAME_SIZE};
 use ring::{Ring, Spot};
+use rounds::Progress;
 pub(super) use scan::Proof;
 use scan::Scan;
 use syncs::Syncs;
@@ -136,6 +138,8 @@ pub(super) struct Log {
     /// Rises with every record of either stream.
     order: AtomicU64,
     streams: Mutex<Streams>,
+    /// Those of the queues, for who needs no lock.
+    progress: [Arc<Progress>; STREAMS],
     space: [Condvar; STREAMS],
     /// The newest on disk. One trim at a time.
     anchor: Mutex<Anchor>,
@@ -306,7 +310,7 @@ impl Log {
     /// the file to which the blocks past the body have been written.
     pub(super) fn append(
         &self,
-        room: Room,
+        mut room: Room,
         draft: Draft,
         home: Option<FileRef>,
         key: &SessionKey,
@@ -321,10 +325,12 @@ impl Log {
             streams.check()?;
             let queue = &mut streams.queues[index];
             let spot = queue.place(pages, home);
+            // What the record does not need.
+            queue.ring.unreserve(std::mem::take(&mut room.pages) - pages);
             (spot, queue.durable_seq(), self.order.fetch_add(1, Ordering::Relaxed))
         };
+        self.space[index].notify_all();
         let stream = room.stream;
-        room.used(pages);
         let slot = commit::Slot::new(self, index, spot.seq);
         let place = Place {
             stream: stream as u8,
@@ -439,6 +445,7 @@ pub(super) struct Room {
     log: Arc<Log>,
     stream: Stream,
     pages: u64,
+    half_full: bool,
 }
 
 impl Room {
@@ -446,9 +453,9 @@ impl Room {
         self.stream
     }
 
-    /// Gives back all but what a record has taken.
-    fn used(mut self, pages: u64) {
-        self.pages -= pages;
+    /// More than half of the stream was in use when this was reserved.
+    pub(super) fn was_half_full(&self) -> bool {
+        self.half_full
     }
 }
 
@@ -473,12 +480,14 @@ impl Found {
             Queue::new(ring)
         };
         let queues = [queue(0), queue(1)];
+        let progress = [0, 1].map(|stream: usize| Arc::clone(&queues[stream].progress));
         Arc::new(Log {
             files: self.files,
             syncs: Default::default(),
             paths: self.paths,
             order: AtomicU64::new(self.next_order),
             streams: Mutex::new(Streams::new(queues)),
+            progress,
             space: Default::default(),
             anchor: Mutex::new(self.anchors[0]),
             bulk_anchor: Mutex::new(self.anchors[1]),

@@ -9,10 +9,9 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use super::commit::Streams;
+use super::rounds::Role;
 use super::{Log, Stream};
 use crate::error::FsResult;
-use crate::sync::MutexGuard;
 
 /// Is called once, by any thread.
 type Tell = Box<dyn FnOnce(FsResult<()>) + Send>;
@@ -56,7 +55,13 @@ impl Pending {
 impl PendingFlush {
     /// What it promises, it promises when this returns.
     pub fn wait(self) -> FsResult<()> {
-        self.log.flush_through(self.stream, self.seq)
+        self.wait_with_pauses(&mut || {})
+    }
+
+    /// The same. `pause` is called whenever that may take long, and a signal handler has run or this
+    /// thread is about to flush for all.
+    pub fn wait_with_pauses(self, pause: &mut dyn FnMut()) -> FsResult<()> {
+        self.log.flush_through(self.stream, self.seq, pause)
     }
 
     /// Has `tell` called as soon as it is known, perhaps before this returns. This thread may be the
@@ -74,44 +79,44 @@ impl Log {
         stream: Stream,
         seq: u64,
     ) -> Option<PendingFlush> {
-        let durable = self.streams.lock().queues[stream as usize].durable;
-        (durable <= seq).then(|| PendingFlush { log: Arc::clone(self), stream, seq })
+        let durable = self.progress[stream as usize].has(Role::Flush, seq + 1);
+        (!durable).then(|| PendingFlush { log: Arc::clone(self), stream, seq })
     }
 
     fn flush_and_tell(&self, index: usize, before: u64, tell: Tell) {
-        if let Err(error) = self.write_until(index, before) {
+        if let Err(error) = self.until(index, Role::Write, before, &mut || {}) {
             return tell(Err(error));
         }
-        let mut streams = self.streams.lock();
-        if before <= streams.queues[index].durable {
-            drop(streams);
+        if self.progress[index].has(Role::Flush, before) {
             return tell(Ok(()));
         }
-        let pending = &mut streams.queues[index].pending;
-        pending.notes.push(Note { before, tell });
-        if !pending.attended {
-            pending.attended = true;
-            self.attend(&mut streams, index);
+        let attend = {
+            let pending = &mut self.streams.lock().queues[index].pending;
+            pending.notes.push(Note { before, tell });
+            !std::mem::replace(&mut pending.attended, true)
+        };
+        if attend {
+            self.attend(index);
         }
     }
 
-    fn attend(&self, streams: &mut MutexGuard<'_, Streams>, index: usize) {
+    fn attend(&self, index: usize) {
         loop {
-            let failed = streams.check().is_err();
-            let queue = &mut streams.queues[index];
-            let durable = queue.durable;
-            let due = queue.pending.due(durable, failed);
-            let next = queue.pending.notes.iter().map(|note| note.before).min();
-            // Whoever comes while the last ones are told sees to himself.
-            queue.pending.attended = next.is_some();
-            if !due.is_empty() {
-                let tell = || due.into_iter().for_each(|note| note.tell(durable));
-                MutexGuard::unlocked(streams, tell);
-            }
+            let (due, durable, next) = {
+                let mut streams = self.streams.lock();
+                let failed = streams.check().is_err();
+                let durable = self.progress[index].mark(Role::Flush);
+                let pending = &mut streams.queues[index].pending;
+                let due = pending.due(durable, failed);
+                let next = pending.notes.iter().map(|note| note.before).min();
+                // Whoever comes while the last ones are told sees to himself.
+                pending.attended = next.is_some();
+                (due, durable, next)
+            };
+            due.into_iter().for_each(|note| note.tell(durable));
             let Some(next) = next else { return };
-            if streams.check().is_ok() {
-                self.flush_or_wait(streams, index, next);
-            }
+            // If the log has failed, all are told.
+            let _ = self.go_on(index, Role::Flush, next, &mut || {});
         }
     }
 }

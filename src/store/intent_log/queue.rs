@@ -1,4 +1,4 @@
-//! What waits in a stream: records for their write, and threads for what others do.
+//! What waits in a stream: records for their write, and home files for their flush.
 //!
 //! No I/O here, and no lock: [`super::commit`] has both.
 
@@ -8,8 +8,8 @@ use std::sync::Arc;
 use super::PAGE;
 use super::pending::Pending;
 use super::ring::{Ring, Spot};
+use super::rounds::{Progress, Role, Rounds};
 use crate::backing::FileRef;
-use crate::store::sleeper::Sleeper;
 
 /// The most that one write takes along.
 const BATCH: usize = 4 << 20;
@@ -25,43 +25,10 @@ struct Queued {
 pub(super) struct Queue {
     pub(in crate::store) ring: Ring,
     waiting: VecDeque<Queued>,
-    /// Records before this are in the kernel's hands.
-    pub(super) written: u64,
-    /// Records before this are on stable storage, and so is what they say is home.
-    pub(super) durable: u64,
-    /// Records before this are on the device, perhaps in its cache.
-    pub(super) on_device: u64,
-    pub(super) writing: bool,
-    pub(super) flushing: bool,
-    pub(super) writing_out: bool,
+    pub(super) progress: Arc<Progress>,
+    rounds: [Rounds; 3],
     homes: Vec<Home>,
     pub(super) pending: Pending,
-    /// Those who wait for others' I/O. Whenever a role becomes free, and somebody needs it, one of
-    /// those is called to take it; if he needs it no more, he calls the next.
-    asleep: Vec<Asleep>,
-}
-
-/// What one thread does for all.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Role {
-    Write,
-    Flush,
-    WriteOut,
-}
-
-/// Records before `before` as far as that role brings them.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Goal {
-    pub(super) role: Role,
-    pub(super) before: u64,
-}
-
-#[derive(Debug)]
-struct Asleep {
-    goal: Goal,
-    /// Woken to take the role.
-    called: bool,
-    sleeper: Sleeper,
 }
 
 /// A home file with blocks that records only name: to be flushed before those records are.
@@ -74,21 +41,24 @@ struct Home {
 
 impl Queue {
     pub(super) fn new(ring: Ring) -> Queue {
-        let next = ring.next_seq();
-        let waiting = VecDeque::new();
+        let progress = Arc::new(Progress::new(ring.next_seq()));
         Queue {
             ring,
-            waiting,
-            written: next,
-            durable: next,
-            on_device: next,
-            writing: false,
-            flushing: false,
-            writing_out: false,
+            waiting: VecDeque::new(),
+            progress,
+            rounds: Default::default(),
             homes: Vec::new(),
             pending: Pending::default(),
-            asleep: Vec::new(),
         }
+    }
+
+    pub(super) fn rounds(&mut self, role: Role) -> &mut Rounds {
+        &mut self.rounds[role as usize]
+    }
+
+    /// Whether somebody could begin a round now that does something.
+    pub(super) fn is_free(&self, role: Role) -> bool {
+        self.rounds[role as usize].is_free() && (role != Role::Write || self.is_ready())
     }
 
     pub(super) fn place(&mut self, pages: u64, home: Option<FileRef>) -> Spot {
@@ -124,46 +94,7 @@ impl Queue {
 
     /// The last record that is on stable storage.
     pub(super) fn durable_seq(&self) -> u64 {
-        self.durable.saturating_sub(1)
-    }
-
-    fn is_reached(&self, goal: Goal) -> bool {
-        let reached = match goal.role {
-            Role::Write => self.written,
-            Role::Flush => self.durable,
-            Role::WriteOut => self.on_device.max(self.durable),
-        };
-        goal.before <= reached
-    }
-
-    fn is_free(&self, role: Role) -> bool {
-        match role {
-            Role::Write => !self.writing,
-            Role::Flush => !self.flushing,
-            Role::WriteOut => !self.writing_out,
-        }
-    }
-
-    /// Wakes whoever has what he waits for, and calls the first who needs that role, if it is free
-    /// and there is something to do for it.
-    pub(super) fn wake(&mut self, role: Role) {
-        let for_role = |asleep: &Asleep| asleep.goal.role == role;
-        let mut wanted = self.is_free(role)
-            && (role != Role::Write || self.is_ready())
-            && !self.asleep.iter().any(|asleep| asleep.called && for_role(asleep));
-        let mut all = std::mem::take(&mut self.asleep);
-        all.retain_mut(|asleep| {
-            let reached = self.is_reached(asleep.goal);
-            let takes_over = wanted && !reached && for_role(asleep);
-            if asleep.called || !(reached || takes_over) {
-                return true;
-            }
-            wanted &= !takes_over;
-            asleep.called = takes_over;
-            asleep.sleeper.wake();
-            takes_over
-        });
-        self.asleep = all;
+        self.progress.mark(Role::Flush).saturating_sub(1)
     }
 
     /// The record's bytes; true where it is the first that waits.
@@ -176,27 +107,7 @@ impl Queue {
         at == 0
     }
 
-    /// To be followed by a sleep, and that by [`Queue::woken`].
-    pub(super) fn falls_asleep(&mut self, goal: Goal, sleeper: Sleeper) {
-        self.asleep.push(Asleep { goal, called: false, sleeper });
-    }
-
-    pub(super) fn wake_all(&mut self) {
-        self.asleep.drain(..).for_each(|asleep| asleep.sleeper.wake());
-    }
-
-    /// If the role was left to this one, and he does not need it any more, it is the next one's.
-    pub(super) fn woken(&mut self, sleeper: &Sleeper) {
-        let mine = self.asleep.iter().position(|asleep| asleep.sleeper.is(sleeper));
-        if let Some(mine) = mine {
-            let goal = self.asleep.remove(mine).goal;
-            if self.is_reached(goal) {
-                self.wake(goal.role);
-            }
-        }
-    }
-
-    pub(super) fn is_ready(&self) -> bool {
+    fn is_ready(&self) -> bool {
         self.waiting.front().is_some_and(|queued| queued.bytes.is_some())
     }
 
@@ -225,69 +136,3 @@ impl Queue {
 }
 
 const _: () = assert!(BATCH >= super::record::MAX_PAGES * PAGE);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn queue() -> Queue {
-        Queue::new(Ring::resume(0, 1 << 20, Spot { seq: 1, at: 0 }, &[]))
-    }
-
-    fn add(queue: &mut Queue, role: Role, before: u64) -> Sleeper {
-        let sleeper = Sleeper::default();
-        let goal = Goal { role, before };
-        queue.asleep.push(Asleep { goal, called: false, sleeper: sleeper.clone() });
-        sleeper
-    }
-
-    fn called(queue: &Queue) -> Vec<u64> {
-        let called = queue.asleep.iter().filter(|asleep| asleep.called);
-        called.map(|asleep| asleep.goal.before).collect()
-    }
-
-    #[test]
-    fn one_is_called_and_calls_the_next_if_he_needs_it_no_more() {
-        let mut queue = queue();
-        let first = add(&mut queue, Role::WriteOut, 3);
-        add(&mut queue, Role::WriteOut, 9);
-        add(&mut queue, Role::Flush, 9);
-        queue.wake(Role::WriteOut);
-        queue.wake(Role::WriteOut);
-        assert_eq!(called(&queue), [3]);
-        // Before he comes to it, a flush does for him.
-        queue.durable = 5;
-        queue.wake(Role::WriteOut);
-        assert_eq!(called(&queue), [3]);
-        queue.woken(&first);
-        assert_eq!(called(&queue), [9], "or nobody would do it");
-        assert_eq!(queue.asleep.len(), 2);
-    }
-
-    #[test]
-    fn nobody_is_called_to_a_role_that_somebody_has_or_that_has_nothing_to_do() {
-        let mut queue = queue();
-        add(&mut queue, Role::Flush, 9);
-        add(&mut queue, Role::Write, 9);
-        queue.flushing = true;
-        queue.wake(Role::Flush);
-        queue.wake(Role::Write);
-        assert!(called(&queue).is_empty());
-        queue.flushing = false;
-        queue.wake(Role::Flush);
-        assert_eq!(queue.asleep.iter().filter(|asleep| asleep.called).count(), 1);
-        assert!(queue.asleep[0].called);
-    }
-
-    #[test]
-    fn all_who_have_what_they_wait_for_are_woken() {
-        let mut queue = queue();
-        for (role, before) in [(Role::Flush, 4), (Role::WriteOut, 5), (Role::Flush, 6)] {
-            add(&mut queue, role, before);
-        }
-        queue.durable = 5;
-        queue.wake(Role::Flush);
-        assert_eq!(called(&queue), [6]);
-        assert_eq!(queue.asleep.len(), 1);
-    }
-}

@@ -19,7 +19,7 @@ impl Log {
     }
 
     fn wait_durable(&self, position: &Position) -> FsResult<()> {
-        self.flush_through(position.stream, position.seq)
+        self.flush_through(position.stream, position.seq, &mut || {})
     }
 }
 
