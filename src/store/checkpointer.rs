@@ -4,8 +4,9 @@
 //! [`super::file`] describes, and then has the log forget what they needed. In the background it
 //! runs when a stream is half full, when too many files are dirty, and when the oldest change is
 //! half a minute old; and every few seconds, whether or not one runs, what is not durable yet is
-//! flushed. A checkpoint that fails is tried again; until one succeeds, writers go on as long as
-//! the log has room, and get the checkpoint's error when it has none.
+//! flushed. Writers who are faster than the checkpoints are slowed down in the last quarter of a
+//! stream. A checkpoint that fails is tried again; until one succeeds, writers go on as long as the
+//! log has room, and get the checkpoint's error when it has none.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use rustix::io::Errno;
 
 use super::Shared;
 use super::file::File;
-use super::intent_log::{Room, STREAMS, Stream};
+use super::intent_log::{Room, STREAMS, Stream, Usage};
 use crate::error::{Context, FsError, FsResult, Result};
 use crate::sync::{Condvar, Mutex};
 
@@ -30,6 +31,21 @@ const MANY_FILES: usize = 512;
 /// So many files are flushed by one flush of the whole file system.
 const FEW_FILES: usize = 8;
 const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// What a page waits when the last quarter of a stream is half full.
+const DELAY_OF_PAGE: Duration = Duration::from_micros(50);
+const MAX_DELAY: Duration = Duration::from_millis(20);
+
+/// How long a record of `pages` is held up. Where writers are faster than checkpoints, the log will be
+/// full: they are slowed down before, all of them a little, lest all of them stand still then.
+fn delay(usage: Usage, pages: u64) -> Duration {
+    let quarter = usage.capacity / 4;
+    let over = usage.used.saturating_sub(usage.capacity - quarter);
+    if over == 0 {
+        return Duration::ZERO;
+    }
+    let times = over as f64 / quarter.saturating_sub(over).max(1) as f64;
+    DELAY_OF_PAGE.mul_f64((times * pages as f64).min(1e6)).min(MAX_DELAY)
+}
 
 /// The files that have something in the log. They stay open until it is home.
 #[derive(Debug, Default)]
@@ -155,8 +171,15 @@ impl Shared {
         let log = self.log()?;
         let before = self.checkpointer.attempts.load(Ordering::Acquire);
         let room = log.reserve(stream, pages, || self.make_room(before))?;
-        if room.was_half_full() || self.dirty.many.load(Ordering::Relaxed) {
+        let Usage { used, capacity } = room.usage();
+        if used > capacity / 2 || self.dirty.many.load(Ordering::Relaxed) {
             self.checkpointer.ask();
+        }
+        if self.checkpointer.background.load(Ordering::Acquire) {
+            let delay = delay(room.usage(), room.pages());
+            if !delay.is_zero() {
+                std::thread::sleep(delay);
+            }
         }
         Ok(room)
     }
@@ -423,5 +446,26 @@ impl Drop for Background {
             }
         }
         self.shared.checkpointer.background.store(false, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writers_are_held_up_the_more_the_less_is_left() {
+        let capacity = 1 << 20;
+        let at = |used| delay(Usage { used, capacity }, 5);
+        assert_eq!(at(0), Duration::ZERO);
+        assert_eq!(at(capacity * 3 / 4), Duration::ZERO);
+        let steps: Vec<Duration> = (13..=16).map(|part| at(capacity / 16 * part)).collect();
+        assert!(steps.is_sorted() && steps[0] > Duration::ZERO, "{steps:?}");
+        assert_eq!(at(capacity / 8 * 7), DELAY_OF_PAGE * 5);
+        assert_eq!(at(capacity), MAX_DELAY);
+        let nothing = Usage { used: 0, capacity: 0 };
+        assert_eq!(delay(nothing, 1), Duration::ZERO);
+        let whole = Usage { used: 1, capacity: 1 };
+        assert!(delay(whole, u64::MAX) <= MAX_DELAY);
     }
 }

@@ -44,6 +44,7 @@ use rustix::io::Errno;
 
 pub use file::{Durability, File, Times, WriteMode};
 pub use intent_log::PendingFlush;
+use intent_log::Usage;
 pub use layout::{BLOCK_LEN, MAX_SIZE};
 pub use recovery::Recovery;
 pub use rotation::{Pace, Rotated};
@@ -569,11 +570,11 @@ impl Store {
 
     pub fn log_status(&self) -> Option<LogStatus> {
         let log = self.shared.log.get()?;
-        let fills =
-            [intent_log::Stream::Hot, intent_log::Stream::Bulk].map(|stream| log.fill(stream));
-        let (used, capacity) = fills
-            .into_iter()
-            .max_by(|a, b| (a.0 as f64 / a.1 as f64).total_cmp(&(b.0 as f64 / b.1 as f64)))?;
+        let usages =
+            [intent_log::Stream::Hot, intent_log::Stream::Bulk].map(|stream| log.usage(stream));
+        let part = |usage: &Usage| usage.used as f64 / usage.capacity as f64;
+        let Usage { used, capacity } =
+            usages.into_iter().max_by(|a, b| part(a).total_cmp(&part(b)))?;
         Some(LogStatus {
             used,
             capacity,

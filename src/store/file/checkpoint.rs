@@ -19,7 +19,7 @@ use super::overlay::{Part, Spot};
 use super::pages::position;
 use super::write_header;
 use crate::backing::{SetTime, Timestamp};
-use crate::error::FsResult;
+use crate::error::{FsError, FsResult};
 use crate::store::header::Header;
 use crate::store::layout::{
     BLOCK, BLOCK_LEN, BLOCKS_PER_GROUP, GROUPS_PER_REGION, backing_len, block_at, blocks_for,
@@ -29,6 +29,9 @@ use crate::store::page::{Page, PageId};
 
 /// The most that is copied at once.
 const COPY: usize = 1 << 20;
+/// So much is handed to the disk before it is waited for: what a commit finds before it in the disk's
+/// queue, at the most.
+const AHEAD_OF_DISK: usize = 4 << 20;
 
 /// What a checkpoint brings home.
 #[derive(Debug)]
@@ -88,6 +91,7 @@ impl File {
         let log = self.shared.log()?;
         let mut buffer = Vec::new();
         let mut rest = blocks;
+        let (mut handed, mut from_block) = (0, None);
         while let [(first, from), ..] = rest {
             let follows = |i: usize| {
                 let (block, spot) = rest[i];
@@ -103,6 +107,14 @@ impl File {
             log.read(from.stream, &mut buffer, from.at)?;
             self.backing.write_at(&buffer, block_at(*first))?;
             rest = &rest[count..];
+            handed += buffer.len();
+            let start = block_at(*from_block.get_or_insert(*first));
+            if handed >= AHEAD_OF_DISK {
+                let end = block_at(*first) + buffer.len() as u64;
+                let done = self.backing.write_out(start, end - start);
+                done.map_err(|error| self.home_failed(error))?;
+                (handed, from_block) = (0, None);
+            }
         }
         Ok(())
     }
@@ -161,16 +173,18 @@ impl File {
     /// went home otherwise is not.
     pub(in crate::store) fn sync_home(&self) -> FsResult<()> {
         self.check_usable()?;
-        self.backing.sync_data().map_err(|error| {
-            if let Ok(log) = self.shared.log() {
-                log.home_failed(Some(&self.backing), &error);
-            }
-            match self.is_unsynced() {
-                true => self.shared.names_failed(&error),
-                false => error.into(),
-            }
-        })?;
+        self.backing.sync_data().map_err(|error| self.home_failed(error))?;
         self.check_usable()
+    }
+
+    fn home_failed(&self, error: std::io::Error) -> FsError {
+        if let Ok(log) = self.shared.log() {
+            log.home_failed(Some(&self.backing), &error);
+        }
+        match self.is_unsynced() {
+            true => self.shared.names_failed(&error),
+            false => error.into(),
+        }
     }
 
     /// Step 6. True if something is dirty again.

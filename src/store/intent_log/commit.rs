@@ -129,10 +129,10 @@ impl Log {
         let mut streams = self.streams.lock();
         loop {
             streams.check()?;
-            let ring = &mut streams.queues[index].ring;
-            if ring.reserve(pages) {
-                let half_full = ring.used() > ring.capacity() / 2;
-                return Ok(Room { log: self.clone(), stream, pages, half_full });
+            let queue = &mut streams.queues[index];
+            if queue.ring.reserve(pages) {
+                let usage = queue.usage();
+                return Ok(Room { log: self.clone(), stream, pages, usage });
             }
             MutexGuard::unlocked(&mut streams, &give_up)?;
             self.space[index].wait_for(&mut streams, std::time::Duration::from_secs(1));

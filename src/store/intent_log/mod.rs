@@ -420,11 +420,8 @@ impl Log {
         &self.paths[stream as usize]
     }
 
-    /// Bytes in use and in all, of a stream.
-    pub(super) fn fill(&self, stream: Stream) -> (u64, u64) {
-        let streams = self.streams.lock();
-        let ring = &streams.queues[stream as usize].ring;
-        (ring.used(), ring.capacity())
+    pub(super) fn usage(&self, stream: Stream) -> Usage {
+        self.streams.lock().queues[stream as usize].usage()
     }
 
     /// The seqs before which nothing is in the log any more, as far as a mount would look.
@@ -445,7 +442,14 @@ pub(super) struct Room {
     log: Arc<Log>,
     stream: Stream,
     pages: u64,
-    half_full: bool,
+    usage: Usage,
+}
+
+/// Bytes of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Usage {
+    pub(super) used: u64,
+    pub(super) capacity: u64,
 }
 
 impl Room {
@@ -453,9 +457,13 @@ impl Room {
         self.stream
     }
 
-    /// More than half of the stream was in use when this was reserved.
-    pub(super) fn was_half_full(&self) -> bool {
-        self.half_full
+    pub(super) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Of the stream, when this was reserved, and without it.
+    pub(super) fn usage(&self) -> Usage {
+        self.usage
     }
 }
 

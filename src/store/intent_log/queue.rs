@@ -5,10 +5,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::PAGE;
 use super::pending::Pending;
 use super::ring::{Ring, Spot};
 use super::rounds::{Progress, Role, Rounds};
+use super::{PAGE, Usage};
 use crate::backing::FileRef;
 
 /// The most that one write takes along.
@@ -50,6 +50,10 @@ impl Queue {
             homes: Vec::new(),
             pending: Pending::default(),
         }
+    }
+
+    pub(super) fn usage(&self) -> Usage {
+        Usage { used: self.ring.used(), capacity: self.ring.capacity() }
     }
 
     pub(super) fn rounds(&mut self, role: Role) -> &mut Rounds {

@@ -179,7 +179,7 @@ fn laps_come_and_go() {
             assert_eq!(numbers(&find(&*backing).unwrap()), expected);
         }
     }
-    let (used, capacity) = log.fill(Stream::Bulk);
+    let Usage { used, capacity } = log.usage(Stream::Bulk);
     assert!(used > 0 && used <= capacity);
 }
 
