@@ -119,15 +119,15 @@ fn files_that_come_and_go_leave_no_trace() {
     };
     // The cache of tag pages has its size then.
     come_and_go(10_000);
-    // Workers that had nothing to do before take memory with their first requests, once; what is left
-    // behind, each time.
-    let rounds = (0..4).map(|_| {
+    // Workers that had nothing to do before take memory with their first requests, once, and on a busy
+    // machine one after the other; what is left behind, each time.
+    let mut grown = Vec::new();
+    while grown.len() < 20 && grown.iter().all(|&grown| grown >= 1 << 20) {
         let before = mount.resident();
         come_and_go(5_000);
-        mount.resident().saturating_sub(before)
-    });
-    let grown: Vec<usize> = rounds.collect();
-    assert!(grown.iter().any(|&grown| grown < 1 << 20), "grown, each time, by {grown:?} bytes");
+        grown.push(mount.resident().saturating_sub(before));
+    }
+    assert!(grown.len() < 20, "grown, each time, by {grown:?} bytes");
 }
 
 /// Any operation on names that others are changing.
