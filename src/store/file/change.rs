@@ -27,15 +27,15 @@ use crate::store::intent_log::{
 use crate::store::keys::hex;
 use crate::store::layout::{
     BLOCK, BLOCK_LEN, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, GROUPS_PER_REGION, SECTORS_PER_PAGE,
-    block_at, blocks_for, generation_page_at, region_of_group, slot_of_block, slot_of_group,
-    tag_page_at,
+    backing_len, block_at, blocks_for, generation_page_at, region_of_group, slot_of_block,
+    slot_of_group, tag_page_at,
 };
 use crate::store::page::{Entry, Page, PageId};
 
 /// The fewest bytes in a row that go home directly.
 const DIRECT_MIN: usize = 64 << 10;
 /// The most that is reserved beyond the end for writes to come.
-const AHEAD: u64 = 256 << 10;
+const AHEAD: u64 = 1 << 20;
 
 pub(super) struct Change<'a> {
     file: &'a File,
@@ -471,42 +471,54 @@ impl<'a> Change<'a> {
         }
     }
 
-    /// Makes sure that what is in the log will have its place at home, and what went home directly
-    /// one for its tags.
+    /// Makes sure that what is in the log will have its place at home, and what goes home directly one
+    /// for its tags. What follows one another is asked for at once, tag pages between blocks and all,
+    /// so that a file system has no reason to put it in different places.
     fn reserve_home(&self) -> FsResult<()> {
-        let mut last = None;
-        for block in &self.direct.numbers {
-            let group = block / BLOCKS_PER_GROUP as u64;
-            if last.replace(group) != Some(group) {
-                let blocks = tag_page_at(group) + BLOCK;
-                let from = self.reserve_pages(group, blocks)?;
-                if from < blocks {
-                    self.file.backing.allocate(from, blocks - from, true)?;
-                }
-            }
-        }
-        for blocks in &self.unreserved {
+        let direct = self.direct.runs().into_iter();
+        let direct = direct.map(|(first, bytes)| first..first + (bytes.len() / BLOCK_LEN) as u64);
+        let mut wanted: Vec<Range<u64>> = Vec::new();
+        for blocks in direct.chain(self.unreserved.iter().cloned()) {
             let group = blocks.start / BLOCKS_PER_GROUP as u64;
             let from = self.reserve_pages(group, block_at(blocks.start))?;
-            let (size, ahead) = {
-                let state = self.file.state.lock();
-                (state.header.size, state.ahead.clone())
-            };
-            let mut to = block_at(blocks.end - 1) + BLOCK;
-            if ahead.start <= from && to <= ahead.end {
-                continue;
+            wanted.push(from..block_at(blocks.end - 1) + BLOCK);
+        }
+        wanted.sort_unstable_by_key(|range| range.start);
+        wanted.dedup_by(|next, range| {
+            let follows = next.start <= range.end;
+            if follows {
+                range.end = range.end.max(next.end);
             }
-            let grows = blocks.end > blocks_for(size) && blocks.start > 0;
-            if grows {
-                let group_end = tag_page_at(group) + (1 + BLOCKS_PER_GROUP as u64) * BLOCK;
-                to = (to + (size / BLOCK * BLOCK).min(AHEAD)).min(group_end);
-            }
-            self.file.backing.allocate(from, to - from, true)?;
-            if grows {
-                self.file.state.lock().ahead = from..to;
+            follows
+        });
+        wanted.into_iter().try_for_each(|range| self.reserve(range))
+    }
+
+    /// Space for a range of the backing file, and if that grows it, for some of what may follow.
+    fn reserve(&self, range: Range<u64>) -> FsResult<()> {
+        let backing = &self.file.backing;
+        let (size, ahead) = {
+            let state = self.file.state.lock();
+            (state.header.size, state.ahead.clone())
+        };
+        let from = match ahead.contains(&range.start) {
+            true if range.end <= ahead.end => return Ok(()),
+            true => ahead.end,
+            false => range.start,
+        };
+        if range.end > backing_len(size) {
+            let to = range.end + (size / BLOCK * BLOCK).min(AHEAD);
+            match backing.allocate(from, to - from, true) {
+                Ok(()) => {
+                    self.file.state.lock().ahead = range.start..to;
+                    return Ok(());
+                }
+                // Without what may follow it may do.
+                Err(error) if error.raw_os_error() == Some(Errno::NOSPC.raw_os_error()) => {}
+                Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
+        Ok(backing.allocate(from, range.end - from, true)?)
     }
 
     fn write_direct(&self) -> FsResult<()> {

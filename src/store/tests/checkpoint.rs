@@ -59,6 +59,47 @@ fn the_tags_of_what_went_home_directly_have_their_space() {
     }
 }
 
+/// A file system lays together what is asked for together.
+#[test]
+fn what_is_written_in_a_row_is_reserved_in_a_row() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    let calls = 2 * 4;
+    volume.faults.arm(Rule {
+        call: Call::Allocate,
+        after: calls,
+        lasting: true,
+        errno: Errno::IO,
+        partial: None,
+    });
+    for part in 0..4 {
+        write(&file, part << 20, &pattern(1 << 20, 1));
+    }
+}
+
+#[test]
+fn space_that_may_be_needed_later_is_not_insisted_on() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    write(&file, 0, &pattern(256 << 10, 1));
+    let no_space = |lasting| Rule {
+        call: Call::Allocate,
+        after: 0,
+        lasting,
+        errno: Errno::NOSPC,
+        partial: None,
+    };
+    let end = 10 * GROUP_PLAIN;
+    volume.faults.arm(no_space(false));
+    write(&file, end, &pattern(256 << 10, 2));
+    volume.faults.arm(no_space(true));
+    let data = pattern(256 << 10, 3);
+    let refused = file.write_at(&data, 2 * end, WriteMode::default());
+    assert!(matches!(refused, Err(FsError::Os(Errno::NOSPC))), "{refused:?}");
+    volume.faults.disarm();
+    assert_eq!(file.size(), end + (256 << 10));
+}
+
 #[test]
 fn space_that_was_given_back_is_asked_for_again() {
     let (_backing, mounted) = in_memory();

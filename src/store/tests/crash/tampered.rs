@@ -428,7 +428,7 @@ fn tamper_with(run: &Run, seed: u64, counts: &mut BTreeMap<Kind, Count>) {
             let (records, floor) = (logged(run, &crash), floor(run, &crash));
             let case = Case { run, crash: &crash, records, whole, floor };
             // A part of them for each state, unless there is time.
-            let some = if seeds(5) > 5 { 8 } else { 2 };
+            let some = if seeds(5) > 5 { 8 } else { 3 };
             for kind in KINDS.into_iter().filter(|_| chosen.chance(some)) {
                 match case.try_kind(kind, &mut random) {
                     None => {}
