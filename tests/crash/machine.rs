@@ -28,6 +28,15 @@ impl FileSystem {
             FileSystem::Xfs => "xfs",
         }
     }
+
+    /// What the disk below writes in one piece. XFS logs parts of its blocks of metadata and writes them
+    /// in place: of one that is torn it says that its checksum is wrong, and does not mount.
+    fn sector(self) -> u64 {
+        match self {
+            FileSystem::Ext4 => 512,
+            FileSystem::Xfs => 4096,
+        }
+    }
 }
 
 pub struct Drive {
@@ -75,7 +84,8 @@ impl Drive {
     }
 
     fn plug_in(&mut self) {
-        let disk = Disk::attach(&self.image, &self.media).expect("cannot mount the test's disk");
+        let disk = Disk::attach(&self.image, &self.media, self.file_system.sector())
+            .expect("cannot mount the test's disk");
         let file = disk.file();
         self.disk = Some(disk);
         let made = run("losetup", &["--find", "--show", "--direct-io=on", path(&file)]);

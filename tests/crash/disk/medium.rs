@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use byokfs::backing::memory::Random;
 
-/// What a disk writes in one piece, whatever else happens.
+/// The least that a disk writes in one piece, whatever else happens.
 pub const SECTOR: u64 = 512;
 /// What of a write falls into the start of the disk comes whole or not at all: ext4 keeps its
 /// superblock there, with a checksum, and does not mount, journal or not, where that is torn.
@@ -91,6 +91,8 @@ pub struct Cut {
 pub struct Medium {
     image: File,
     len: u64,
+    /// Bytes that this one writes in one piece.
+    sector: u64,
     unsynced: Vec<Write>,
     cached: usize,
     plan: Option<Plan>,
@@ -103,12 +105,13 @@ pub struct Medium {
 }
 
 impl Medium {
-    pub fn open(image: &Path) -> io::Result<Medium> {
+    pub fn open(image: &Path, sector: u64) -> io::Result<Medium> {
         let image = File::options().read(true).write(true).open(image)?;
         let len = image.metadata()?.len();
         Ok(Medium {
             image,
             len,
+            sector,
             unsynced: Vec::new(),
             cached: 0,
             plan: None,
@@ -238,7 +241,7 @@ impl Medium {
                 Fate::Torn => None,
             };
             let head = random.chance(odds);
-            for (at, sector) in sectors(write) {
+            for (at, sector) in sectors(write, self.sector) {
                 cut.sectors += 1;
                 let by_chance = || if at < WHOLE { head } else { random.chance(odds) };
                 if arrives.unwrap_or_else(by_chance) {
@@ -252,12 +255,12 @@ impl Medium {
 }
 
 /// The pieces of a write that arrive or do not, each for itself.
-fn sectors(write: &Write) -> impl Iterator<Item = (u64, &[u8])> {
+fn sectors(write: &Write, sector: u64) -> impl Iterator<Item = (u64, &[u8])> {
     let mut from = 0;
     std::iter::from_fn(move || {
         let at = write.offset + from as u64;
         let rest = &write.new[from..];
-        let len = rest.len().min((SECTOR - at % SECTOR) as usize);
+        let len = rest.len().min((sector - at % sector) as usize);
         from += len;
         (len > 0).then(|| (at, &rest[..len]))
     })
@@ -272,7 +275,7 @@ pub mod checks {
     fn medium(dir: &Path) -> Medium {
         let path = dir.join("medium");
         std::fs::write(&path, vec![0; LEN as usize]).unwrap();
-        Medium::open(&path).unwrap()
+        Medium::open(&path, SECTOR).unwrap()
     }
 
     fn content(medium: &Medium) -> Vec<u8> {

@@ -58,9 +58,9 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Shows `image` as `mountpoint`/disk.
-    pub fn attach(image: &Path, mountpoint: &Path) -> io::Result<Disk> {
-        let medium = Arc::new(Mutex::new(Medium::open(image)?));
+    /// Shows `image` as `mountpoint`/disk, which writes `sector` bytes in one piece.
+    pub fn attach(image: &Path, mountpoint: &Path, sector: u64) -> io::Result<Disk> {
+        let medium = Arc::new(Mutex::new(Medium::open(image, sector)?));
         let device = File::options().read(true).write(true).open("/dev/fuse")?;
         let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
         let c = |bytes: &[u8]| CString::new(bytes).map_err(io::Error::from);
