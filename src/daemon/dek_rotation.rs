@@ -147,8 +147,13 @@ impl DekRotation {
         let mut state = self.state.lock();
         state.reap();
         let Some(job) = Job::load(&self.root())? else {
-            let Some(progress) = &state.done else { return Ok(Value::Null) };
-            let mut status = json!({"state": "done"});
+            // One whose work is done may not have ended yet.
+            let (stage, progress) = match (&state.running, &state.done) {
+                (Some(running), _) => ("running", &running.progress),
+                (None, Some(progress)) => ("done", progress),
+                (None, None) => return Ok(Value::Null),
+            };
+            let mut status = json!({"state": stage});
             show_progress(progress, &mut status);
             return Ok(status);
         };
@@ -309,8 +314,7 @@ mod tests {
     use crate::key::gate::{BootTime, Keyring};
     use crate::store::FormatOptions;
 
-    #[test]
-    fn none_begins_after_the_end() {
+    fn rotation() -> DekRotation {
         let keyring = || Keyring::new(1, Secret::new_with(|key| key.fill(9)).unwrap());
         let (backing, gate) = (MemoryBacking::new(), Gate::new());
         Store::format(&*backing, &keyring(), FormatOptions::default()).unwrap();
@@ -318,10 +322,27 @@ mod tests {
         store.start_session(&keyring()).unwrap();
         assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(600)));
         store.recover().unwrap();
-        let rotation = DekRotation::new(Arc::clone(&store), gate);
+        DekRotation::new(store, gate)
+    }
+
+    #[test]
+    fn none_begins_after_the_end() {
+        let rotation = rotation();
         rotation.begin(None, None).unwrap();
         rotation.close();
         assert_eq!(rotation.begin(None, None).unwrap_err().kind, Kind::Busy);
         assert!(rotation.state.lock().running.is_none());
+    }
+
+    #[test]
+    fn there_is_one_until_it_is_done() {
+        let rotation = rotation();
+        for _ in 0..100 {
+            let mut status = rotation.begin(None, None).unwrap();
+            while status["state"] != "done" {
+                assert_eq!(status["state"], "running", "{status}");
+                status = rotation.status().unwrap();
+            }
+        }
     }
 }
