@@ -335,14 +335,20 @@ mod tests {
     }
 
     #[test]
-    fn there_is_one_until_it_is_done() {
+    fn one_whose_work_is_done_runs_until_it_has_ended() {
         let rotation = rotation();
-        for _ in 0..100 {
-            let mut status = rotation.begin(None, None).unwrap();
-            while status["state"] != "done" {
-                assert_eq!(status["state"], "running", "{status}");
-                status = rotation.status().unwrap();
-            }
+        let (end, may_end) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            may_end.recv().unwrap();
+            Ok(End::Done)
+        });
+        let (progress, control) = Default::default();
+        rotation.state.lock().running = Some(Running { progress, control, thread });
+        assert_eq!(rotation.status().unwrap()["state"], "running");
+        end.send(()).unwrap();
+        while rotation.status().unwrap()["state"] == "running" {
+            std::thread::sleep(STEP / 20);
         }
+        assert_eq!(rotation.status().unwrap()["state"], "done");
     }
 }
