@@ -1,6 +1,9 @@
 //! The key client as each kind of identity, against the embedded key vault: what it can do, and
 //! what it is told when its identity, its proof or its tenant is taken away.
 
+#[path = "support/ports.rs"]
+mod ports;
+
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
@@ -32,7 +35,8 @@ impl Vault {
     fn start(init: &[&str], key: &[&str], allow: &[&str]) -> Vault {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vault");
-        run(&path, &[&["init", path.to_str().unwrap()], init].concat());
+        let [port, identity_port] = &ports::options();
+        run(&path, &[&["init", path.to_str().unwrap(), port, identity_port], init].concat());
         let server = serve(&path, &[]);
         let url = fs::read_to_string(path.join("url")).unwrap().trim().to_owned();
         let url = url.trim_end_matches('/').to_owned();

@@ -34,8 +34,10 @@ pub struct InitOptions {
     /// Permissions by roles, not by access policies; a Managed HSM has roles anyway.
     pub roles: bool,
     pub host: IpAddr,
-    /// 0: any free port at the first start.
+    /// 0: a free port, chosen at the first start.
     pub port: u16,
+    /// The same, for the identity endpoint.
+    pub identity_port: u16,
     pub region: String,
     /// Random if not given.
     pub tenant: Option<String>,
@@ -84,7 +86,7 @@ pub fn init(dir: &VaultDir, options: &InitOptions) -> Result<Initialised> {
         },
         host: options.host,
         port: options.port,
-        identity_port: 0,
+        identity_port: options.identity_port,
         ca_pem,
     };
     let sealer = Sealer::new(root, &settings.vault_id);
@@ -218,6 +220,7 @@ mod tests {
             roles: false,
             host: IpAddr::from([127, 0, 0, 1]),
             port: 0,
+            identity_port: 0,
             region: "local".into(),
             tenant: None,
             retention_days: 90,

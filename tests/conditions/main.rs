@@ -12,6 +12,8 @@
 
 mod enrolment;
 mod names;
+#[path = "../support/ports.rs"]
+mod ports;
 mod rig;
 mod table;
 mod vault;

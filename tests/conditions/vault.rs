@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use byokfs::key::provider::{AppService, Application, Identity, Settings};
 use serde_json::Value;
 
+use crate::ports;
 use crate::rig::Service;
 
 pub const ALL: &str = "get,list,wrapKey,unwrapKey";
@@ -61,7 +62,9 @@ impl Vault {
             tenant: String::new(),
             client_id: String::new(),
         };
-        vault.run(&[&["init", vault.path().to_str().unwrap()], init].concat());
+        let [port, identity_port] = &ports::options();
+        let path = vault.path();
+        vault.run(&[&["init", path.to_str().unwrap(), port, identity_port], init].concat());
         vault.serve();
         vault.key = vault.run(&[&["key", "create", "--name", "kek"], key].concat()).trim().into();
         vault.create_host();

@@ -2,6 +2,7 @@
 //! to get anywhere has worked.
 
 pub mod mapping;
+pub mod ports;
 pub mod process;
 pub mod sandbox;
 pub mod scan;

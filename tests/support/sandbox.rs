@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use super::process::{Answer, alive, name, parent, signal};
-use super::{SOON, until, within};
+use super::{SOON, ports, until, within};
 
 pub const KEY: &str = "kek";
 pub const IDENTITY: &str = "host";
@@ -39,7 +39,9 @@ impl Sandbox {
             fs::create_dir(sandbox.path(name)).unwrap();
         }
         let vault = sandbox.path("vault");
-        sandbox.byokfs(&[&["vault", "init", path(&vault)], vault_options].concat()).ok();
+        let [port, identity_port] = &ports::options();
+        let init = ["vault", "init", path(&vault), port, identity_port];
+        sandbox.byokfs(&[&init, vault_options].concat()).ok();
         sandbox.start_vault();
         sandbox.create_key(KEY, &["--kty", "RSA", "--size", "3072"]);
         sandbox.create_identity(IDENTITY);

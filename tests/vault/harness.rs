@@ -13,6 +13,8 @@ use ureq::Agent;
 use ureq::http::{HeaderMap, Request};
 use ureq::tls::{Certificate, RootCerts, TlsConfig, TlsProvider};
 
+use crate::ports;
+
 pub(crate) const API: &str = "api-version=7.4";
 
 pub(crate) fn byokfs() -> Command {
@@ -31,7 +33,9 @@ impl Vault {
     pub(crate) fn new(options: &[&str]) -> Vault {
         let parent = tempfile::tempdir().unwrap();
         let dir = parent.path().join("vault");
-        let output = byokfs().args(["vault", "init"]).arg(&dir).args(options).output().unwrap();
+        let mut init = byokfs();
+        init.args(["vault", "init"]).arg(&dir).args(ports::options()).args(options);
+        let output = init.output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
         Vault { _parent: parent, dir }
     }

@@ -11,6 +11,8 @@ mod kill;
 mod login;
 mod mhsm;
 mod permissions;
+#[path = "../support/ports.rs"]
+mod ports;
 mod protocol;
 mod service;
 mod tokens;

@@ -31,9 +31,12 @@ pub(super) struct InitArgs {
     /// Address to listen on
     #[arg(long, default_value_t = IpAddr::from(Ipv4Addr::LOCALHOST))]
     host: IpAddr,
-    /// Port to listen on; 0: any free one, kept from the first start on
+    /// Port to listen on; 0: a free one, kept from the first start on
     #[arg(long, default_value_t = 0)]
     port: u16,
+    /// Port of the identity endpoint on 127.0.0.1; 0: as above
+    #[arg(long, default_value_t = 0, value_name = "PORT")]
+    identity_port: u16,
     /// The region it says it is in
     #[arg(long, default_value = "local")]
     region: String,
@@ -56,7 +59,7 @@ pub(super) struct ServeArgs {
     /// The vault's directory
     #[arg(env = "BYOKFS_VAULT")]
     dir: PathBuf,
-    /// Port to listen on; 0: any free one [default: that of the last run]
+    /// Port to listen on; 0: a free one [default: that of the last run]
     #[arg(long)]
     port: Option<u16>,
     /// Port of the identity endpoint on 127.0.0.1 [default: that of the last run]
@@ -91,6 +94,7 @@ pub(super) fn init(args: InitArgs) -> Result<()> {
             roles: args.rbac,
             host: args.host,
             port: args.port,
+            identity_port: args.identity_port,
             region: args.region,
             tenant: args.tenant,
             retention_days: args.retention_days,

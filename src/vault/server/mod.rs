@@ -4,9 +4,10 @@
 //! thread, and sent back. A panic in one answer is a 500 for that request and nothing else.
 
 mod http;
+mod listen;
 
 use std::io::Write as _;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use hyper_util::rt::TokioTimer;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
+use self::listen::{bind, listen, local_address, reachable};
 use super::api::{Mode, Vault};
 use super::audit::AuditLog;
 use super::certificate::CertificateIssuer;
@@ -89,8 +91,8 @@ pub fn serve(dir: &VaultDir, options: &ServeOptions) -> Result<()> {
 
     let port = options.port.unwrap_or(settings.port);
     let identity_port = options.identity_port.unwrap_or(settings.identity_port);
-    let listener = bind(settings.host, port)?;
-    let identity_listener = bind(Ipv4Addr::LOCALHOST.into(), identity_port)?;
+    let listener = listen(settings.host, port)?;
+    let identity_listener = listen(Ipv4Addr::LOCALHOST.into(), identity_port)?;
     let address = local_address(&listener)?;
     let identity_address = local_address(&identity_listener)?;
     (settings.port, settings.identity_port) = (address.port(), identity_address.port());
@@ -306,42 +308,6 @@ async fn keep_up(
             Ok(Err(error)) => log::error!("the vault's upkeep: {error}"),
             Err(error) => log::error!("the vault's upkeep: {error}"),
         }
-    }
-}
-
-fn bind(host: IpAddr, port: u16) -> Result<TcpListener> {
-    let listener = TcpListener::bind((host, port)).map_err(|error| {
-        if error.kind() == std::io::ErrorKind::AddrInUse {
-            Error::new(
-                Kind::Busy,
-                format!(
-                    "port {port} of {host} is in use by another program; key ids name the port, \
-                     so stop that program, or pass --port (or --identity-port) and use the new \
-                     URLs"
-                ),
-            )
-        } else {
-            Error::io(format!("cannot listen on {host} port {port}"), error)
-        }
-    })?;
-    listener.set_nonblocking(true).context(|| format!("cannot listen on {host} port {port}"))?;
-    Ok(listener)
-}
-
-fn local_address(listener: &TcpListener) -> Result<SocketAddr> {
-    listener.local_addr().context(|| "cannot learn the port".into())
-}
-
-/// An address to connect to: a wildcard stands for loopback.
-fn reachable(address: SocketAddr) -> SocketAddr {
-    match address.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => {
-            SocketAddr::new(Ipv4Addr::LOCALHOST.into(), address.port())
-        }
-        IpAddr::V6(ip) if ip.is_unspecified() => {
-            SocketAddr::new(std::net::Ipv6Addr::LOCALHOST.into(), address.port())
-        }
-        _ => address,
     }
 }
 
