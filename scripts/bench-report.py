@@ -25,6 +25,8 @@ TITLES = {
     "append_4k_shared": "append 4 KiB + fdatasync, 16 threads, one file",
     "overwrite": "random overwrite of 1 GiB, 16 KiB, O_DIRECT, 4 threads",
     "overwrite_worst": "its longest write (less is better)",
+    "commit_beside": "append 4 KiB + fdatasync beside 4 threads that overwrite",
+    "commit_beside_worst": "the longest of them (less is better)",
     "create": "create 4000 files",
     "stat": "stat 4000 files",
     "unlink": "unlink 4000 files",
@@ -32,12 +34,14 @@ TITLES = {
     "oltp_read_write": "sysbench oltp_read_write, MariaDB",
     "oltp_write_only": "sysbench oltp_write_only, MariaDB",
     "oltp_write_safe": "sysbench oltp_write_only, doublewrite off on byokfs only",
+    "oltp_write_safe_1": "the same by one thread",
     "recovery": "mount after kill -9 under random overwrite (less is better)",
     "peak_memory": "peak memory of the daemon",
 }
 
 # Only of some targets.
 ONE_SIDED = ("peak_memory", "recovery")
+LESS_IS_BETTER = (*ONE_SIDED, "overwrite_worst", "commit_beside_worst")
 
 
 def load(path):
@@ -86,7 +90,7 @@ def table(rows, targets, units, medians):
 
 def chart(rows, targets, units, medians):
     # Where a longer bar is better.
-    rows = [row for row in rows if row not in (*ONE_SIDED, "overwrite_worst")]
+    rows = [row for row in rows if row not in LESS_IS_BETTER]
     left, width, bar, gap, top = 300, 460, 13, 14, 46
     height = top + len(rows) * (bar * len(targets) + gap) + 10
     out = [
