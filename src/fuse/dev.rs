@@ -229,8 +229,8 @@ impl<'a> Channel<'a> {
             }
             Outcome::Later(rest) => {
                 let answer = Answer::new(&self.device, &header);
-                let errno = self.worker.adapter().errno();
-                rest.then(move |done| answer.send(done.map_err(|error| errno.pick(&error))));
+                let worker = self.worker;
+                worker.finish_and_tell(rest, move |done| answer.send(done), || self.wipe());
             }
         }
         if self.worker.is_cut_off() {

@@ -17,7 +17,7 @@ use zeroize::Zeroize;
 use super::adapter::{Adapter, Outcome};
 use super::reply::Errno;
 use super::wire::{Header, Reader};
-use crate::error::{Context, Result};
+use crate::error::{Context, FsResult, Result};
 use crate::sync::{Condvar, Mutex};
 use crate::sys::fuse::Waiter;
 use crate::vfs::PendingFlush;
@@ -40,11 +40,11 @@ pub(super) struct Workers {
 struct State {
     /// Set as the worker starts.
     waiter: OnceLock<Waiter>,
-    /// Waits for a request, or is about to.
+    /// Waits for a request or a flush, or is about to.
     idle: AtomicBool,
     running: AtomicBool,
     wiped: AtomicU64,
-    /// There is nothing to overwrite, until this worker waits for a request again.
+    /// There is nothing to overwrite, until this worker says otherwise.
     clean: AtomicBool,
 }
 
@@ -181,28 +181,47 @@ impl Worker<'_> {
         })
     }
 
-    /// What is left of a request that only waits for a flush. That may take as long as the disk does,
-    /// and a cut-off shall not wait for it: `wipe` overwrites this worker's memory meanwhile, when it
-    /// is asked for, or nobody could ask any more.
+    /// What is left of a request that only waits for a flush; `wipe` overwrites this worker's memory.
     pub(super) fn finish(
         &self,
         rest: PendingFlush,
-        mut wipe: impl FnMut(),
+        wipe: impl FnMut(),
     ) -> std::result::Result<(), Errno> {
+        let done = self.flushing(wipe, |pause| rest.wait_with_pauses(pause));
+        let done = done.unwrap_or_else(|| Err(OsErrno::IO.into()));
+        done.map_err(|error| self.adapter().errno().pick(&error))
+    }
+
+    /// The same, of which `tell` is told, by this worker or another.
+    pub(super) fn finish_and_tell(
+        &self,
+        rest: PendingFlush,
+        tell: impl FnOnce(std::result::Result<(), Errno>) + Send + 'static,
+        wipe: impl FnMut(),
+    ) {
+        let errno = self.adapter().errno();
+        let tell = move |done: FsResult<()>| tell(done.map_err(|error| errno.pick(&error)));
+        let _ = self.flushing(wipe, |pause| rest.then(tell, pause));
+    }
+
+    /// A flush may take as long as the disk does, and a cut-off shall not wait for it: this worker's
+    /// memory is overwritten meanwhile when that is asked for, and before a flush that this worker does
+    /// itself, which nothing interrupts. None after a panic.
+    fn flushing<T>(
+        &self,
+        mut wipe: impl FnMut(),
+        wait: impl FnOnce(&mut dyn FnMut()) -> T,
+    ) -> Option<T> {
         let mut pause = || {
             if !self.state.clean.load(Ordering::SeqCst) {
                 wipe();
                 self.set_clean(true);
             }
         };
-        let wait = AssertUnwindSafe(|| rest.wait_with_pauses(&mut pause));
+        let wait = AssertUnwindSafe(|| wait(&mut pause));
         let done = self.waiting(|| panic::catch_unwind(wait));
         self.set_clean(false);
-        let done = done.unwrap_or_else(|_| {
-            log::error!("a request that waited for a flush panicked");
-            Err(OsErrno::IO.into())
-        });
-        done.map_err(|error| self.adapter().errno().pick(&error))
+        done.inspect_err(|_| log::error!("a request that waited for a flush panicked")).ok()
     }
 
     /// What the request just served has left must be overwritten.

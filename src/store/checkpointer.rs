@@ -18,7 +18,7 @@ use rustix::io::Errno;
 
 use super::Shared;
 use super::file::File;
-use super::intent_log::{Room, STREAMS, Stream, Usage};
+use super::intent_log::{Room, STREAMS, Scope, Stream, Usage};
 use crate::error::{Context, FsError, FsResult, Result};
 use crate::sync::{Condvar, Mutex};
 
@@ -201,36 +201,56 @@ impl Shared {
 
     /// A flush of names, or of new files, has failed. The kernel may tell of it once, and nothing
     /// writes them again: nothing more may count as durable.
-    pub(super) fn names_failed(&self, error: &std::io::Error) -> FsError {
-        if let Ok(log) = self.log() {
+    pub(super) fn names_failed(&self, error: &std::io::Error) {
+        if let Some(log) = self.log.get() {
             log.flush_failed("names, or new files, cannot be flushed", error);
         }
-        Errno::IO.into()
     }
 
-    /// The kernel tells of a failure once: a flush that succeeds after it, or beside it, proves
-    /// nothing.
-    pub(super) fn unless_failed(&self, flush: impl FnOnce() -> FsResult<()>) -> FsResult<()> {
-        let check = || self.log.get().map_or(Ok(()), |log| log.check());
-        check()?;
-        flush()?;
-        check()
-    }
-
-    /// Everything at home, and every name, is on stable storage afterwards.
-    pub(super) fn sync_fs(&self) -> FsResult<()> {
-        let mark = self.newborn.mark();
-        if let Err(error) = self.backing.sync_fs() {
-            if let Ok(log) = self.log() {
-                log.home_failed(None, &error);
-            }
-            return Err(match mark {
-                Some(_) => self.names_failed(&error),
-                None => error.into(),
-            });
+    /// Runs a flush of something that is not in the log, as [`Log::flush_of`] does.
+    pub(super) fn flush(
+        &self,
+        scope: Scope,
+        flush: impl FnOnce() -> std::io::Result<()>,
+        failed: impl FnOnce(&std::io::Error),
+    ) -> std::io::Result<()> {
+        match self.log.get() {
+            Some(log) => log.flush_of(scope, flush, failed),
+            None => flush().inspect_err(failed),
         }
-        if let Some(mark) = mark {
-            self.newborn.flushed(mark);
+    }
+
+    /// The same of names, or of new files: a failure is final.
+    pub(super) fn flush_names(
+        &self,
+        scope: Scope,
+        flush: impl FnOnce() -> std::io::Result<()>,
+    ) -> FsResult<()> {
+        let done = self.flush(scope, flush, |error| self.names_failed(error));
+        // Whatever it was: MySQL takes EROFS for success.
+        done.map_err(|_| Errno::IO.into())
+    }
+
+    /// Everything at home, and every name, is on stable storage afterwards. A failure is final where
+    /// `names` are asked for, or were new.
+    pub(super) fn sync_fs(&self, names: bool) -> FsResult<()> {
+        let mark = self.newborn.mark();
+        let is_final = names || mark.is_some();
+        let done = self.flush(
+            Scope::Whole,
+            || self.backing.sync_fs(),
+            |error| {
+                if is_final {
+                    self.names_failed(error);
+                } else if let Some(log) = self.log.get() {
+                    log.home_failed(None, error);
+                }
+            },
+        );
+        match done {
+            Ok(()) => mark.into_iter().for_each(|mark| self.newborn.flushed(mark)),
+            Err(_) if is_final => return Err(Errno::IO.into()),
+            Err(error) => return Err(error.into()),
         }
         Ok(())
     }
@@ -285,7 +305,7 @@ impl Shared {
             };
             all(&|snapshot, file| file.write_home(snapshot))?;
             if work.len() > FEW_FILES || graves > 0 {
-                self.sync_fs()?;
+                self.sync_fs(false)?;
             } else {
                 all(&|_, file| file.sync_home())?;
             }
@@ -293,13 +313,13 @@ impl Shared {
                 work.iter().filter(|(snapshot, file)| file.has_new_regions(snapshot)).collect();
             new.iter().try_for_each(|(snapshot, file)| file.write_new_regions(snapshot))?;
             if new.len() > FEW_FILES {
-                self.sync_fs()?;
+                self.sync_fs(false)?;
             } else {
                 new.iter().try_for_each(|(_, file)| file.sync_home())?;
             }
             all(&|snapshot, file| file.write_header(snapshot))?;
             if work.len() > FEW_FILES {
-                self.sync_fs()?;
+                self.sync_fs(false)?;
             } else {
                 all(&|_, file| file.sync_home())?;
             }
@@ -331,7 +351,7 @@ impl Shared {
         let clean = last && self.dirty.len() == 0;
         if clean {
             // Of files that were never written to, names and headers.
-            self.sync_fs()?;
+            self.sync_fs(false)?;
         }
         log.trim(tails, clean, |anchor| {
             let lease = self.gate.lease()?;
@@ -377,7 +397,7 @@ impl Shared {
             if flushed.elapsed() >= FLUSH_EVERY {
                 flushed = Instant::now();
                 if self.newborn.mark().is_some()
-                    && let Err(error) = self.sync_fs()
+                    && let Err(error) = self.sync_fs(false)
                 {
                     log::error!("new files could not be flushed: {error}");
                 }

@@ -33,12 +33,12 @@ use self::overlay::State;
 pub use self::overlay::Times;
 use super::Shared;
 use super::header::Header;
-use super::intent_log::{Kind, Log, PendingFlush, Record, STREAMS, Stream};
+use super::intent_log::{Kind, Log, PendingFlush, Record, STREAMS, Scope, Stream};
 use super::keys::{FileKeys, hex};
 use super::layout::{BLOCK, HEADERS_LEN, blocks_for, group_of, region_of_group};
 use super::range_lock::RangeLock;
 use crate::backing::{FileRef, NodeId, NodeRef, SetTime};
-use crate::error::{FsError, FsResult};
+use crate::error::FsResult;
 use crate::sync::Mutex;
 
 /// When a write is acknowledged.
@@ -244,8 +244,10 @@ impl File {
         if !(attributes || self.is_unsynced()) {
             return Ok(());
         }
-        let sync = || self.backing.sync_all().map_err(|error| self.fail(error));
-        self.shared.unless_failed(sync)
+        let sync = || self.backing.sync_all();
+        let done = self.shared.flush(Scope::Inode(self.node), sync, |error| self.fail(error));
+        // Whatever it was: MySQL takes EROFS for success.
+        done.map_err(|_| Errno::IO.into())
     }
 
     /// The other half: what was written. Returns the last flush of the log, if one is owed.
@@ -338,15 +340,13 @@ impl File {
 
     /// The kernel has told of a failed write-back, perhaps of something that a checkpoint has brought
     /// home and is about to flush: the log must not forget anything any more.
-    fn fail(&self, error: std::io::Error) -> FsError {
+    fn fail(&self, error: &std::io::Error) {
         let file = hex(&self.file_id);
         log::error!("file {file}: write-back failed ({error}); it takes no more writes");
         self.failed.store(true, Ordering::Release);
         if let Ok(log) = self.shared.log() {
-            log.flush_failed(&format!("file {file} cannot be flushed"), &error);
+            log.flush_failed(&format!("file {file} cannot be flushed"), error);
         }
-        // Whatever it was: MySQL takes EROFS for success.
-        Errno::IO.into()
     }
 
     fn cache_id(&self) -> u64 {

@@ -53,7 +53,7 @@ pub use volume_key::Adopted;
 use self::cache::{BufferPool, PageCache};
 use self::checkpointer::{Background, Checkpointer, DirtyFiles};
 use self::header::{DekSlot, Header, HeaderError};
-use self::intent_log::{Log, Proof, Size as LogSize};
+use self::intent_log::{Log, Proof, Scope, Size as LogSize};
 use self::keys::{KeySource, Keys, hex};
 use self::layout::HEADERS_LEN;
 use self::newborn::Newborn;
@@ -637,10 +637,10 @@ impl Store {
             None if !self.shared.newborn.contains(node.id()) => Ok(()),
             // The number may be that of a file that is gone, given to something else since.
             None if node.metadata()?.kind != FileKind::Regular => Ok(()),
-            None => self.shared.unless_failed(|| {
+            None => {
                 let file = node.open(Access::Peek)?;
-                file.sync_all().map_err(|error| self.shared.names_failed(&error))
-            }),
+                self.shared.flush_names(Scope::Inode(node.id()), || file.sync_all())
+            }
         }
     }
 
@@ -651,28 +651,22 @@ impl Store {
     }
 
     /// The names in these directories are on stable storage afterwards. A failure is final.
-    pub fn flush_names<'a>(&self, directories: impl Iterator<Item = &'a NodeRef>) -> FsResult<()> {
-        self.shared.unless_failed(|| {
-            for directory in directories {
-                match directory.sync() {
-                    // One that is gone has none.
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                    Err(error) => return Err(self.shared.names_failed(&error)),
-                    Ok(()) => {}
-                }
-            }
-            Ok(())
+    pub fn flush_names<'a>(
+        &self,
+        mut directories: impl Iterator<Item = &'a NodeRef>,
+    ) -> FsResult<()> {
+        directories.try_for_each(|directory| {
+            self.shared.flush_names(Scope::Inode(directory.id()), || match directory.sync() {
+                // One that is gone has none.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                synced => synced,
+            })
         })
     }
 
     /// All names are on stable storage afterwards, and everything at home. A failure is final.
     pub fn flush_all_names(&self) -> FsResult<()> {
-        self.shared.unless_failed(|| {
-            self.shared.sync_fs().map_err(|error| match error {
-                FsError::Os(errno) => self.shared.names_failed(&errno.into()),
-                other => other,
-            })
-        })
+        self.shared.sync_fs(true)
     }
 
     /// Everything acknowledged so far is on stable storage afterwards, except names and attributes.
@@ -797,7 +791,7 @@ impl Store {
     /// Everything written so far, names too, is on stable storage afterwards. Needs no keys.
     pub fn sync_all(&self) -> FsResult<()> {
         self.flush_log()?;
-        self.shared.sync_fs()
+        self.shared.sync_fs(false)
     }
 }
 

@@ -22,7 +22,7 @@ use crate::error::{FsError, FsResult};
 use crate::store::block::Sealer;
 use crate::store::cache::{BUFFER_LEN, Buffer};
 use crate::store::intent_log::{
-    Draft, Entry as Listed, Kind, PAGE, Position, Record, Room, SAME_SIZE, Stream,
+    Draft, Entry as Listed, Home, Kind, PAGE, Position, Record, Room, SAME_SIZE, Stream,
 };
 use crate::store::keys::hex;
 use crate::store::layout::{
@@ -546,7 +546,8 @@ impl<'a> Change<'a> {
         self.write_direct()?;
         let mtime = self.mtime.unwrap_or_else(crate::backing::now);
         let draft = self.draft(mtime);
-        let home = (!self.direct.numbers.is_empty()).then(|| self.file.backing.clone());
+        let home = (!self.direct.numbers.is_empty())
+            .then(|| Home { file: self.file.backing.clone(), node: self.file.node });
         let log = self.file.shared.log()?;
         let stream = room.stream();
         let position = {

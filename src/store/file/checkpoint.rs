@@ -19,8 +19,9 @@ use super::overlay::{Part, Spot};
 use super::pages::position;
 use super::write_header;
 use crate::backing::{SetTime, Timestamp};
-use crate::error::{FsError, FsResult};
+use crate::error::FsResult;
 use crate::store::header::Header;
+use crate::store::intent_log::Scope;
 use crate::store::layout::{
     BLOCK, BLOCK_LEN, BLOCKS_PER_GROUP, GROUPS_PER_REGION, backing_len, block_at, blocks_for,
     region_of_group, slot_of_block, tag_page_at,
@@ -111,8 +112,8 @@ impl File {
             let start = block_at(*from_block.get_or_insert(*first));
             if handed >= AHEAD_OF_DISK {
                 let end = block_at(*first) + buffer.len() as u64;
-                let done = self.backing.write_out(start, end - start);
-                done.map_err(|error| self.home_failed(error))?;
+                let write = || self.backing.write_out(start, end - start);
+                log.write_out_of(Scope::Inode(self.node), write, |error| self.home_failed(error))?;
                 (handed, from_block) = (0, None);
             }
         }
@@ -173,17 +174,16 @@ impl File {
     /// went home otherwise is not.
     pub(in crate::store) fn sync_home(&self) -> FsResult<()> {
         self.check_usable()?;
-        self.backing.sync_data().map_err(|error| self.home_failed(error))?;
+        let sync = || self.backing.sync_data();
+        self.shared.flush(Scope::Inode(self.node), sync, |error| self.home_failed(error))?;
         self.check_usable()
     }
 
-    fn home_failed(&self, error: std::io::Error) -> FsError {
-        if let Ok(log) = self.shared.log() {
-            log.home_failed(Some(&self.backing), &error);
-        }
-        match self.is_unsynced() {
-            true => self.shared.names_failed(&error),
-            false => error.into(),
+    fn home_failed(&self, error: &std::io::Error) {
+        if self.is_unsynced() {
+            self.shared.names_failed(error);
+        } else if let Some(log) = self.shared.log.get() {
+            log.home_failed(Some(self.node), error);
         }
     }
 

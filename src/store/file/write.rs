@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use super::change::{Change, room_for};
 use super::{Durability, File, WriteMode};
 use crate::error::FsResult;
-use crate::store::intent_log::{Kind, Stream};
+use crate::store::intent_log::{Kind, Scope, Stream};
 use crate::store::layout::{
     BLOCK, MAX_SIZE, block_of, blocks_for, group_of, groups, part_in_group,
 };
@@ -77,11 +77,13 @@ impl File {
     /// earlier one of its stream, and of its file in the other, with the blocks that those name.
     fn wait_on_device(&self, direct: &[(u64, u64)], overwrites: bool) -> FsResult<()> {
         let log = self.shared.log()?;
-        if overwrites && log.owes_flush_of(&self.backing) {
+        if overwrites && log.owes_flush_of(self.node) {
             return self.sync(false);
         }
         for &(at, len) in direct {
-            self.backing.write_out(at, len).map_err(|error| self.fail(error))?;
+            let write = || self.backing.write_out(at, len);
+            let done = log.write_out_of(Scope::Inode(self.node), write, |error| self.fail(error));
+            done.map_err(|_| Errno::IO)?;
         }
         let last = self.state.lock().last;
         for stream in [Stream::Bulk, Stream::Hot] {

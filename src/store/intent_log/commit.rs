@@ -8,15 +8,24 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
 use super::queue::Queue;
 use super::rounds::Role;
-use super::{Log, Position, Room, STREAMS, Stream};
-use crate::backing::FileRef;
-use crate::error::{FsError, FsResult};
+use super::{Log, Position, Room, STREAMS, Scope, Stream};
+use crate::backing::NodeId;
+use crate::error::FsResult;
 use crate::sync::{Condvar, MutexGuard};
+
+/// That the records of a stream before `before` have come as far as that role brings them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Goal {
+    pub(super) index: usize,
+    pub(super) role: Role,
+    pub(super) before: u64,
+}
 
 #[derive(Debug)]
 pub(super) struct Streams {
@@ -75,19 +84,21 @@ impl Drop for Slot<'_> {
 impl Log {
     /// Returns when the record is in the kernel's hands: it survives this process.
     pub(in crate::store) fn wait_written(&self, position: &Position) -> FsResult<()> {
-        self.until(position.stream as usize, Role::Write, position.seq + 1, &mut || {})
+        let index = position.stream as usize;
+        self.until(Goal { index, role: Role::Write, before: position.seq + 1 }, &mut || {})
     }
 
     /// Returns when the record with that number, and all before it in its stream, is on the device,
     /// perhaps in its cache. Blocks that records only name are the caller's business.
     pub(in crate::store) fn write_out_through(&self, stream: Stream, seq: u64) -> FsResult<()> {
         let (index, before) = (stream as usize, seq + 1);
-        self.until(index, Role::Write, before, &mut || {})?;
-        self.until(index, Role::WriteOut, before, &mut || {})
+        [Role::Write, Role::WriteOut]
+            .into_iter()
+            .try_for_each(|role| self.until(Goal { index, role, before }, &mut || {}))
     }
 
     /// Whether records name blocks in this home file that no flush has covered yet.
-    pub(in crate::store) fn owes_flush_of(&self, home: &FileRef) -> bool {
+    pub(in crate::store) fn owes_flush_of(&self, home: NodeId) -> bool {
         let streams = self.streams.lock();
         streams.queues.iter().any(|queue| queue.owes_flush_of(Some(home)))
     }
@@ -102,16 +113,18 @@ impl Log {
         pause: &mut dyn FnMut(),
     ) -> FsResult<()> {
         let (index, before) = (stream as usize, seq + 1);
-        self.until(index, Role::Write, before, pause)?;
-        self.until(index, Role::Flush, before, pause)
+        [Role::Write, Role::Flush]
+            .into_iter()
+            .try_for_each(|role| self.until(Goal { index, role, before }, pause))
     }
 
     /// Everything appended so far is on stable storage afterwards. Needs no key.
     pub(in crate::store) fn flush(&self) -> FsResult<()> {
         for index in 0..STREAMS {
-            let next = self.streams.lock().queues[index].ring.next_seq();
-            self.until(index, Role::Write, next, &mut || {})?;
-            self.until(index, Role::Flush, next, &mut || {})?;
+            let before = self.streams.lock().queues[index].ring.next_seq();
+            for role in [Role::Write, Role::Flush] {
+                self.until(Goal { index, role, before }, &mut || {})?;
+            }
         }
         Ok(())
     }
@@ -127,6 +140,7 @@ impl Log {
     ) -> FsResult<Room> {
         let index = stream as usize;
         let mut streams = self.streams.lock();
+        let mut asked = false;
         loop {
             streams.check()?;
             let queue = &mut streams.queues[index];
@@ -134,8 +148,13 @@ impl Log {
                 let usage = queue.usage();
                 return Ok(Room { log: self.clone(), stream, pages, usage });
             }
-            MutexGuard::unlocked(&mut streams, &give_up)?;
-            self.space[index].wait_for(&mut streams, std::time::Duration::from_secs(1));
+            if asked {
+                self.space[index].wait_for(&mut streams, std::time::Duration::from_secs(1));
+            } else {
+                // There may be room afterwards, of which nobody tells who does not wait yet.
+                MutexGuard::unlocked(&mut streams, &give_up)?;
+            }
+            asked = !asked;
         }
     }
 
@@ -151,38 +170,22 @@ impl Log {
         self.space.iter().for_each(Condvar::notify_all);
     }
 
-    /// EIO once the log has failed.
-    pub(in crate::store) fn check(&self) -> FsResult<()> {
-        self.streams.lock().check()
-    }
-
     /// Why the log takes nothing more, if so.
     pub(in crate::store) fn poisoned(&self) -> Option<String> {
         self.streams.lock().poison.clone()
     }
 
-    /// Returns when the records before `before` have come as far as that role brings them.
-    pub(super) fn until(
-        &self,
-        index: usize,
-        role: Role,
-        before: u64,
-        pause: &mut dyn FnMut(),
-    ) -> FsResult<()> {
-        while !self.progress[index].has(role, before) {
-            self.go_on(index, role, before, pause)?;
+    /// Returns when the goal is reached.
+    pub(super) fn until(&self, goal: Goal, pause: &mut dyn FnMut()) -> FsResult<()> {
+        while !self.progress[goal.index].has(goal.role, goal.before) {
+            self.go_on(goal, pause)?;
         }
         Ok(())
     }
 
     /// Takes the role for one round, or sleeps until somebody who has it has done one.
-    pub(super) fn go_on(
-        &self,
-        index: usize,
-        role: Role,
-        before: u64,
-        pause: &mut dyn FnMut(),
-    ) -> FsResult<()> {
+    pub(super) fn go_on(&self, goal: Goal, pause: &mut dyn FnMut()) -> FsResult<()> {
+        let Goal { index, role, before } = goal;
         let mut streams = self.streams.lock();
         if self.progress[index].has(role, before) {
             return Ok(());
@@ -222,10 +225,15 @@ impl Log {
     ) {
         let covered = self.progress[index].mark(Role::Write);
         let homes = streams.queues[index].homes_before(covered);
-        self.round(streams, index, Role::Flush, covered, "the log cannot be flushed", || {
+        let what = "the log cannot be flushed";
+        self.round(streams, index, Role::Flush, covered, what, || {
             pause();
-            homes.iter().try_for_each(|home| home.sync_data())?;
-            self.syncs[index].flush(|| self.files[index].sync_data())
+            homes.iter().try_for_each(|home| {
+                let failed = |error: &io::Error| self.home_failed(Some(home.node), error);
+                self.flush_of(Scope::Inode(home.node), || home.file.sync_data(), failed)
+            })?;
+            let failed = |error: &io::Error| self.poison(index, what, error);
+            self.flush_of(Scope::Stream(index), || self.files[index].sync_data(), failed)
         });
     }
 
@@ -233,18 +241,13 @@ impl Log {
         let from = self.progress[index].mark(Role::WriteOut);
         let covered = self.progress[index].mark(Role::Write);
         let ranges = streams.queues[index].ring.ranges(from, covered);
-        self.round(
-            streams,
-            index,
-            Role::WriteOut,
-            covered,
-            "a record cannot be written out",
-            || {
-                let file = &self.files[index];
-                let write = || ranges.iter().try_for_each(|&(at, len)| file.write_out(at, len));
-                self.syncs[index].write_out(write)
-            },
-        );
+        let what = "a record cannot be written out";
+        self.round(streams, index, Role::WriteOut, covered, what, || {
+            let file = &self.files[index];
+            let write = || ranges.iter().try_for_each(|&(at, len)| file.write_out(at, len));
+            let failed = |error: &io::Error| self.poison(index, what, error);
+            self.write_out_of(Scope::Stream(index), write, failed)
+        });
     }
 
     /// Does `io` for all who wait for that role and for no more than `reaches`. A panic in it is a
@@ -275,6 +278,8 @@ impl Log {
                     streams.queues[index].homes_are_durable(reaches);
                 }
             }
+            // Most have seen to it themselves.
+            Err(_) if streams.poison.is_some() => {}
             Err(error) => self.poison_locked(&mut streams, index, failure, &error),
         }
         let queue = &mut streams.queues[index];
@@ -293,7 +298,7 @@ impl Log {
     /// Somebody else's flush of a home file, or with None of all, has failed. The kernel may tell of
     /// it once: what went there directly and was not flushed before must not count as durable by a
     /// later flush that knows nothing of it.
-    pub(in crate::store) fn home_failed(&self, home: Option<&FileRef>, error: &io::Error) {
+    pub(in crate::store) fn home_failed(&self, home: Option<NodeId>, error: &io::Error) {
         let mut streams = self.streams.lock();
         for index in 0..STREAMS {
             if streams.queues[index].owes_flush_of(home) {
@@ -308,9 +313,8 @@ impl Log {
         self.poison_because(&mut self.streams.lock(), format!("{what}: {error}"));
     }
 
-    pub(super) fn poison(&self, index: usize, what: &str, error: &io::Error) -> FsError {
+    pub(super) fn poison(&self, index: usize, what: &str, error: &io::Error) {
         self.poison_locked(&mut self.streams.lock(), index, what, error);
-        Errno::IO.into()
     }
 
     fn poison_locked(&self, streams: &mut Streams, index: usize, what: &str, error: &io::Error) {
@@ -321,6 +325,7 @@ impl Log {
     fn poison_because(&self, streams: &mut Streams, reason: String) {
         log::error!("{reason}; writes fail until the volume is mounted again");
         streams.poison.get_or_insert(reason);
+        self.failed.store(true, Ordering::Release);
         self.progress.iter().for_each(|progress| progress.wake_all());
         self.space.iter().for_each(Condvar::notify_all);
     }

@@ -23,19 +23,19 @@
 
 mod anchor;
 mod commit;
+mod overlaps;
 mod pending;
 mod queue;
 mod record;
 mod ring;
 mod rounds;
 mod scan;
-mod syncs;
 #[cfg(test)]
 mod tests;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::backing::{Access, FileRef, NodeRef};
 use crate::crypto::mac::MacKey;
@@ -45,14 +45,16 @@ use crate::sync::{Condvar, Mutex};
 use anchor::ANCHORS_LEN;
 pub(super) use anchor::Anchor;
 use commit::Streams;
+use overlaps::Overlaps;
+pub(super) use overlaps::Scope;
 pub use pending::PendingFlush;
+pub(super) use queue::Home;
 use queue::Queue;
 pub(super) use record::{Draft, Entry, Kind, Place, Record, SAME_SIZE};
 use ring::{Ring, Spot};
 use rounds::Progress;
 pub(super) use scan::Proof;
 use scan::Scan;
-use syncs::Syncs;
 
 pub(crate) const PAGE: usize = 4096;
 pub(crate) const STREAMS: usize = 2;
@@ -132,7 +134,9 @@ pub(super) struct SessionKey {
 #[derive(Debug)]
 pub(super) struct Log {
     files: [FileRef; STREAMS],
-    syncs: [Syncs; STREAMS],
+    overlaps: Overlaps,
+    /// That it is poisoned, for who has no lock.
+    failed: AtomicBool,
     /// For messages.
     paths: [String; STREAMS],
     /// Rises with every record of either stream.
@@ -312,7 +316,7 @@ impl Log {
         &self,
         mut room: Room,
         draft: Draft,
-        home: Option<FileRef>,
+        home: Option<Home>,
         key: &SessionKey,
     ) -> FsResult<Position> {
         let pages = draft.pages();
@@ -374,9 +378,9 @@ impl Log {
             }
         }
         let sealed = seal(&next)?;
-        if let Err(error) = self.syncs[0].flush(|| next.write(&self.files[0], &sealed)) {
-            return Err(self.poison(0, "the anchor cannot be written", &error));
-        }
+        let write = || next.write(&self.files[0], &sealed);
+        let failed = |error: &io::Error| self.poison(0, "the anchor cannot be written", error);
+        self.flush_of(Scope::Stream(0), write, failed)?;
         *anchor = next;
         let mut streams = self.streams.lock();
         for (stream, tail) in next.tails.iter().enumerate() {
@@ -491,7 +495,8 @@ impl Found {
         let progress = [0, 1].map(|stream: usize| Arc::clone(&queues[stream].progress));
         Arc::new(Log {
             files: self.files,
-            syncs: Default::default(),
+            overlaps: Overlaps::default(),
+            failed: AtomicBool::new(false),
             paths: self.paths,
             order: AtomicU64::new(self.next_order),
             streams: Mutex::new(Streams::new(queues)),

@@ -9,11 +9,12 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use super::commit::Goal;
 use super::rounds::Role;
 use super::{Log, Stream};
 use crate::error::FsResult;
 
-/// Is called once, by any thread.
+/// Is called once, by any thread, and must not wait: others are told after it, and flushed for.
 type Tell = Box<dyn FnOnce(FsResult<()>) + Send>;
 
 /// What is left of making something durable: the flush of a stream of the log.
@@ -65,9 +66,9 @@ impl PendingFlush {
     }
 
     /// Has `tell` called as soon as it is known, perhaps before this returns. This thread may be the
-    /// one that flushes, for others too.
-    pub fn then(self, tell: impl FnOnce(FsResult<()>) + Send + 'static) {
-        self.log.flush_and_tell(self.stream as usize, self.seq + 1, Box::new(tell));
+    /// one that flushes, for others too; `pause` as for [`PendingFlush::wait_with_pauses`].
+    pub fn then(self, tell: impl FnOnce(FsResult<()>) + Send + 'static, pause: &mut dyn FnMut()) {
+        self.log.flush_and_tell(self.stream as usize, self.seq + 1, Box::new(tell), pause);
     }
 }
 
@@ -83,8 +84,8 @@ impl Log {
         (!durable).then(|| PendingFlush { log: Arc::clone(self), stream, seq })
     }
 
-    fn flush_and_tell(&self, index: usize, before: u64, tell: Tell) {
-        if let Err(error) = self.until(index, Role::Write, before, &mut || {}) {
+    fn flush_and_tell(&self, index: usize, before: u64, tell: Tell, pause: &mut dyn FnMut()) {
+        if let Err(error) = self.until(Goal { index, role: Role::Write, before }, pause) {
             return tell(Err(error));
         }
         if self.progress[index].has(Role::Flush, before) {
@@ -96,27 +97,30 @@ impl Log {
             !std::mem::replace(&mut pending.attended, true)
         };
         if attend {
-            self.attend(index);
+            self.attend(index, pause);
         }
     }
 
-    fn attend(&self, index: usize) {
+    fn attend(&self, index: usize, pause: &mut dyn FnMut()) {
         loop {
-            let (due, durable, next) = {
+            let (due, durable, attended) = {
                 let mut streams = self.streams.lock();
                 let failed = streams.check().is_err();
                 let durable = self.progress[index].mark(Role::Flush);
                 let pending = &mut streams.queues[index].pending;
                 let due = pending.due(durable, failed);
-                let next = pending.notes.iter().map(|note| note.before).min();
                 // Whoever comes while the last ones are told sees to himself.
-                pending.attended = next.is_some();
-                (due, durable, next)
+                pending.attended = !pending.notes.is_empty();
+                (due, durable, pending.attended)
             };
             due.into_iter().for_each(|note| note.tell(durable));
-            let Some(next) = next else { return };
-            // If the log has failed, all are told.
-            let _ = self.go_on(index, Role::Flush, next, &mut || {});
+            if !attended {
+                return;
+            }
+            // Until the end of the round that runs, whatever it reaches: notes that it covers may
+            // come yet. If the log has failed, all are told.
+            let before = durable + 1;
+            let _ = self.go_on(Goal { index, role: Role::Flush, before }, pause);
         }
     }
 }

@@ -9,7 +9,7 @@ use super::pending::Pending;
 use super::ring::{Ring, Spot};
 use super::rounds::{Progress, Role, Rounds};
 use super::{PAGE, Usage};
-use crate::backing::FileRef;
+use crate::backing::{FileRef, NodeId};
 
 /// The most that one write takes along.
 const BATCH: usize = 4 << 20;
@@ -27,16 +27,23 @@ pub(super) struct Queue {
     waiting: VecDeque<Queued>,
     pub(super) progress: Arc<Progress>,
     rounds: [Rounds; 3],
-    homes: Vec<Home>,
+    homes: Vec<Owed>,
     pub(super) pending: Pending,
 }
 
-/// A home file with blocks that records only name: to be flushed before those records are.
+/// A home file.
+#[derive(Clone, Debug)]
+pub(in crate::store) struct Home {
+    pub(in crate::store) file: FileRef,
+    pub(in crate::store) node: NodeId,
+}
+
+/// One with blocks that records only name: to be flushed before those records are.
 #[derive(Debug)]
-struct Home {
+struct Owed {
     first: u64,
     last: u64,
-    file: FileRef,
+    home: Home,
 }
 
 impl Queue {
@@ -65,34 +72,33 @@ impl Queue {
         self.rounds[role as usize].is_free() && (role != Role::Write || self.is_ready())
     }
 
-    pub(super) fn place(&mut self, pages: u64, home: Option<FileRef>) -> Spot {
+    pub(super) fn place(&mut self, pages: u64, home: Option<Home>) -> Spot {
         let spot = self.ring.place(pages);
         self.waiting.push_back(Queued { spot, bytes: None });
-        if let Some(file) = home {
-            match self.homes.iter_mut().find(|home| Arc::ptr_eq(&home.file, &file)) {
-                Some(home) => home.last = spot.seq,
-                None => self.homes.push(Home { first: spot.seq, last: spot.seq, file }),
+        if let Some(home) = home {
+            match self.homes.iter_mut().find(|owed| Arc::ptr_eq(&owed.home.file, &home.file)) {
+                Some(owed) => owed.last = spot.seq,
+                None => self.homes.push(Owed { first: spot.seq, last: spot.seq, home }),
             }
         }
         spot
     }
 
     /// The home files that records before `seq` need on stable storage.
-    pub(super) fn homes_before(&self, seq: u64) -> Vec<FileRef> {
-        let needed = self.homes.iter().filter(|home| home.first < seq);
-        needed.map(|home| home.file.clone()).collect()
+    pub(super) fn homes_before(&self, seq: u64) -> Vec<Home> {
+        let needed = self.homes.iter().filter(|owed| owed.first < seq);
+        needed.map(|owed| owed.home.clone()).collect()
     }
 
     /// Whether records name blocks in this home file, or with None in any, that no flush has covered.
-    pub(super) fn owes_flush_of(&self, home: Option<&FileRef>) -> bool {
-        let is_it = |known: &Home| home.is_none_or(|home| Arc::ptr_eq(home, &known.file));
-        self.homes.iter().any(is_it)
+    pub(super) fn owes_flush_of(&self, home: Option<NodeId>) -> bool {
+        self.homes.iter().any(|owed| home.is_none_or(|node| node == owed.home.node))
     }
 
     pub(super) fn homes_are_durable(&mut self, seq: u64) {
-        self.homes.retain_mut(|home| {
-            home.first = home.first.max(seq);
-            home.last >= seq
+        self.homes.retain_mut(|owed| {
+            owed.first = owed.first.max(seq);
+            owed.last >= seq
         });
     }
 

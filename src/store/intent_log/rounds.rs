@@ -6,6 +6,11 @@
 //! for it. So those who sleep are in one of two groups, and all of one are woken together, by one
 //! system call, without a lock that they would have to take in turn.
 //!
+//! Wakes are made without the lock, so one for a round may come when its group's places are taken by
+//! those of the round after the next. Nothing is lost by that: who is woken looks at the mark and at
+//! the role again, and where a sleeper of an older round took the call that was for one of the next,
+//! the wake of all of his own group is still to come, and reaches the others too.
+//!
 //! Invariant: whenever a role is free, and there is something for it to do, either nobody waits for
 //! it, or somebody who does has been called and has not looked yet.
 //!

@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 use std::fmt::Debug;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use super::*;
@@ -203,6 +204,10 @@ fn a_full_stream_makes_writers_wait_until_space_comes() {
     assert!(try_append(&log, Stream::Hot, draft(2, 100, 2)).unwrap().is_some());
 }
 
+fn at_home(file: &FileRef) -> Home {
+    Home { file: file.clone(), node: file.metadata().unwrap().id }
+}
+
 #[test]
 fn a_record_is_durable_when_its_home_is() {
     let memory = MemoryBacking::new();
@@ -214,7 +219,7 @@ fn a_record_is_durable_when_its_home_is() {
     let direct = |number| Draft { body: Vec::new(), ..draft(number, 1, 1) };
     let append_direct = |number| {
         let room = log.reserve(Stream::Bulk, 1, || Ok(())).unwrap();
-        log.append(room, direct(number), Some(home.clone()), &session(1)).unwrap()
+        log.append(room, direct(number), Some(at_home(&home)), &session(1)).unwrap()
     };
     for (number, byte) in [(1, 7_u8), (2, 8)] {
         home.write_at(&[byte; 512], 0).unwrap();
@@ -234,7 +239,7 @@ fn a_record_is_durable_when_its_home_is() {
     let (backing, faults) = FaultBacking::new(memory.clone());
     let home = backing.root().lookup(b"home").unwrap().open(Access::ReadWrite).unwrap();
     let room = log.reserve(Stream::Bulk, 1, || Ok(())).unwrap();
-    let position = log.append(room, direct(3), Some(home), &session(1)).unwrap();
+    let position = log.append(room, direct(3), Some(at_home(&home)), &session(1)).unwrap();
     faults.arm(Rule {
         call: Call::Sync,
         after: 0,
@@ -244,6 +249,57 @@ fn a_record_is_durable_when_its_home_is() {
     });
     assert_eq!(errno(log.wait_durable(&position)), Errno::IO);
     assert!(log.poisoned().is_some());
+}
+
+#[test]
+fn a_flush_counts_only_if_none_beside_it_fails() {
+    for fails in [false, true] {
+        let backing = MemoryBacking::new();
+        fresh(&*backing);
+        let log = start(&*backing);
+        let home = at_home(&backing.root().create_unnamed().unwrap());
+        let node = home.node;
+        let room = log.reserve(Stream::Bulk, 1, || Ok(())).unwrap();
+        let direct = Draft { body: Vec::new(), ..draft(1, 1, 1) };
+        let position = log.append(room, direct, Some(home), &session(1)).unwrap();
+        std::thread::scope(|scope| {
+            let log = &log;
+            let (started, has_started) = channel();
+            let (end, may_end) = channel::<()>();
+            // As a checkpoint flushes the same file.
+            let beside = scope.spawn(move || {
+                let flush = || {
+                    started.send(()).unwrap();
+                    may_end.recv().unwrap();
+                    if fails { Err(io::ErrorKind::Other.into()) } else { Ok(()) }
+                };
+                let failed = |error: &io::Error| log.home_failed(Some(node), error);
+                log.flush_of(Scope::Inode(node), flush, failed)
+            });
+            has_started.recv().unwrap();
+            log.flush_of(Scope::Whole, || Ok(()), |_| ()).expect("something else");
+            let commit = scope.spawn(|| log.wait_durable(&position));
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!commit.is_finished(), "nobody knows yet what comes of the other");
+            end.send(()).unwrap();
+            assert_eq!(beside.join().unwrap().is_err(), fails);
+            assert_eq!(commit.join().unwrap().is_err(), fails);
+        });
+        assert_eq!(log.poisoned().is_some(), fails);
+        let after = log.flush_of(Scope::Stream(0), || Ok(()), |_| ());
+        assert_eq!(after.is_err(), fails, "and from then on");
+    }
+}
+
+#[test]
+fn a_flush_that_panics_is_one_that_fails_and_holds_nobody_up() {
+    let backing = MemoryBacking::new();
+    fresh(&*backing);
+    let log = start(&*backing);
+    let failed = |error: &io::Error| log.poison(0, "it cannot be flushed", error);
+    log.flush_of(Scope::Stream(0), || panic!("as ordered"), failed).unwrap_err();
+    assert!(log.poisoned().is_some());
+    log.flush_of(Scope::Stream(0), || Ok(()), |_| ()).unwrap_err();
 }
 
 #[test]
@@ -295,9 +351,9 @@ fn who_waits_without_a_thread_is_told_when_it_is_durable() {
         let during = {
             let (log, told, memory) = (Arc::clone(&log), Arc::clone(&told), Arc::clone(&memory));
             move || {
-                two.then(|_| panic!("as ordered"));
+                two.then(|_| panic!("as ordered"), &mut || {});
                 let three = written(&log, 3);
-                three.then(tell(&told, &memory, 3));
+                three.then(tell(&told, &memory, 3), &mut || {});
                 assert!(told.lock().is_empty(), "nothing is durable yet");
             }
         };
@@ -307,7 +363,7 @@ fn who_waits_without_a_thread_is_told_when_it_is_durable() {
             faults.arm(Rule { call: Call::Sync, after: 0, lasting: false, errno, partial: None });
         }
         let flushes = memory.position();
-        one.then(tell(&told, &memory, 1));
+        one.then(tell(&told, &memory, 1), &mut || {});
         let told = std::mem::take(&mut *told.lock());
         assert_eq!(told.iter().map(|(number, ..)| *number).collect::<Vec<_>>(), [1, 3]);
         if failing {
@@ -333,6 +389,60 @@ fn who_waits_without_a_thread_is_told_when_it_is_durable() {
     }
 }
 
+/// A flush that runs covers the note, but who attends to it waits for more.
+#[test]
+fn who_is_told_does_not_wait_for_a_flush_too_many() {
+    let memory = MemoryBacking::new();
+    fresh(&*memory);
+    let (backing, faults) = FaultBacking::new(memory.clone());
+    let log = start(&*backing);
+    let told = Told::default();
+    let written = |number| {
+        let position = append(&log, Stream::Hot, draft(number, 1, 1));
+        log.wait_written(&position).unwrap();
+        position
+    };
+    let pending = |position: &Position| log.pending_flush(Stream::Hot, position.seq).unwrap();
+    let (begun, has_begun) = channel();
+    let (end_first, first_may_end) = channel::<()>();
+    let (end_second, second_may_end) = channel::<()>();
+    let (again, begun_again) = (faults.clone(), begun.clone());
+    faults.arm_hook(Call::Sync, move || {
+        again.arm_hook(Call::Sync, move || {
+            begun_again.send(2).unwrap();
+            second_may_end.recv().unwrap();
+        });
+        begun.send(1).unwrap();
+        first_may_end.recv().unwrap();
+    });
+    let one = written(1);
+    std::thread::scope(|scope| {
+        // Ends with this, whatever happens in it.
+        let (end_first, end_second) = (end_first, end_second);
+        scope.spawn(|| log.wait_durable(&one).unwrap());
+        assert_eq!(has_begun.recv().unwrap(), 1);
+        let two = written(2);
+        // Who is called first when the round is over, and begins the next one.
+        let (log, two) = (&log, two);
+        scope.spawn(move || log.wait_durable(&two).unwrap());
+        std::thread::sleep(Duration::from_millis(50));
+        let (attended, tell_two) = (pending(&two), tell(&told, &memory, 2));
+        scope.spawn(move || attended.then(tell_two, &mut || {}));
+        std::thread::sleep(Duration::from_millis(50));
+        pending(&one).then(tell(&told, &memory, 1), &mut || {});
+        end_first.send(()).unwrap();
+        assert_eq!(has_begun.recv().unwrap(), 2);
+        let deadline = std::time::Instant::now() + Duration::from_secs(90);
+        while told.lock().is_empty() {
+            assert!(std::time::Instant::now() < deadline, "nobody is told");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        end_second.send(()).unwrap();
+    });
+    let told: Vec<u64> = told.lock().iter().map(|(number, ..)| *number).collect();
+    assert_eq!(told, [1, 2]);
+}
+
 #[test]
 fn nobody_is_told_that_all_is_well_once_the_log_has_failed() {
     for during_the_flush in [true, false] {
@@ -353,7 +463,7 @@ fn nobody_is_told_that_all_is_well_once_the_log_has_failed() {
         let one = written(1);
         if during_the_flush {
             faults.arm_hook(Call::Sync, fail);
-            one.then(tell(&told, &memory, 1));
+            one.then(tell(&told, &memory, 1), &mut || {});
         } else {
             // It fails while the first is told; the second, which no flush covers yet, waits.
             let (notes, disk, log) = (Arc::clone(&told), Arc::clone(&memory), Arc::clone(&log));
@@ -361,12 +471,13 @@ fn nobody_is_told_that_all_is_well_once_the_log_has_failed() {
                 let late = append(&log, Stream::Hot, draft(3, 1, 1));
                 log.wait_written(&late).unwrap();
                 let rest = log.pending_flush(Stream::Hot, late.seq).unwrap();
-                rest.then(tell(&notes, &disk, 2));
+                rest.then(tell(&notes, &disk, 2), &mut || {});
             });
-            one.then(move |result| {
+            let told = move |result: FsResult<()>| {
                 result.unwrap();
                 fail();
-            });
+            };
+            one.then(told, &mut || {});
         }
         let told = std::mem::take(&mut *told.lock());
         assert!(!told.is_empty());
@@ -395,7 +506,7 @@ fn many_threads_and_both_streams() {
                             let (tell, told) = std::sync::mpsc::channel();
                             log.wait_written(&position).unwrap();
                             if let Some(rest) = log.pending_flush(stream, position.seq) {
-                                rest.then(move |result| tell.send(result).unwrap());
+                                rest.then(move |result| tell.send(result).unwrap(), &mut || {});
                                 told.recv().unwrap().unwrap();
                             }
                         }
