@@ -159,13 +159,14 @@ impl File {
 
     /// Allocated space in units of 512 bytes, without what the format adds.
     pub fn blocks512(&self) -> FsResult<u64> {
-        let blocks = self.backing.metadata()?.blocks.saturating_sub(self.freed512());
-        Ok(plain_blocks(blocks, self.size()))
+        Ok(plain_blocks(self.kept512(self.backing.metadata()?.blocks), self.size()))
     }
 
-    /// What of the backing file's space, in units of 512 bytes, the next checkpoint gives back.
-    pub(super) fn freed512(&self) -> u64 {
-        self.state.lock().freed / 512
+    /// Without what the next checkpoint gives back, at most: what was written since may need some of it.
+    /// `blocks` of the backing file, in units of 512 bytes.
+    pub(super) fn kept512(&self, blocks: u64) -> u64 {
+        let freed = self.state.lock().freed / 512;
+        blocks.saturating_sub(freed).max(blocks.min((HEADERS_LEN + BLOCK) / 512))
     }
 
     /// The times to be shown while they are not those of the backing file.
@@ -384,6 +385,9 @@ pub(super) fn plain_blocks(blocks: u64, size: u64) -> u64 {
     let groups = if size == 0 { 0 } else { group_of(size - 1) + 1 };
     let regions = if size == 0 { 0 } else { region_of_group(groups - 1) + 1 };
     let pages = HEADERS_LEN / BLOCK + regions + groups;
-    // A sparse file lacks most of those pages, and a full one has no more blocks than it needs.
-    blocks.saturating_sub(pages * PER_PAGE).min(blocks_for(size) * PER_PAGE)
+    // A sparse file lacks most of those pages, and a full one has no more blocks than it needs. One that
+    // has any must not show 0: GNU tar takes that for a file of zeros, and does not read it.
+    let least = if blocks > HEADERS_LEN / 512 { PER_PAGE } else { 0 };
+    let data = blocks.saturating_sub(pages * PER_PAGE).max(least);
+    data.min(blocks_for(size) * PER_PAGE)
 }

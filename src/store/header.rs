@@ -100,7 +100,16 @@ impl Header {
     /// Notes that `region` has a generation page, and returns the regions that must get one
     /// first: itself, and those of the smallest gap when it would be one run too many.
     pub(super) fn add_region(&mut self, region: u32) -> Vec<u32> {
-        let mut added = vec![region];
+        let gap = self.insert_region(region);
+        std::iter::once(region).chain(gap).collect()
+    }
+
+    /// What [`Header::add_region`] would return beside the region itself.
+    pub(super) fn gap_for(&self, region: u32) -> Range<u32> {
+        if self.has_region(region.into()) { 0..0 } else { self.clone().insert_region(region) }
+    }
+
+    fn insert_region(&mut self, region: u32) -> Range<u32> {
         let at = self.runs.partition_point(|run| run.start <= region);
         self.runs.insert(at, Run { start: region, len: 1 });
         self.merge();
@@ -110,11 +119,11 @@ impl Header {
                 (0..self.runs.len() - 1).min_by_key(|&i| gap(&self.runs[i..i + 2])).unwrap_or(0);
             let run = self.runs[smallest];
             let next = self.runs[smallest + 1].start;
-            added.extend(run.start + run.len..next);
             self.runs[smallest].len = next - run.start;
             self.merge();
+            return run.start + run.len..next;
         }
-        added
+        0..0
     }
 
     fn merge(&mut self) {

@@ -590,7 +590,7 @@ impl Store {
     pub fn amend(&self, metadata: &mut Metadata) {
         let file = self.shared.registry.get(metadata.id);
         if let Some(file) = &file {
-            metadata.blocks = metadata.blocks.saturating_sub(file.freed512());
+            metadata.blocks = file.kept512(metadata.blocks);
         }
         match file.and_then(|file| file.times()) {
             Some(times) => {

@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
@@ -36,6 +37,9 @@ use crate::store::page::{Entry, Page, PageId};
 const DIRECT_MIN: usize = 64 << 10;
 /// The most that is reserved beyond the end for writes to come.
 const AHEAD: u64 = 1 << 20;
+
+/// Regions of a gap that may get a page for the sake of one write: as many as are in 16 TiB.
+const MOST_OF_A_GAP: usize = 8192;
 
 pub(super) struct Change<'a> {
     file: &'a File,
@@ -458,7 +462,14 @@ impl<'a> Change<'a> {
     /// The first page that a group needs beside its blocks, if they are its first, or `from`.
     fn reserve_pages(&self, group: u64, from: u64) -> FsResult<u64> {
         let region = region_of_group(group);
-        let page = self.file.state.lock().page(PageId::Generations(region)).cloned();
+        let page = {
+            let state = self.file.state.lock();
+            let gap = state.header.gap_for(region as u32);
+            let page = state.page(PageId::Generations(region)).cloned();
+            drop(state);
+            self.reserve_gap(gap)?;
+            page
+        };
         let page = page.or_else(|| self.regions.get(&region).cloned().flatten());
         match page.map(|page| page.generation(slot_of_group(group))) {
             None if slot_of_group(group) == 0 => Ok(generation_page_at(region)),
@@ -469,6 +480,17 @@ impl<'a> Change<'a> {
             Some(0) => Ok(tag_page_at(group)),
             Some(_) => Ok(from),
         }
+    }
+
+    /// The pages of regions that get one since the header cannot name more pieces.
+    fn reserve_gap(&self, gap: Range<u32>) -> FsResult<()> {
+        if gap.len() > MOST_OF_A_GAP && !self.file.recovering.load(Ordering::Acquire) {
+            return Err(Errno::FBIG.into());
+        }
+        gap.into_iter().try_for_each(|region| {
+            let at = generation_page_at(region.into());
+            Ok(self.file.backing.allocate(at, BLOCK, true)?)
+        })
     }
 
     /// Makes sure that what is in the log will have its place at home, and what goes home directly one
@@ -514,7 +536,14 @@ impl<'a> Change<'a> {
                     return Ok(());
                 }
                 // Without what may follow it may do.
-                Err(error) if error.raw_os_error() == Some(Errno::NOSPC.raw_os_error()) => {}
+                Err(error)
+                    if [Errno::NOSPC, Errno::DQUOT, Errno::FBIG]
+                        .map(|errno| Some(errno.raw_os_error()))
+                        .contains(&error.raw_os_error()) =>
+                {
+                    // ext4 keeps what it found.
+                    self.file.state.lock().trim_end = true;
+                }
                 Err(error) => return Err(error.into()),
             }
         }

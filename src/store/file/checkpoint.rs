@@ -234,6 +234,12 @@ impl File {
     /// locked.
     fn give_back(&self, snapshot: &Snapshot) -> FsResult<()> {
         let size = self.size();
+        if snapshot.removed.iter().any(|part| !part.keep) {
+            // What is punched may be a part of it.
+            let mut state = self.state.lock();
+            state.trim_end |= !state.ahead.is_empty();
+            state.ahead = 0..0;
+        }
         for part in &snapshot.removed {
             if part.keep {
                 continue;
@@ -252,17 +258,17 @@ impl File {
         let length = backing_len(snapshot.header.size.max(size));
         let (unused, wanted) = {
             let state = self.state.lock();
-            // What was punched may have been a part of it.
-            let punched = snapshot.removed.iter().any(|part| !part.keep);
-            let unused = !state.ahead.is_empty() && (punched || !state.dirty.changed);
-            (unused, state.keep_ahead)
+            let unused = !state.ahead.is_empty() && !state.dirty.changed;
+            (unused || state.trim_end, state.keep_ahead)
         };
         if (unused && !wanted) || self.backing.metadata()?.size > length {
             self.backing.set_len(length)?;
-            self.state.lock().ahead = 0..0;
-        } else if unused {
-            self.state.lock().ahead = 0..0;
+        } else if !unused {
+            return Ok(());
         }
+        let mut state = self.state.lock();
+        state.ahead = 0..0;
+        state.trim_end = false;
         Ok(())
     }
 

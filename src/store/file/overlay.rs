@@ -100,6 +100,8 @@ pub(super) struct State {
     pub freed: u64,
     /// Positions at home that were reserved for what will be written beyond the end.
     pub ahead: Range<u64>,
+    /// Space beyond the end may be there that nobody asked for, or needs any more.
+    pub trim_end: bool,
     /// Somebody asked for space beyond the end.
     pub keep_ahead: bool,
     /// It has no name, and nobody can reach it.
@@ -124,6 +126,7 @@ impl State {
             last: [0; STREAMS],
             times: None,
             freed: 0,
+            trim_end: false,
             ahead: 0..0,
             keep_ahead: false,
             forsaken: false,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::support::{Volume, keyring, options, pattern, read_all};
+use super::support::{Volume, in_memory, keyring, options, pattern, read_all};
 use crate::backing::linux::LinuxBacking;
 use crate::crypto::secret::Secret;
 use crate::error::{FsError, Kind};
@@ -95,6 +95,54 @@ fn a_read_only_volume_is_not_written() {
     assert!(refused(file.truncate(0)) && refused(file.allocate(0, 1, true)));
     assert!(refused(file.punch_hole(0, 1)) && refused(file.zero_range(0, 1, true)));
     assert_eq!(["sessions.a", "sessions.b", "log.hot", "log.bulk"].map(listing), before);
+}
+
+/// Of one that shows none GNU tar takes for granted that it is zeros.
+#[test]
+fn a_file_with_data_has_blocks() {
+    let volume = Volume::new();
+    let far = volume.create("far");
+    far.write_at(b"x", 1 << 40, WriteMode::default()).unwrap();
+    assert!(far.blocks512().unwrap() > 0);
+    let file = volume.create("again");
+    assert_eq!(file.blocks512().unwrap(), 0);
+    for len in [1 << 20, 8 << 10] {
+        file.write_at(&vec![1; len], 0, WriteMode::default()).unwrap();
+        volume.store.checkpoint().unwrap();
+        file.truncate(0).unwrap();
+        assert_eq!(file.blocks512().unwrap(), 0);
+        file.write_at(&[2; 4096], 0, WriteMode::default()).unwrap();
+        assert!(file.blocks512().unwrap() > 0);
+        volume.store.checkpoint().unwrap();
+        assert!(file.blocks512().unwrap() > 0);
+    }
+}
+
+#[test]
+fn pages_that_fill_a_gap_have_their_space_and_a_limit() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    let blocks = || file.backing().metadata().unwrap().blocks;
+    let mut most = 0;
+    for step in 0..12_u64 {
+        let before = blocks();
+        file.write_at(b"x", step << 40, WriteMode::default()).unwrap();
+        most = most.max(blocks() - before);
+    }
+    // A TiB has some hundred regions.
+    assert!(most > 400 * 8, "{most}");
+    volume.store.checkpoint().unwrap();
+    // Farther than ext4 goes.
+    let (_, mounted) = in_memory();
+    let file = mounted.create("far");
+    let write = |step: u64| file.write_at(b"x", step << 54, WriteMode::default());
+    (0..8).for_each(|step| assert!(write(step).is_ok(), "{step}"));
+    assert!(matches!(write(8), Err(FsError::Os(Errno::FBIG))));
+    write(0).unwrap();
+    mounted.store.checkpoint().unwrap();
+    let mut byte = [0];
+    file.read_at(&mut byte, 7 << 54).unwrap();
+    assert_eq!(&byte, b"x");
 }
 
 #[test]
