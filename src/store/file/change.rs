@@ -572,12 +572,15 @@ impl<'a> Change<'a> {
     pub(super) fn commit(&mut self, room: Room) -> FsResult<Position> {
         self.seal()?;
         self.reserve_home()?;
+        let log = self.file.shared.log()?;
+        let home = (!self.direct.numbers.is_empty()).then(|| Home {
+            file: self.file.backing.clone(),
+            node: self.file.node,
+            failures: log.home_failures(),
+        });
         self.write_direct()?;
         let mtime = self.mtime.unwrap_or_else(crate::backing::now);
         let draft = self.draft(mtime);
-        let home = (!self.direct.numbers.is_empty())
-            .then(|| Home { file: self.file.backing.clone(), node: self.file.node });
-        let log = self.file.shared.log()?;
         let stream = room.stream();
         let position = {
             let shared = &self.file.shared;

@@ -31,11 +31,13 @@ pub(super) struct Goal {
 pub(super) struct Streams {
     pub(in crate::store) queues: [Queue; STREAMS],
     poison: Option<String>,
+    /// Flushes of home files that failed, whether or not the log did by that.
+    pub(super) home_failures: u64,
 }
 
 impl Streams {
     pub(super) fn new(queues: [Queue; STREAMS]) -> Streams {
-        Streams { queues, poison: None }
+        Streams { queues, poison: None, home_failures: 0 }
     }
 
     /// Never EROFS: MySQL takes that for success when it is the answer to fsync(2), and then
@@ -300,12 +302,19 @@ impl Log {
     /// later flush that knows nothing of it.
     pub(in crate::store) fn home_failed(&self, home: Option<NodeId>, error: &io::Error) {
         let mut streams = self.streams.lock();
+        // One that has written to it and is about to append its record is not known yet.
+        streams.home_failures += 1;
         for index in 0..STREAMS {
             if streams.queues[index].owes_flush_of(home) {
                 let what = "blocks that went home directly cannot be flushed";
                 self.poison_locked(&mut streams, index, what, error);
             }
         }
+    }
+
+    /// To be asked before blocks are written home that a record only names.
+    pub(in crate::store) fn home_failures(&self) -> u64 {
+        self.streams.lock().home_failures
     }
 
     /// A flush of something else that nobody will write again has failed.

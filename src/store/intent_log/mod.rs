@@ -327,6 +327,10 @@ impl Log {
         let (spot, durable_seq, order) = {
             let mut streams = self.streams.lock();
             streams.check()?;
+            // One of them may have told somebody else of these very blocks.
+            if home.as_ref().is_some_and(|home| home.failures != streams.home_failures) {
+                return Err(rustix::io::Errno::IO.into());
+            }
             let queue = &mut streams.queues[index];
             let spot = queue.place(pages, home);
             // What the record does not need.

@@ -36,6 +36,10 @@ pub(super) struct Queue {
 pub(in crate::store) struct Home {
     pub(in crate::store) file: FileRef,
     pub(in crate::store) node: NodeId,
+    /// [`Log::home_failures`] before the blocks were written.
+    ///
+    /// [`Log::home_failures`]: super::Log::home_failures
+    pub(in crate::store) failures: u64,
 }
 
 /// One with blocks that records only name: to be flushed before those records are.

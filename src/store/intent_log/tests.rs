@@ -205,7 +205,7 @@ fn a_full_stream_makes_writers_wait_until_space_comes() {
 }
 
 fn at_home(file: &FileRef) -> Home {
-    Home { file: file.clone(), node: file.metadata().unwrap().id }
+    Home { file: file.clone(), node: file.metadata().unwrap().id, failures: 0 }
 }
 
 #[test]
@@ -289,6 +289,24 @@ fn a_flush_counts_only_if_none_beside_it_fails() {
         let after = log.flush_of(Scope::Stream(0), || Ok(()), |_| ());
         assert_eq!(after.is_err(), fails, "and from then on");
     }
+}
+
+#[test]
+fn blocks_that_a_flush_has_failed_for_before_their_record_came_are_refused() {
+    let backing = MemoryBacking::new();
+    fresh(&*backing);
+    let log = start(&*backing);
+    let home = at_home(&backing.root().create_unnamed().unwrap());
+    let direct = || Draft { body: Vec::new(), ..draft(1, 1, 1) };
+    let room = || log.reserve(Stream::Bulk, 1, || Ok(())).unwrap();
+    // They have been written, and nothing names them yet: a checkpoint hears of it.
+    log.home_failed(Some(home.node), &io::ErrorKind::Other.into());
+    assert!(log.poisoned().is_none(), "the checkpoint is made again");
+    let refused = log.append(room(), direct(), Some(home.clone()), &session(1));
+    assert_eq!(errno(refused), Errno::IO);
+    let anew = Home { failures: log.home_failures(), ..home };
+    let position = log.append(room(), direct(), Some(anew), &session(1)).unwrap();
+    log.wait_durable(&position).unwrap();
 }
 
 #[test]
