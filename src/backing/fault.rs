@@ -47,7 +47,8 @@ pub struct Rule {
     /// Whether every later one fails as well.
     pub lasting: bool,
     pub errno: Errno,
-    /// Bytes that a failing write leaves on the disk, or that a failing read returns without error.
+    /// Bytes that a failing write leaves on the disk, for which a failing request for space leaves some,
+    /// or that a failing read returns without error.
     pub partial: Option<usize>,
 }
 
@@ -394,8 +395,13 @@ impl File for FaultFile {
     }
 
     fn allocate(&self, offset: u64, len: u64, keep_size: bool) -> io::Result<()> {
-        self.faults.check(Call::Allocate)?;
-        self.inner.allocate(offset, len, keep_size)
+        let Some(rule) = self.faults.hit(Call::Allocate) else {
+            return self.inner.allocate(offset, len, keep_size);
+        };
+        if let Some(most) = rule.partial {
+            self.inner.allocate(offset, len.min(most as u64), true)?;
+        }
+        Err(rule.errno.into())
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {

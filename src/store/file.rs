@@ -14,6 +14,7 @@ mod checkpoint;
 mod overlay;
 mod pages;
 mod read;
+mod removed;
 mod reseal;
 mod resize;
 mod seek;
@@ -165,7 +166,7 @@ impl File {
     /// Without what the next checkpoint gives back, at most: what was written since may need some of it.
     /// `blocks` of the backing file, in units of 512 bytes.
     pub(super) fn kept512(&self, blocks: u64) -> u64 {
-        let freed = self.state.lock().freed / 512;
+        let freed = self.state.lock().freed() / 512;
         blocks.saturating_sub(freed).max(blocks.min((HEADERS_LEN + BLOCK) / 512))
     }
 

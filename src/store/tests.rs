@@ -10,6 +10,7 @@ mod log_change;
 mod model;
 mod recovery;
 mod rotation;
+mod space;
 mod support;
 mod tamper;
 mod volume;

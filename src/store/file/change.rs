@@ -441,10 +441,11 @@ impl<'a> Change<'a> {
             }
             let slot = slot_of_block(*block);
             let Some(page) = self.pages.get_mut(&group) else { continue };
-            let was_hole = page.entry(slot).is_none();
+            let old = page.entry(slot);
             page.set_entry(slot, Some(*entry));
-            self.overwrites |= !was_hole;
-            if i < logged && was_hole {
+            self.overwrites |= old.is_some();
+            // One that was lost with its sector may have been a hole before that.
+            if i < logged && old.is_none_or(|old| old == Entry::LOST) {
                 match self.unreserved.last_mut() {
                     Some(range)
                         if range.end == *block
@@ -668,6 +669,8 @@ impl<'a> Change<'a> {
             let mut state = self.file.state.lock();
             let old = state.dirty.first.unwrap_or([u64::MAX; 2]);
             state.dirty.first = Some([old[0].min(first[0]), old[1].min(first[1])]);
+            // What was reserved for writes to come, if the size was home already.
+            state.trim_end |= self.size.is_some();
         }
         self.apply(&spots, record.draft.mtime, (stream, record.place.seq));
         Ok(())
@@ -697,9 +700,10 @@ impl<'a> Change<'a> {
             let keep = self.kind == Kind::Zero;
             state.dirty.removed.add(self.holes.start, self.holes.end, keep);
             if !keep {
-                state.freed += self.freed * BLOCK;
+                state.dirty.freed += self.freed * BLOCK;
             }
         }
+        self.unreserved.iter().for_each(|blocks| state.filled(blocks));
         for (&block, &spot) in self.logged.numbers.iter().zip(spots) {
             state.dirty.blocks.insert(block, spot);
         }

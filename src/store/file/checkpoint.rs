@@ -12,16 +12,19 @@
 //! the log has it ([`File::abandon_checkpoint`]).
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::File;
-use super::overlay::{Part, Spot};
+use super::overlay::Spot;
 use super::pages::position;
+use super::removed::Removed;
 use super::write_header;
 use crate::backing::{SetTime, Timestamp};
 use crate::error::FsResult;
 use crate::store::header::Header;
 use crate::store::intent_log::Scope;
+use crate::store::keys::hex;
 use crate::store::layout::{
     BLOCK, BLOCK_LEN, BLOCKS_PER_GROUP, GROUPS_PER_REGION, backing_len, block_at, blocks_for,
     region_of_group, slot_of_block, tag_page_at,
@@ -39,7 +42,6 @@ const AHEAD_OF_DISK: usize = 4 << 20;
 pub(in crate::store) struct Snapshot {
     header: Header,
     blocks: Vec<(u64, Spot)>,
-    removed: Vec<Part>,
     new_regions: BTreeSet<u64>,
 }
 
@@ -60,7 +62,6 @@ impl File {
         Some(Snapshot {
             header: state.header.clone(),
             blocks: inflight.blocks.iter().map(|(block, spot)| (*block, *spot)).collect(),
-            removed: inflight.removed.parts().to_vec(),
             new_regions: inflight.new_regions.clone(),
         })
     }
@@ -196,16 +197,13 @@ impl File {
         let settled = self.settle_times()?;
         let mut state = self.state.lock();
         let done = state.inflight.take().unwrap_or_default();
-        if !done.removed.parts().is_empty() {
+        if done.removed.parts().next().is_some() {
             self.forget_pages();
         }
         done.pages.into_values().for_each(|page| self.cache_page(page));
         let clean = !state.dirty.changed;
-        if clean {
-            if let (Some(home), Some(times)) = (settled, state.times.take()) {
-                self.shared.settled_times.insert(self.node, home, times.ctime);
-            }
-            state.freed = 0;
+        if clean && let (Some(home), Some(times)) = (settled, state.times.take()) {
+            self.shared.settled_times.insert(self.node, home, times.ctime);
         }
         self.set_clean(clean);
         Ok(!clean)
@@ -233,42 +231,60 @@ impl File {
     /// Space of what became holes, or lies past the end, and is not needed since. Everything is
     /// locked.
     fn give_back(&self, snapshot: &Snapshot) -> FsResult<()> {
-        let size = self.size();
-        if snapshot.removed.iter().any(|part| !part.keep) {
-            // What is punched may be a part of it.
+        let size = snapshot.header.size.max(self.size());
+        let removed = {
             let mut state = self.state.lock();
-            state.trim_end |= !state.ahead.is_empty();
-            state.ahead = 0..0;
-        }
-        for part in &snapshot.removed {
-            if part.keep {
-                continue;
+            // Not as it was when this began: space may have been asked for since.
+            let removed = state.inflight.as_ref().map(|overlay| overlay.removed.clone());
+            let removed = removed.unwrap_or_default();
+            if removed.parts().any(|part| !part.keep) {
+                // What is punched may be a part of it.
+                state.trim_end |= !state.ahead.is_empty();
+                state.ahead = 0..0;
             }
-            let end = blocks_for(snapshot.header.size.max(size));
-            let past = part.past.min(end);
+            removed
+        };
+        for part in removed.parts().filter(|part| !part.keep) {
+            let past = part.past.min(blocks_for(size));
             let mut first = part.first;
             while first < past {
                 let group = first / BLOCKS_PER_GROUP as u64;
-                let next = self.next_group(group)?;
+                let whole = past / BLOCKS_PER_GROUP as u64;
+                // A group of which only a part goes is looked at by itself.
+                let next = self.next_group(group)?.min(whole.max(group + 1));
                 let until = past.min(next * BLOCKS_PER_GROUP as u64);
-                self.punch_holes(group, first..until)?;
+                self.punch_holes(group, first..until, &removed)?;
                 first = until;
             }
         }
-        let length = backing_len(snapshot.header.size.max(size));
-        let (unused, wanted) = {
+        let length = backing_len(size);
+        let trim = {
             let state = self.state.lock();
+            let wanted = length < state.asked.end;
             let unused = !state.ahead.is_empty() && !state.dirty.changed;
-            (unused || state.trim_end, state.keep_ahead)
+            state.trim_end || unused && !wanted
         };
-        if (unused && !wanted) || self.backing.metadata()?.size > length {
-            self.backing.set_len(length)?;
-        } else if !unused {
-            return Ok(());
+        if trim || self.backing.metadata()?.size > length { self.trim(length) } else { Ok(()) }
+    }
+
+    /// Gives back the space past `length`, where the home ends, as far as nobody has asked for it.
+    /// Everything is locked.
+    pub(super) fn trim(&self, length: u64) -> FsResult<()> {
+        self.backing.set_len(length)?;
+        let asked = {
+            let mut state = self.state.lock();
+            state.ahead = 0..0;
+            state.trim_end = false;
+            state.asked.clone()
+        };
+        let from = asked.start.max(length);
+        if from < asked.end
+            && let Err(error) = self.backing.allocate(from, asked.end - from, true)
+        {
+            let file = hex(&self.file_id);
+            log::warn!("file {file}: space that was reserved beyond its end is lost: {error}");
+            self.state.lock().asked = 0..0;
         }
-        let mut state = self.state.lock();
-        state.ahead = 0..0;
-        state.trim_end = false;
         Ok(())
     }
 
@@ -280,7 +296,7 @@ impl File {
     }
 
     /// Gives back the space of the blocks, which start in `group`, as far as they are holes.
-    fn punch_holes(&self, group: u64, blocks: std::ops::Range<u64>) -> FsResult<()> {
+    fn punch_holes(&self, group: u64, blocks: Range<u64>, removed: &Removed) -> FsResult<()> {
         let changed_since = {
             let state = self.state.lock();
             let page = state.dirty.pages.contains_key(&PageId::Tags(group));
@@ -288,11 +304,12 @@ impl File {
         };
         if changed_since {
             // What is durable is not what is current: the next checkpoint looks again.
-            self.state.lock().dirty.removed.add(blocks.start, blocks.end, false);
+            self.state.lock().dirty.removed.add_older(blocks.start, blocks.end, false);
             return Ok(());
         }
         let Some(page) = self.tag_page(group)? else {
-            let whole = blocks.start.is_multiple_of(BLOCKS_PER_GROUP as u64);
+            let all = group * BLOCKS_PER_GROUP as u64..(group + 1) * BLOCKS_PER_GROUP as u64;
+            let whole = blocks.start == all.start && !removed.keeps_any_of(&all);
             let from = if whole { tag_page_at(group) } else { block_at(blocks.start) };
             let to = block_at(blocks.end - 1) + BLOCK;
             return Ok(self.backing.punch_hole(from, to - from)?);

@@ -9,10 +9,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::removed::Removed;
 use crate::backing::Timestamp;
 use crate::store::header::Header;
 use crate::store::intent_log::{STREAMS, Stream};
-use crate::store::layout::{GROUPS_PER_REGION, group_of, region_of_group, slot_of_group};
+use crate::store::layout::{BLOCK, GROUPS_PER_REGION, group_of, region_of_group, slot_of_group};
 use crate::store::page::{Page, PageId};
 
 /// Where the ciphertext of a block is, in the log.
@@ -22,58 +23,13 @@ pub(super) struct Spot {
     pub at: u64,
 }
 
-/// Ranges of blocks that became holes.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Removed(Vec<Part>);
-
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Part {
-    pub first: u64,
-    pub past: u64,
-    /// Their space is kept.
-    pub keep: bool,
-}
-
-/// More are taken together, with what lies between them.
-const MAX_PARTS: usize = 64;
-
-impl Removed {
-    pub(super) fn add(&mut self, first: u64, past: u64, keep: bool) {
-        if first >= past {
-            return;
-        }
-        if let Some(last) = self.0.last_mut()
-            && last.keep == keep
-            && first <= last.past
-            && last.first <= past
-        {
-            last.first = last.first.min(first);
-            last.past = last.past.max(past);
-            return;
-        }
-        self.0.push(Part { first, past, keep });
-        if self.0.len() > MAX_PARTS {
-            let keep = self.0.iter().all(|part| part.keep);
-            let first = self.0.iter().map(|part| part.first).min().unwrap_or(0);
-            let past = self.0.iter().map(|part| part.past).max().unwrap_or(0);
-            self.0 = vec![Part { first, past, keep }];
-        }
-    }
-
-    pub(super) fn touches(&self, blocks: &Range<u64>) -> bool {
-        self.0.iter().any(|part| part.first < blocks.end && blocks.start < part.past)
-    }
-
-    pub(super) fn parts(&self) -> &[Part] {
-        &self.0
-    }
-}
-
 #[derive(Debug, Default)]
 pub(super) struct Overlay {
     pub pages: HashMap<PageId, Arc<Page>>,
     pub blocks: BTreeMap<u64, Spot>,
     pub removed: Removed,
+    /// Bytes at home that are holes now, and whose space comes back with the checkpoint, about.
+    pub freed: u64,
     /// Regions whose generation page does not count at home yet.
     pub new_regions: BTreeSet<u64>,
     /// Something is to go home.
@@ -96,14 +52,12 @@ pub(super) struct State {
     pub last: [u64; STREAMS],
     /// While something is dirty: the times that the file shows.
     pub times: Option<Times>,
-    /// Bytes at home that are holes now, and whose space comes back with the checkpoint.
-    pub freed: u64,
     /// Positions at home that were reserved for what will be written beyond the end.
     pub ahead: Range<u64>,
     /// Space beyond the end may be there that nobody asked for, or needs any more.
     pub trim_end: bool,
-    /// Somebody asked for space beyond the end.
-    pub keep_ahead: bool,
+    /// Positions at home beyond the end for which somebody asked.
+    pub asked: Range<u64>,
     /// It has no name, and nobody can reach it.
     pub forsaken: bool,
     /// DEKs that the header has forgotten, and that the disk may still have.
@@ -125,10 +79,9 @@ impl State {
             inflight: None,
             last: [0; STREAMS],
             times: None,
-            freed: 0,
             trim_end: false,
             ahead: 0..0,
-            keep_ahead: false,
+            asked: 0..0,
             forsaken: false,
             retired: 0,
         }
@@ -148,6 +101,47 @@ impl State {
     pub(super) fn removed(&self, blocks: &Range<u64>) -> bool {
         let below = self.inflight.as_ref().is_some_and(|overlay| overlay.removed.touches(blocks));
         below || self.dirty.removed.touches(blocks)
+    }
+
+    /// What the next checkpoint gives back, about, in bytes.
+    pub(super) fn freed(&self) -> u64 {
+        self.dirty.freed + self.inflight.as_ref().map_or(0, |overlay| overlay.freed)
+    }
+
+    fn overlays(&mut self) -> impl Iterator<Item = &mut Overlay> {
+        self.inflight.iter_mut().chain([&mut self.dirty])
+    }
+
+    /// Space was asked for, for these blocks: those that became holes do not lose it any more.
+    pub(super) fn keep_space(&mut self, blocks: &Range<u64>) {
+        for overlay in self.overlays() {
+            let kept = overlay.removed.keep(blocks) * BLOCK;
+            overlay.freed = overlay.freed.saturating_sub(kept);
+        }
+    }
+
+    /// Space beyond the end was asked for. Of two requests with something between them the later
+    /// counts: nobody asked for what is between.
+    pub(super) fn ask(&mut self, positions: Range<u64>) {
+        let apart = positions.end < self.asked.start || self.asked.end < positions.start;
+        self.asked = match self.asked.is_empty() || apart {
+            true => positions,
+            false => self.asked.start.min(positions.start)..self.asked.end.max(positions.end),
+        };
+    }
+
+    /// Nobody wants the space beyond the end any more.
+    pub(super) fn ask_for_nothing(&mut self) {
+        self.asked = 0..0;
+        self.trim_end = true;
+    }
+
+    /// Blocks that were holes are not any more.
+    pub(super) fn filled(&mut self, blocks: &Range<u64>) {
+        for overlay in self.overlays() {
+            let needed = overlay.removed.given_back(blocks) * BLOCK;
+            overlay.freed = overlay.freed.saturating_sub(needed);
+        }
     }
 
     /// The lowest seqs that anything of this file may need.
@@ -250,10 +244,10 @@ impl State {
         for (block, spot) in old.blocks {
             self.dirty.blocks.entry(block).or_insert(spot);
         }
-        let newer = std::mem::replace(&mut self.dirty.removed, old.removed);
-        for part in newer.parts() {
-            self.dirty.removed.add(part.first, part.past, part.keep);
+        for part in old.removed.parts() {
+            self.dirty.removed.add_older(part.first, part.past, part.keep);
         }
+        self.dirty.freed += old.freed;
         let header = &self.header;
         let kept = old.new_regions.into_iter().filter(|&region| header.has_region(region));
         self.dirty.new_regions.extend(kept);

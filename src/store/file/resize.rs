@@ -19,7 +19,7 @@ impl File {
         let _guard = self.locks.exclusive(0..=u64::MAX);
         let size = self.size();
         if len == size {
-            return Ok(());
+            return self.trim_soon();
         }
         let mut change = Change::new(self, Kind::Truncate);
         change.set_size(len);
@@ -30,7 +30,17 @@ impl File {
             // What is in regions past the end goes with the regions.
             change.make_holes(blocks_for(len)..blocks_for(size), blocks_for(size))?;
         }
-        change.commit(room).map(drop)
+        change.commit(room)?;
+        if len < size {
+            self.state.lock().ask_for_nothing();
+        }
+        Ok(())
+    }
+
+    /// Gives back what was reserved beyond the end, with the next checkpoint if one is due.
+    fn trim_soon(&self) -> FsResult<()> {
+        self.state.lock().ask_for_nothing();
+        if self.is_clean() { self.trim(backing_len(self.size())) } else { Ok(()) }
     }
 
     /// First, since this is what fails where the backing file system takes no such size.

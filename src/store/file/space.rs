@@ -24,11 +24,13 @@ impl File {
         let (_guard, offset) = self.lock_for_write(offset, len, false)?;
         let end = offset + len;
         self.reserve(offset, end)?;
+        let blocks = block_of(offset)..block_of(end - 1) + 1;
+        self.state.lock().keep_space(&blocks);
         if end <= self.size() {
             return Ok(());
         }
         if keep_size {
-            self.state.lock().keep_ahead = true;
+            self.state.lock().ask(block_at(blocks.start)..block_at(blocks.end - 1) + BLOCK);
             return Ok(());
         }
         self.grow_home(end)?;
