@@ -52,8 +52,12 @@ impl Removed {
 
     /// What of these blocks became holes keeps its space. Returns of how many that is news.
     pub(super) fn keep(&mut self, blocks: &Range<u64>) -> u64 {
-        let given_back = self.overlaps(blocks).into_iter().filter(|part| !part.keep);
-        given_back.map(|part| (self.add(part.first, part.past, true), part.past - part.first).1).sum()
+        let mut news = 0;
+        for part in self.overlaps(blocks).into_iter().filter(|part| !part.keep) {
+            self.add(part.first, part.past, true);
+            news += part.past - part.first;
+        }
+        news
     }
 
     pub(super) fn touches(&self, blocks: &Range<u64>) -> bool {
