@@ -29,6 +29,7 @@ pub enum Call {
     PunchHole,
     /// `sync_data`, `sync_all` and `write_out` of a file.
     Sync,
+    StartWriteOut,
     /// Everything of a directory that changes it.
     Name,
     SyncDir,
@@ -430,6 +431,11 @@ impl File for FaultFile {
     fn write_out(&self, offset: u64, len: u64) -> io::Result<()> {
         self.faults.check(Call::Sync)?;
         self.inner.write_out(offset, len)
+    }
+
+    fn start_write_out(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.faults.check(Call::StartWriteOut)?;
+        self.inner.start_write_out(offset, len)
     }
 
     fn overwrite_in_place(&self) {

@@ -224,6 +224,9 @@ pub trait File: Debug + Send + Sync {
     /// Hands the range to the device without flushing the device's cache: what a plain O_DIRECT
     /// write into allocated space promises (`sync_file_range(2)`, all three flags).
     fn write_out(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Begins to hand the range to the device, for the sake of a flush to come. That one is told what
+    /// becomes of it (`sync_file_range(2)`, without waiting).
+    fn start_write_out(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Of an empty file: has what is overwritten in it overwritten in its place, where the file
     /// system would write a copy, for which there may be no space (btrfs: `FS_NOCOW_FL`). Does
     /// nothing where it never copies, or cannot do otherwise.

@@ -88,6 +88,8 @@ pub struct File {
     recovering: AtomicBool,
     /// Writes since somebody last waited for the disk.
     since_sync: AtomicU64,
+    /// There was one before that.
+    one_by_one: AtomicBool,
 }
 
 impl File {
@@ -111,6 +113,7 @@ impl File {
             failed: AtomicBool::new(false),
             recovering: AtomicBool::new(false),
             since_sync: AtomicU64::new(u64::MAX / 2),
+            one_by_one: AtomicBool::new(false),
             shared,
             backing,
             node,
@@ -255,7 +258,10 @@ impl File {
     /// The other half: what was written. Returns the last flush of the log, if one is owed.
     pub fn begin_sync(&self) -> FsResult<Option<PendingFlush>> {
         self.check_usable()?;
-        self.since_sync.store(0, Ordering::Relaxed);
+        let writes = self.since_sync.swap(0, Ordering::Relaxed);
+        if writes > 0 {
+            self.one_by_one.store(writes == 1, Ordering::Relaxed);
+        }
         if self.shared.read_only {
             return Ok(None);
         }

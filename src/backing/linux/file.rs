@@ -136,6 +136,13 @@ impl File for LinuxFile {
         sys::writeout::write_out(self.fd.as_fd(), offset, len)
     }
 
+    fn start_write_out(&self, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        sys::writeout::start(self.fd.as_fd(), offset, len)
+    }
+
     fn overwrite_in_place(&self) {
         let set = fs::ioctl_getflags(&self.fd)
             .and_then(|flags| fs::ioctl_setflags(&self.fd, flags | fs::IFlags::NOCOW));

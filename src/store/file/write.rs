@@ -53,7 +53,7 @@ impl File {
         let len = data.len() as u64;
         let room =
             self.shared.reserve(self.stream_for(len, durability), room_for(len / BLOCK + 2))?;
-        let (offset, direct, overwrites) = {
+        let (offset, direct, overwrites, position) = {
             let (_guard, offset) = self.lock_for_write(offset, len, append)?;
             let mut change = Change::new(self, Kind::Write);
             change.expect(data.len());
@@ -61,10 +61,12 @@ impl File {
             if offset + len > self.size() {
                 change.set_size(offset + len);
             }
-            change.commit(room)?;
-            (offset, change.direct_ranges(), change.overwrites())
+            let position = change.commit(room)?;
+            (offset, change.direct_ranges(), change.overwrites(), position)
         };
+        let log = self.shared.log()?;
         match durability {
+            Durability::Handed if self.is_sync_likely() => log.start_write_out(&position),
             Durability::Handed => {}
             Durability::OnDevice => self.wait_on_device(&direct, overwrites)?,
             Durability::Flushed => self.sync(false)?,
@@ -92,6 +94,11 @@ impl File {
             }
         }
         Ok(())
+    }
+
+    /// After the first write since the last sync, in a file of which each write was synced.
+    fn is_sync_likely(&self) -> bool {
+        self.one_by_one.load(Ordering::Relaxed) && self.since_sync.load(Ordering::Relaxed) == 1
     }
 
     fn stream_for(&self, len: u64, durability: Durability) -> Stream {

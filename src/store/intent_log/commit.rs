@@ -99,6 +99,26 @@ impl Log {
             .try_for_each(|role| self.until(Goal { index, role, before }, &mut || {}))
     }
 
+    /// Begins to write the record out, which was appended just now, where that would not keep others:
+    /// its flush, which is expected soon, then finds most of it done.
+    pub(in crate::store) fn start_write_out(&self, position: &Position) {
+        let index = position.stream as usize;
+        let ranges = {
+            let streams = self.streams.lock();
+            let queue = &streams.queues[index];
+            // One that runs is followed by one for all that came meanwhile, in one piece.
+            if !queue.is_free(Role::Flush) || !queue.is_free(Role::WriteOut) {
+                return;
+            }
+            queue.ring.ranges(position.seq, position.seq + 1)
+        };
+        let file = &self.files[index];
+        let started = ranges.iter().try_for_each(|&(at, len)| file.start_write_out(at, len));
+        if let Err(error) = started {
+            self.poison(index, "a record cannot be written out", &error);
+        }
+    }
+
     /// Whether records name blocks in this home file that no flush has covered yet.
     pub(in crate::store) fn owes_flush_of(&self, home: NodeId) -> bool {
         let streams = self.streams.lock();

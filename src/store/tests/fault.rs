@@ -240,6 +240,36 @@ fn a_failed_checkpoint_costs_nothing() {
     }
 }
 
+/// Only what is likely to be flushed next is handed to the disk before that.
+#[test]
+fn a_commit_is_written_out_before_its_flush_where_each_write_is_flushed() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    let refused = |lasting| {
+        let call = Call::StartWriteOut;
+        volume.faults.arm(Rule { call, after: 0, lasting, errno: Errno::IO, partial: None });
+    };
+    let commit = |writes: usize| {
+        (0..writes).for_each(|at| write(&file, at as u64, b"x").unwrap());
+        file.sync(false).unwrap();
+    };
+    refused(true);
+    commit(2);
+    commit(2);
+    commit(1);
+    assert!(!volume.faults.disarm(), "after each of these something else may come");
+    commit(1);
+    file.sync(false).unwrap();
+    refused(false);
+    write(&file, 0, b"acknowledged").unwrap();
+    assert!(volume.faults.disarm());
+    assert_eq!(os_error(file.sync(false)), Some(Errno::IO), "nobody knows what the disk has");
+    assert_eq!(os_error(write(&file, 0, b"more")), Some(Errno::IO));
+    assert_eq!(&read_all(&file), b"acknowledged");
+    drop(file);
+    assert_eq!(read_all(&volume.reopen().open("f")), b"acknowledged");
+}
+
 #[test]
 fn a_failed_flush_is_final() {
     let volume = Volume::new();
