@@ -34,7 +34,6 @@ pub(super) fn run(request: MountRequest) -> Result<()> {
         return Ok(());
     }
     if plan.foreground {
-        crate::daemon::start::install_log(&plan)?;
         return guard::run(&plan);
     }
     if let Some(why) = guard::start_in_background(&plan)? {

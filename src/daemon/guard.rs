@@ -38,11 +38,14 @@ const ALERTS_LIMIT: Duration = Duration::from_secs(60);
 /// For the first lookup on a new mount.
 const LOOKUP_LIMIT: Duration = Duration::from_secs(20);
 
-/// Guards one mount from start to end; returns the daemon's own outcome.
+/// Guards one mount from start to end; returns the daemon's own outcome. There is one thread yet, and
+/// no log.
 pub fn run(plan: &Plan) -> Result<()> {
     harden::process("byokfs-guard")?;
     let signals = sys::signals::open(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])
         .context(|| "cannot take signals".to_owned())?;
+    // The log has a thread, to which a signal would come that is not blocked in it.
+    start::install_log(plan)?;
     match plan.watch {
         Some(watch) => {
             let daemon = Process::open(watch.pid)
@@ -59,7 +62,6 @@ pub fn run(plan: &Plan) -> Result<()> {
 pub fn main() -> Result<()> {
     let result = Plan::from_stdin().and_then(|(plan, _)| {
         rustix::process::setsid().context(|| "cannot start a session".to_owned())?;
-        start::install_log(&plan)?;
         run(&plan)
     });
     if let Err(error) = &result {

@@ -67,7 +67,7 @@ pub fn run() -> Result<()> {
 }
 
 /// The daemon's and the guard's log.
-pub fn install_log(plan: &Plan) -> Result<()> {
+pub(super) fn install_log(plan: &Plan) -> Result<()> {
     let target = match &plan.config.log.file {
         Some(file) if !plan.foreground => {
             check::parent_dir(file)?;

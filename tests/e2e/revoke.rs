@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
@@ -300,6 +301,41 @@ fn busy_is_refused_with_the_pids() {
     open.write_all_at(b"still there", 0).unwrap();
     drop(open);
     sandbox.umount();
+}
+
+/// systemd asks whom it started, which is the guard.
+#[test]
+fn the_guard_hands_down_that_it_shall_end() {
+    if !can_mount() {
+        return;
+    }
+    for foreground in [false, true] {
+        let mut sandbox = Sandbox::mounted();
+        let mut service = None;
+        if foreground {
+            sandbox.umount();
+            let (back, mnt) = (sandbox.back(), sandbox.mnt());
+            let mut command = sandbox.command();
+            command.args(["mount", path(&back), path(&mnt), "--foreground"]);
+            service = Some(command.stderr(Stdio::null()).spawn().unwrap());
+            until("the mount", || sandbox.byokfs(&["status", path(&mnt)]).code == Some(0));
+        }
+        let (daemon, guard) = (sandbox.daemon(), sandbox.guard().unwrap());
+        let open = File::create(sandbox.mnt().join("file")).unwrap();
+        signal(guard, Signal::TERM);
+        until("the refusal", || !sandbox.audit("UnmountRefused").is_empty());
+        assert!(alive(guard) && sandbox.guard() == Some(guard), "in the foreground: {foreground}");
+        open.write_all_at(b"still there", 0).unwrap();
+        drop(open);
+        signal(guard, Signal::TERM);
+        if let Some(mut service) = service {
+            assert!(service.wait().unwrap().success());
+        }
+        until("the end", || !alive(daemon) && !alive(guard));
+        assert!(!sandbox.is_mounted() && sandbox.audit("GuardDied").is_empty());
+        sandbox.mount();
+        assert_eq!(fs::read(sandbox.mnt().join("file")).unwrap(), b"still there");
+    }
 }
 
 /// A process that the daemon waits for must not be able to stop a cut-off: it holds locks and
