@@ -186,9 +186,11 @@ vault_start() { # DIR
 }
 
 vault_stop() { # DIR
-    local dir=$1
+    local dir=$1 name
     [[ -s $dir/run/vault.pid ]] || return 0
-    end_process "$(cat "$dir/run/vault.pid")" byokfs
+    # What the kernel keeps of a name.
+    name=$(basename "$byokfs")
+    end_process "$(cat "$dir/run/vault.pid")" "${name:0:15}"
     rm -f "$dir/run/vault.pid"
 }
 

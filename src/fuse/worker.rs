@@ -20,7 +20,7 @@ use super::wire::{Header, Reader};
 use crate::error::{Context, FsResult, Result};
 use crate::sync::{Condvar, Mutex};
 use crate::sys::fuse::Waiter;
-use crate::vfs::PendingFlush;
+use crate::vfs::{Attendance, PendingFlush};
 
 /// The largest write that is asked for, and so the largest request but for its header.
 pub(super) const MAX_WRITE: usize = 1 << 20;
@@ -185,7 +185,7 @@ impl Worker<'_> {
     pub(super) fn finish(
         &self,
         rest: PendingFlush,
-        wipe: impl FnMut(),
+        wipe: impl FnMut() -> bool,
     ) -> std::result::Result<(), Errno> {
         let done = self.flushing(wipe, |pause| rest.wait_with_pauses(pause));
         let done = done.unwrap_or_else(|| Err(OsErrno::IO.into()));
@@ -197,25 +197,34 @@ impl Worker<'_> {
         &self,
         rest: PendingFlush,
         tell: impl FnOnce(std::result::Result<(), Errno>) + Send + 'static,
-        wipe: impl FnMut(),
+        wipe: impl FnMut() -> bool,
     ) {
         let errno = self.adapter().errno();
         let tell = move |done: FsResult<()>| tell(done.map_err(|error| errno.pick(&error)));
         let _ = self.flushing(wipe, |pause| rest.then(tell, pause));
     }
 
+    /// Goes on with the duty of whoever sees to the notes of a stream; None when it is over, or somebody
+    /// else has it.
+    pub(super) fn attend(
+        &self,
+        attendance: Attendance,
+        wipe: impl FnMut() -> bool,
+    ) -> Option<Attendance> {
+        self.flushing(wipe, |pause| attendance.go_on(pause)).flatten()
+    }
+
     /// A flush may take as long as the disk does, and a cut-off shall not wait for it: this worker's
     /// memory is overwritten meanwhile when that is asked for, and before a flush that this worker does
-    /// itself, which nothing interrupts. None after a panic.
+    /// itself, which nothing interrupts. `wipe` says whether it could. None after a panic.
     fn flushing<T>(
         &self,
-        mut wipe: impl FnMut(),
+        mut wipe: impl FnMut() -> bool,
         wait: impl FnOnce(&mut dyn FnMut()) -> T,
     ) -> Option<T> {
         let mut pause = || {
             if !self.state.clean.load(Ordering::SeqCst) {
-                wipe();
-                self.set_clean(true);
+                self.set_clean(wipe());
             }
         };
         let wait = AssertUnwindSafe(|| wait(&mut pause));

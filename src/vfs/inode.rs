@@ -77,6 +77,10 @@ impl Inode {
         self.attributes_flushed.lock()
     }
 
+    pub(super) fn has_attributes(&self) -> bool {
+        self.attributes_changed.load(Ordering::Acquire)
+    }
+
     pub(super) fn take_attributes(&self) -> bool {
         self.attributes_changed.swap(false, Ordering::AcqRel)
     }

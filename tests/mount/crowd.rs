@@ -211,6 +211,64 @@ fn three_directories(mount: &Mount) {
     }
 }
 
+/// Commits share flushes, and so workers; what waits for the disk, and what changes names, goes on beside
+/// them, and a cut-off meets them anywhere.
+#[test]
+fn commits_at_once_last_beside_everything_else() {
+    const COMMITTERS: u64 = 40;
+    let mut mount = mounted!();
+    three_directories(&mount);
+    let root = mount.root();
+    let over = AtomicBool::new(false);
+    let acknowledged: Vec<u64> = thread::scope(|scope| {
+        let committers: Vec<_> = (0..COMMITTERS)
+            .map(|number| {
+                let (root, over) = (&root, &over);
+                scope.spawn(move || {
+                    let path = root.join(format!("log{number}"));
+                    let log = OpenOptions::new()
+                        .write(true)
+                        .create(true)
+                        .truncate(false)
+                        .open(path)
+                        .unwrap();
+                    let (mut next, mut last) = (0, 0);
+                    while !over.load(Ordering::Relaxed) {
+                        next += 1;
+                        let at = (next % 5) * 512;
+                        let written = log.write_all_at(&u64::to_ne_bytes(next), at);
+                        match written.and_then(|()| log.sync_data()) {
+                            Ok(()) => last = next,
+                            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EIO)),
+                        }
+                    }
+                    last
+                })
+            })
+            .collect();
+        crowd(&root, || {
+            for _ in 0..3 {
+                thread::sleep(Duration::from_millis(700));
+                mount.cut_off();
+                thread::sleep(Duration::from_millis(50));
+                mount.revalidate();
+            }
+            thread::sleep(Duration::from_millis(700));
+        });
+        over.store(true, Ordering::Relaxed);
+        committers.into_iter().map(|committer| committer.join().unwrap()).collect()
+    });
+    mount.remount("");
+    for (number, last) in acknowledged.into_iter().enumerate() {
+        assert!(last > 0, "{number}");
+        let log = fs::read(mount.path(&format!("log{number}"))).unwrap();
+        let kept = log.chunks(512).map(|slot| u64::from_ne_bytes(slot[..8].try_into().unwrap()));
+        assert!(kept.max() >= Some(last), "{number} has lost {last}");
+        fs::remove_file(mount.path(&format!("log{number}"))).unwrap();
+    }
+    is_whole(&mount);
+}
+
 #[test]
 fn everything_at_once_leaves_a_whole_tree() {
     let mut mount = mounted!();

@@ -107,7 +107,8 @@ impl Log {
             let streams = self.streams.lock();
             let queue = &streams.queues[index];
             // One that runs is followed by one for all that came meanwhile, in one piece.
-            if !queue.is_free(Role::Flush) || !queue.is_free(Role::WriteOut) {
+            let busy = !queue.is_free(Role::Flush) || !queue.is_free(Role::WriteOut);
+            if busy || queue.pending.is_attended() {
                 return;
             }
             queue.ring.ranges(position.seq, position.seq + 1)
