@@ -46,6 +46,8 @@ struct Board {
     idle: Vec<usize>,
     /// What each of them has got.
     jobs: Vec<Option<Job>>,
+    /// One of those is [`Job::Answer`].
+    answer_is_posted: bool,
     ended: bool,
 }
 
@@ -60,11 +62,17 @@ impl Crew {
         }
     }
 
-    /// Gives a job to a worker who has nothing to do; it comes back where there is none.
+    /// Gives a job to a worker who has nothing to do; it comes back where there is none. One answers
+    /// for all.
     pub(super) fn hand(&self, job: Job) -> Result<(), Job> {
         let worker = {
             let mut board = self.board.lock();
+            let answer = matches!(job, Job::Answer);
+            if answer && board.answer_is_posted {
+                return Ok(());
+            }
             let Some(worker) = board.idle.pop() else { return Err(job) };
+            board.answer_is_posted |= answer;
             board.jobs[worker] = Some(job);
             worker
         };
@@ -82,6 +90,9 @@ impl Crew {
         board.idle.push(worker);
         loop {
             if let Some(job) = board.jobs[worker].take() {
+                if matches!(job, Job::Answer) {
+                    board.answer_is_posted = false;
+                }
                 return Some(job);
             }
             if board.ended {

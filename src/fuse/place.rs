@@ -48,16 +48,25 @@ impl Place {
         let single = !parallel && cpu == self.cpu;
         self.cpu = cpu;
         self.single = if single { self.single.saturating_add(1) } else { 0 };
-        let on_own = self.single > if self.on_own { 0 } else { SINGLE };
+        self.set_own(self.single > if self.on_own { 0 } else { SINGLE });
+    }
+
+    /// On any CPU.
+    pub(super) fn leave(&mut self) {
+        self.single = 0;
+        self.set_own(false);
+    }
+
+    fn set_own(&mut self, on_own: bool) {
         if on_own == self.on_own {
             return;
         }
         self.on_own = on_own;
         let mut cpus = self.any;
         // Otherwise it is not one that this process may use, or not there.
-        if on_own && cpu < CpuSet::MAX_CPU && cpus.is_set(cpu) {
+        if on_own && self.cpu < CpuSet::MAX_CPU && cpus.is_set(self.cpu) {
             cpus = CpuSet::new();
-            cpus.set(cpu);
+            cpus.set(self.cpu);
         }
         if let Err(error) = sched_setaffinity(None, &cpus) {
             log::debug!("the CPUs of a worker cannot be chosen: {error}");
@@ -84,7 +93,11 @@ mod tests {
             place.choose(cpu, false);
             assert!(place.on_own);
         }
-        sched_setaffinity(None, &place.any).unwrap();
+        place.leave();
+        assert!(!place.on_own);
+        place.choose(1, false);
+        assert!(!place.on_own, "not at once");
+        assert_eq!(sched_getaffinity(None).unwrap(), place.any);
     }
 
     #[test]

@@ -212,6 +212,7 @@ impl<'a> Server<'a> {
     /// Until the mount is gone.
     fn serve(&mut self) -> io::Result<()> {
         loop {
+            self.wipe_if_asked()?;
             self.shared.crew.have_gone(self.ring.take_gone());
             let enough = !self.ring.has_request() || self.since_owed >= MOST;
             if let Some(attendance) = self.owed.take_if(|_| enough) {
@@ -231,12 +232,12 @@ impl<'a> Server<'a> {
                     Job::Answer => self.answer_told()?,
                 }
             } else {
-                self.wait()?;
+                self.worker.waiting(|| self.ring.wait())?;
             }
         }
     }
 
-    fn wait(&mut self) -> io::Result<()> {
+    fn wipe_if_asked(&mut self) -> io::Result<()> {
         let asked = self.worker.has_to_wipe();
         if asked.is_some() || self.worker.is_cut_off() {
             // What the last reply is made of goes when the kernel has it, and not before.
@@ -246,11 +247,13 @@ impl<'a> Server<'a> {
                 self.worker.has_wiped(asked);
             }
         }
-        self.worker.waiting(|| self.ring.wait())
+        Ok(())
     }
 
     fn wait_for_job(&mut self) -> Option<Job> {
         self.wipe();
+        // Whoever has something to do may be busy on any CPU.
+        self.place.leave();
         self.worker.set_clean(true);
         let job = self.shared.crew.wait_for_job(self.number);
         self.worker.set_clean(false);
@@ -264,7 +267,7 @@ impl<'a> Server<'a> {
         let Some(header) = Header::parse(request.header) else { return self.handle(entry) };
         let args = Reader::new(request.fixed, &[]);
         let alone = self.ring.is_empty() && self.owed.is_none();
-        let quick = alone || self.worker.adapter().is_quick(&header, args);
+        let quick = alone || self.worker.is_quick(&header, args);
         let thread = header.caller.pid;
         let parallel = self.shared.requests.get(queue).is_some_and(|requests| {
             requests.are_parallel(thread, self.number as u32) || self.ring.has_request()
@@ -273,6 +276,8 @@ impl<'a> Server<'a> {
         if quick {
             return self.handle(entry);
         }
+        // Who gets it has said that he has nothing to overwrite.
+        entry.overwrite();
         match self.shared.crew.hand(Job::Serve(entry)) {
             Err(Job::Serve(entry)) => {
                 self.ring.send()?;
@@ -327,7 +332,7 @@ impl<'a> Server<'a> {
         let tell = move |done: FsResult<()>| {
             waiting.tell(done.map_err(|error| errno.pick(&error)));
         };
-        match rest.leave(tell) {
+        match self.worker.leave(rest, tell) {
             Some(attendance) => {
                 self.since_owed = 0;
                 // That of another stream goes first.

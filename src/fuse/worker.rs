@@ -204,6 +204,24 @@ impl Worker<'_> {
         let _ = self.flushing(wipe, |pause| rest.then(tell, pause));
     }
 
+    /// [`Adapter::is_quick`].
+    pub(super) fn is_quick(&self, header: &Header, args: Reader<'_>) -> bool {
+        let quick = || self.adapter().is_quick(header, args);
+        panic::catch_unwind(AssertUnwindSafe(quick)).unwrap_or(false)
+    }
+
+    /// Has `tell` told of a flush, or drops it; the duty to see to that may come with it.
+    pub(super) fn leave(
+        &self,
+        rest: PendingFlush,
+        tell: impl FnOnce(FsResult<()>) + Send + 'static,
+    ) -> Option<Attendance> {
+        let left = panic::catch_unwind(AssertUnwindSafe(|| rest.leave(tell)));
+        left.inspect_err(|_| log::error!("a request that was to wait for a flush panicked"))
+            .ok()
+            .flatten()
+    }
+
     /// Goes on with the duty of whoever sees to the notes of a stream; None when it is over, or somebody
     /// else has it.
     pub(super) fn attend(

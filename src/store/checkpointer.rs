@@ -371,6 +371,9 @@ impl Shared {
             lease.still_open()?;
             Ok(sealed)
         })?;
+        // Perhaps nobody will ask for room in that stream again.
+        let slowed = self.checkpointer.slowed.iter();
+        slowed.for_each(|slowed| slowed.store(false, Ordering::Relaxed));
         self.checkpointer.count.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

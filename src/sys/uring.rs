@@ -200,6 +200,8 @@ impl Ring {
         let ring = IoUring::<Entry128, cqueue::Entry>::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
+            // Whatever it is made for, each call then brings in what has arrived.
+            .setup_taskrun_flag()
             .setup_submit_all()
             .dontfork()
             .build(entries as u32)?;
@@ -251,7 +253,7 @@ impl Ring {
         self.free.len() == self.waiting.len() && self.arrived.is_empty()
     }
 
-    /// Sends the answers that were not sent.
+    /// Sends the answers that were not sent, and looks for what has arrived.
     ///
     /// After an error nothing will come any more.
     pub fn send(&mut self) -> io::Result<()> {

@@ -98,7 +98,7 @@ impl Filesystem {
     /// Whether [`Filesystem::begin_fsync`] is likely to have nothing to wait for itself.
     pub fn is_fsync_quick(&self, handle: u64, data_only: bool) -> bool {
         let Ok(open) = self.handles.file(handle) else { return true };
-        let attributes = !data_only && open.inode.has_attributes();
+        let attributes = !data_only && open.inode.owes_attributes();
         !attributes
             && !open.file.is_unsynced()
             && !open.file.owes_two_flushes()

@@ -445,6 +445,11 @@ fn an_fsync_is_quick_that_has_only_the_flush_of_the_log_to_wait_for() {
     fs.setattr(node, &mode).unwrap();
     assert!(fs.is_fsync_quick(handle, true) && !fs.is_fsync_quick(handle, false));
     settle();
+    {
+        let inode = Arc::clone(&fs.handles.file(handle).unwrap().inode);
+        let _one = inode.lock_attributes();
+        assert!(fs.is_fsync_quick(handle, true) && !fs.is_fsync_quick(handle, false), "behind one");
+    }
     fs.rename(ROOT, b"f", ROOT, b"g", RenameMode::Replace).unwrap();
     assert!(!fs.is_fsync_quick(handle, true), "a name was changed");
     settle();
