@@ -7,7 +7,7 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{self, LockResult, PoisonError, TryLockError};
+use std::sync::{self, LockResult, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -53,11 +53,6 @@ impl<T> Mutex<T> {
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
         MutexGuard { mutex: self, locked: Some(sound(self.0.lock())) }
-    }
-
-    /// Whether somebody has it now.
-    pub(crate) fn is_locked(&self) -> bool {
-        matches!(self.0.try_lock(), Err(TryLockError::WouldBlock))
     }
 
     pub(crate) fn get_mut(&mut self) -> &mut T {
@@ -226,10 +221,14 @@ impl Drop for Ticket<'_> {
 #[cfg(test)]
 mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::sync::Arc;
+    use std::sync::{Arc, TryLockError};
     use std::thread;
 
     use super::*;
+
+    fn is_locked<T>(mutex: &Mutex<T>) -> bool {
+        matches!(mutex.0.try_lock(), Err(TryLockError::WouldBlock))
+    }
 
     #[test]
     fn a_panic_locks_nobody_out() {
@@ -247,15 +246,15 @@ mod tests {
     fn what_runs_unlocked_finds_it_unlocked_and_leaves_it_locked() {
         let mutex = Mutex::new(1);
         let mut guard = mutex.lock();
-        assert!(mutex.is_locked());
+        assert!(is_locked(&mutex));
         MutexGuard::unlocked(&mut guard, || *mutex.lock() = 2);
-        assert!(mutex.is_locked());
+        assert!(is_locked(&mutex));
         assert_eq!(*guard, 2);
         let panicked = catch_unwind(AssertUnwindSafe(|| {
             MutexGuard::unlocked(&mut guard, || panic!("on purpose"));
         }));
         assert!(panicked.is_err());
-        assert!(mutex.is_locked(), "locked again by the panic's way out");
+        assert!(is_locked(&mutex), "locked again by the panic's way out");
         *guard += 1;
         drop(guard);
         assert_eq!(*mutex.lock(), 3);

@@ -21,9 +21,6 @@ const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 const FSYNC_FDATASYNC: u32 = 1 << 0;
 const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
 
-/// The largest write that takes no longer than it would to hand it over.
-const QUICK_WRITE: u32 = 32 << 10;
-
 const FATTR_MODE: u32 = 1 << 0;
 const FATTR_UID: u32 = 1 << 1;
 const FATTR_GID: u32 = 1 << 2;
@@ -104,30 +101,6 @@ impl Adapter {
             Ok(outcome) => outcome,
             Err(Failure::Fs(error)) => Outcome::Error(self.errno.pick(&error)),
             Err(Failure::Protocol(errno)) => Outcome::Error(errno),
-        }
-    }
-
-    /// Whether the request will be served without waiting for the disk, or for anything but others'
-    /// requests of this kind, as far as that can be told.
-    pub(super) fn is_quick(&self, header: &Header, args: Reader<'_>) -> bool {
-        self.quick(header, args).unwrap_or(true)
-    }
-
-    fn quick(&self, header: &Header, mut args: Reader<'_>) -> Result<bool, Errno> {
-        match header.opcode {
-            opcode::WRITE => {
-                args.skip(16)?;
-                let size = args.u32()?;
-                args.skip(12)?;
-                let flags = args.u32()?.cast_signed();
-                let waits = flags & (libc::O_DSYNC | libc::O_DIRECT) != 0;
-                Ok(!waits && size <= QUICK_WRITE && !self.fs.are_writes_slowed())
-            }
-            opcode::FSYNC => {
-                let (handle, flags) = (args.u64()?, args.u32()?);
-                Ok(self.fs.is_fsync_quick(handle, flags & FSYNC_FDATASYNC != 0))
-            }
-            _ => Ok(false),
         }
     }
 

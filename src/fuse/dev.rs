@@ -31,15 +31,13 @@ const MAX_IDLE: usize = 6;
 /// If fewer do, another one joins them.
 const MIN_IDLE: usize = 2;
 
-/// Starts one worker on each device, with numbers from `first` on; `beside_ring` if most requests
-/// come over a ring.
+/// Starts one worker on each device, with numbers from `first` on.
 pub(super) fn start(
     workers: &Arc<Workers>,
     first: usize,
     devices: Vec<Arc<OwnedFd>>,
-    beside_ring: bool,
 ) -> Result<()> {
-    let standby = Arc::new(Standby::new(devices.len(), beside_ring));
+    let standby = Arc::new(Standby::new(devices.len()));
     for (index, device) in devices.into_iter().enumerate() {
         let standby = Arc::clone(&standby);
         workers.start(first + index, format!("fuse-{index}"), move |worker| {
@@ -60,7 +58,6 @@ struct Standby {
     aside: Mutex<Vec<usize>>,
     /// The mount is gone.
     gone: AtomicBool,
-    beside_ring: bool,
     members: Vec<Member>,
 }
 
@@ -71,12 +68,11 @@ struct Member {
 }
 
 impl Standby {
-    fn new(count: usize, beside_ring: bool) -> Standby {
+    fn new(count: usize) -> Standby {
         Standby {
             idle: AtomicUsize::new(0),
             aside: Mutex::default(),
             gone: AtomicBool::new(false),
-            beside_ring,
             members: (0..count).map(|_| Member::default()).collect(),
         }
     }
@@ -233,17 +229,8 @@ impl<'a> Channel<'a> {
             }
             Outcome::Later(rest) => {
                 let answer = Answer::new(&self.device, &header);
-                let (worker, beside_ring) = (self.worker, self.standby.beside_ring);
-                let wipe = || {
-                    self.wipe();
-                    true
-                };
-                if beside_ring {
-                    // Who flushes for the ring's requests has to be able to answer them.
-                    answer.send(worker.finish(rest, wipe));
-                } else {
-                    worker.finish_and_tell(rest, |done| answer.send(done), wipe);
-                }
+                let worker = self.worker;
+                worker.finish_and_tell(rest, move |done| answer.send(done), || self.wipe());
             }
         }
         if self.worker.is_cut_off() {

@@ -6,8 +6,7 @@
 //! - [`session`] mounts, [`init`] agrees on the protocol with the kernel.
 //! - [`worker`] is what the threads that serve have in common, whose memory is their own: [`purge`]
 //!   has it overwritten when the volume is cut off. Requests come to them in one of two ways: [`dev`]
-//!   reads and writes /dev/fuse, [`ring`] has a queue for each CPU, over io_uring; [`crew`] is how its
-//!   workers give each other something to do, [`place`] on which CPU they do it.
+//!   reads and writes /dev/fuse, [`ring`] has a queue for each CPU, over io_uring.
 //! - [`trim`] keeps the number of nodes the kernel remembers below what descriptors allow.
 //!
 //! Spoken directly over /dev/fuse, with no library between: the number of a node must be one
@@ -17,10 +16,8 @@
 //! The daemon must never touch its own mount: it would wait for itself.
 
 mod adapter;
-mod crew;
 mod dev;
 mod init;
-mod place;
 mod purge;
 mod reply;
 mod ring;

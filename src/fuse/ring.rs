@@ -2,11 +2,8 @@
 //! the next, on the CPU of whoever asked.
 //!
 //! The kernel keeps a queue for each CPU and gives a request to an entry of the queue of the CPU that
-//! it was made on, that which was answered last if it can. A worker begins with one entry, and has
-//! those of the requests that it answers. What only waits for a flush is answered by whoever flushes:
-//! where many commit at a time he has their entries then, and serves their next requests without a
-//! switch between them. No request waits behind another one that waits for something: who has several
-//! entries hands such a request to somebody who has none ([`super::crew`]).
+//! it was made on. A worker has one entry: with more of them, a request would wait behind another one
+//! that this worker is at, while other workers have nothing to do.
 //!
 //! The memory of an entry holds the request first and the reply afterwards. So an operation whose
 //! request lies there writes its reply elsewhere; those replies are small. READ, whose are not, has
@@ -18,46 +15,37 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
 use super::adapter::Outcome;
-use super::crew::{Crew, Job, Told, Waiting};
-use super::place::{Place, Requests};
 use super::reply::Errno;
 use super::wire::{Header, Reader};
 use super::worker::{Buffer, MAX_WRITE, Worker, Workers};
-use crate::error::{Context, Error, FsResult, Result};
+use crate::error::{Context, Error, Result};
 use crate::sys;
-use crate::sys::uring::{Entry, Ring};
-use crate::vfs::{Attendance, PendingFlush};
+use crate::sys::uring::{self, Waited};
 
-/// Entries for each CPU: enough for as many commits to share a flush, and for those that wait for the
+/// Workers for each CPU: enough for as many commits to share a flush, and for those that wait for the
 /// disk to leave others.
 const PER_CPU: usize = 16;
 /// A machine that would have more is better off with the device, unless it is told otherwise.
 pub(super) const MANY: usize = 512;
 
-/// Workers beside those that begin with an entry: two of the log's streams can each have one that
-/// flushes and has none, and there is still somebody for whatever has to be handed over.
-const SPARE: usize = 3;
-
-/// The most entries that one worker has.
-const MOST: usize = 16;
+/// After as many requests that were not made beside others, a worker is back on its queue's CPU.
+const SINGLE: usize = 64;
 
 /// The largest reply to a request with names or data in it: an extended attribute (XATTR_SIZE_MAX).
 const MAX_REPLY: usize = 64 * 1024;
 
-/// How many entries this machine needs for a ring: `asked`, rounded up so that every queue has as
+/// How many workers this machine needs for a ring: `asked`, rounded up so that every queue has as
 /// many, or if that is 0 what suits the machine.
-pub(super) fn entries(asked: usize) -> Result<usize> {
+pub(super) fn workers(asked: usize) -> Result<usize> {
     let cpus = possible_cpus()?;
     let each = if asked > 0 { asked.div_ceil(cpus) } else { PER_CPU };
     Ok(cpus * each)
-}
-
-/// How many workers serve so many entries.
-pub(super) fn workers(entries: usize) -> usize {
-    if entries > 0 { entries + SPARE } else { 0 }
 }
 
 /// Workers with a ring each, which the kernel does not know yet.
@@ -67,37 +55,29 @@ pub(super) struct Rings {
 }
 
 impl Rings {
-    /// Starts workers for so many entries, with numbers from `first` on. They end if this is dropped.
+    /// Starts `count` workers, with numbers from `first` on. They end if this is dropped.
     ///
     /// Fails where this process gets no rings.
-    pub(super) fn prepare(workers: &Arc<Workers>, first: usize, entries: usize) -> Result<Rings> {
-        let cpus = possible_cpus()?;
-        let count = self::workers(entries);
-        let shared = Arc::new(Shared {
-            crew: Arc::new(Crew::new(count, entries)),
-            requests: (0..cpus).map(|_| Requests::default()).collect(),
-        });
+    pub(super) fn prepare(workers: &Arc<Workers>, first: usize, count: usize) -> Result<Rings> {
+        let queues: Vec<_> = (0..possible_cpus()?).map(|cpu| Arc::new(Queue::new(cpu))).collect();
         let (ready, is_ready) = mpsc::channel();
         let (tell, registered) = mpsc::channel();
         let mut waiting = Vec::with_capacity(count);
         for index in 0..count {
             let (go, wait) = mpsc::channel();
             let (ready, tell) = (ready.clone(), tell.clone());
-            let shared = Arc::clone(&shared);
+            let queue = Arc::clone(&queues[index % queues.len()]);
             workers.start(first + index, format!("fuse-ring-{index}"), move |worker| {
-                let prepared = Ring::new(MOST).and_then(|ring| {
-                    Ok((ring, (index < entries).then(|| Entry::new(MAX_WRITE)).transpose()?))
-                });
                 // Nobody listens any more after the first failure.
-                let (ring, entry) = match prepared {
-                    Ok(prepared) => prepared,
+                let entry = match uring::Entry::new(MAX_WRITE) {
+                    Ok(entry) => entry,
                     Err(error) => return drop(ready.send(Err(error))),
                 };
                 let _ = ready.send(Ok(()));
                 drop(ready);
                 // The mount may do without.
                 let Ok(device) = wait.recv() else { return };
-                Server::new(worker, &shared, ring, index).run(entry, device, tell);
+                Entry::new(worker, entry, &queue, index as u32).run(device, tell);
             })?;
             waiting.push(go);
         }
@@ -131,11 +111,61 @@ impl Rings {
     }
 }
 
-/// What all workers have in common.
-struct Shared {
-    crew: Arc<Crew>,
-    /// Of each CPU.
-    requests: Vec<Requests>,
+/// What the workers of a CPU share.
+struct Queue {
+    cpu: usize,
+    /// Who made the last request, and which worker got it.
+    last: AtomicU64,
+}
+
+impl Queue {
+    fn new(cpu: usize) -> Queue {
+        Queue { cpu, last: AtomicU64::new(0) }
+    }
+
+    /// Whether one thread makes its requests side by side: the one before this was made by the same
+    /// thread, and got by another worker. The kernel prefers the worker that was the last to answer.
+    fn is_parallel(&self, thread: u32, worker: u32) -> bool {
+        let last = self.last.swap(u64::from(thread) << 32 | u64::from(worker), Ordering::Relaxed);
+        (last >> 32) as u32 == thread && last as u32 != worker
+    }
+}
+
+/// Which CPUs a worker runs on. Its queue's own: a request is then served where whoever waits for it
+/// has just gone to sleep, and no other CPU has to be woken for it. But one thread with many requests
+/// under way, by native AIO, would have them all served by one CPU: then any of them.
+struct Place {
+    own: CpuSet,
+    any: CpuSet,
+    on_own: bool,
+    /// Requests since the last that was made beside another one.
+    single: usize,
+}
+
+impl Place {
+    fn new(cpu: usize) -> Place {
+        let any = sched_getaffinity(None).unwrap_or_else(|_| CpuSet::new());
+        let mut own = CpuSet::new();
+        // Otherwise it is not one that this process may use, or not there.
+        if cpu < CpuSet::MAX_CPU && any.is_set(cpu) {
+            own.set(cpu);
+        } else {
+            own = any;
+        }
+        Place { own, any, on_own: false, single: SINGLE }
+    }
+
+    fn choose(&mut self, parallel: bool) {
+        self.single = if parallel { 0 } else { self.single.saturating_add(1) };
+        let on_own = self.single > if self.on_own { 0 } else { SINGLE };
+        if on_own != self.on_own {
+            self.on_own = on_own;
+            let cpus = if on_own { &self.own } else { &self.any };
+            if let Err(error) = sched_setaffinity(None, cpus) {
+                log::debug!("the CPUs of a worker cannot be chosen: {error}");
+            }
+        }
+    }
 }
 
 /// The kernel has a queue for each CPU that there can ever be.
@@ -157,49 +187,38 @@ fn count_cpus(list: &str) -> Option<usize> {
     list.split(',').map(range).sum()
 }
 
-/// A worker at its ring.
-struct Server<'a> {
+struct Entry<'a> {
     worker: &'a Worker<'a>,
-    shared: &'a Shared,
-    ring: Ring,
-    /// Among those of the ring.
-    number: usize,
+    entry: uring::Entry,
+    queue: &'a Queue,
+    /// Among all workers.
+    number: u32,
     place: Place,
-    /// A flush that is to be seen to when no request is left that has arrived: what those have written
-    /// is flushed with it.
-    owed: Option<Attendance>,
-    /// Requests served since it is owed.
-    since_owed: usize,
+    /// How much of the entry's payload has held something since it was last overwritten.
+    used: usize,
     reply: Buffer,
 }
 
-impl<'a> Server<'a> {
-    fn new(worker: &'a Worker<'a>, shared: &'a Shared, ring: Ring, number: usize) -> Server<'a> {
-        let place = Place::new(number % shared.requests.len());
-        Server {
-            worker,
-            shared,
-            ring,
-            number,
-            place,
-            owed: None,
-            since_owed: 0,
-            reply: Buffer::new(MAX_REPLY),
-        }
+impl<'a> Entry<'a> {
+    fn new(
+        worker: &'a Worker<'a>,
+        entry: uring::Entry,
+        queue: &'a Queue,
+        number: u32,
+    ) -> Entry<'a> {
+        let place = Place::new(queue.cpu);
+        Entry { worker, entry, queue, number, place, used: 0, reply: Buffer::new(MAX_REPLY) }
     }
 
-    fn run(&mut self, entry: Option<Entry>, device: Arc<OwnedFd>, tell: Sender<io::Result<()>>) {
-        let registered = entry.map_or(Ok(()), |entry| {
-            let queue = self.number % self.shared.requests.len();
-            self.place.choose(queue, false);
-            self.ring.register(entry, device, queue as u16)
-        });
+    fn run(&mut self, device: Arc<OwnedFd>, tell: Sender<io::Result<()>>) {
+        self.place.choose(false);
+        let registered = self.entry.register(device, self.queue.cpu as u16);
         let refused = registered.is_err();
         // Nobody listens any more after the first failure.
         let _ = tell.send(registered);
         drop(tell);
         if refused {
-            return self.shared.crew.have_gone(1);
+            return;
         }
         let promise = Promise;
         match self.serve() {
@@ -212,86 +231,31 @@ impl<'a> Server<'a> {
     /// Until the mount is gone.
     fn serve(&mut self) -> io::Result<()> {
         loop {
-            self.wipe_if_asked()?;
-            self.shared.crew.have_gone(self.ring.take_gone());
-            let enough = !self.ring.has_request() || self.since_owed >= MOST;
-            if let Some(attendance) = self.owed.take_if(|_| enough) {
-                self.hand_or_attend(attendance)?;
-            } else if let Some(entry) = self.ring.next_request() {
-                self.since_owed += 1;
-                self.take(entry)?;
-                // Whoever waits for the answer does not wait for what has arrived after it.
-                if self.ring.has_request() {
-                    self.ring.send()?;
+            let asked = self.worker.has_to_wipe();
+            if asked.is_some() || self.worker.is_cut_off() {
+                // What the last reply is made of goes when the kernel has it, and not before.
+                self.entry.send()?;
+                let wiped = self.wipe();
+                if let Some(asked) = asked.filter(|_| wiped) {
+                    self.worker.has_wiped(asked);
                 }
-            } else if self.ring.is_empty() {
-                let Some(job) = self.wait_for_job() else { return Ok(()) };
-                match job {
-                    Job::Serve(entry) => self.handle(entry)?,
-                    Job::Attend(attendance) => self.attend(attendance)?,
-                    Job::Answer => self.answer_told()?,
-                }
-            } else {
-                self.worker.waiting(|| self.ring.wait())?;
+            }
+            match self.worker.waiting(|| self.entry.wait())? {
+                Waited::Request => self.handle()?,
+                Waited::Nothing => {}
+                Waited::Gone => return Ok(()),
             }
         }
     }
 
-    fn wipe_if_asked(&mut self) -> io::Result<()> {
-        let asked = self.worker.has_to_wipe();
-        if asked.is_some() || self.worker.is_cut_off() {
-            // What the last reply is made of goes when the kernel has it, and not before.
-            self.ring.send()?;
-            let wiped = self.wipe();
-            if let Some(asked) = asked.filter(|_| wiped) {
-                self.worker.has_wiped(asked);
-            }
-        }
-        Ok(())
-    }
-
-    fn wait_for_job(&mut self) -> Option<Job> {
-        self.wipe();
-        // Whoever has something to do may be busy on any CPU.
-        self.place.leave();
-        self.worker.set_clean(true);
-        let job = self.shared.crew.wait_for_job(self.number);
-        self.worker.set_clean(false);
-        job
-    }
-
-    /// A request that has arrived here.
-    fn take(&mut self, mut entry: Entry) -> io::Result<()> {
-        let queue = entry.queue();
-        let Some(request) = entry.request() else { return Ok(()) };
-        let Some(header) = Header::parse(request.header) else { return self.handle(entry) };
-        let args = Reader::new(request.fixed, &[]);
-        let alone = self.ring.is_empty() && self.owed.is_none();
-        let quick = alone || self.worker.is_quick(&header, args);
-        let thread = header.caller.pid;
-        let parallel = self.shared.requests.get(queue).is_some_and(|requests| {
-            requests.are_parallel(thread, self.number as u32) || self.ring.has_request()
-        });
-        self.place.choose(queue, parallel);
-        if quick {
-            return self.handle(entry);
-        }
-        // Who gets it has said that he has nothing to overwrite.
-        entry.overwrite();
-        match self.shared.crew.hand(Job::Serve(entry)) {
-            Err(Job::Serve(entry)) => {
-                self.ring.send()?;
-                self.handle(entry)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Serves a request.
-    fn handle(&mut self, mut entry: Entry) -> io::Result<()> {
-        let Some(request) = entry.request() else { return Ok(()) };
+    /// Serves the request that is there.
+    fn handle(&mut self) -> io::Result<()> {
+        let Some(request) = self.entry.request() else { return Ok(()) };
         let (payload, request_len) = (request.payload, request.payload_len);
         let header = Header::parse(request.header);
+        if let Some(header) = &header {
+            self.place.choose(self.queue.is_parallel(header.caller.pid, self.number));
+        }
         let most = header.map_or(0, |header| header.most_of_reply(Reader::new(request.fixed, &[])));
         let outcome = match header {
             None => Outcome::Error(Errno::IO),
@@ -308,80 +272,39 @@ impl<'a> Server<'a> {
                 outcome
             }
         };
-        match outcome {
-            Outcome::Reply(len) => self.ring.answer(entry, 0, len),
-            Outcome::Silent => self.ring.answer(entry, 0, 0),
+        self.used = self.used.max(request_len);
+        let (error, reply_len) = match outcome {
+            Outcome::Reply(len) => (0, len),
+            Outcome::Silent => (0, 0),
             Outcome::Error(errno) => {
                 if request_len == 0 {
-                    entry.has_used(most);
+                    self.used = self.used.max(most.min(MAX_WRITE));
                 } else {
                     self.reply.has_used(most);
                 }
-                self.ring.answer(entry, -errno.raw(), 0)
+                (-errno.raw(), 0)
             }
-            Outcome::Later(rest) => self.leave(entry, rest),
-        }
-    }
-
-    /// What only waits for a flush waits without a worker.
-    fn leave(&mut self, mut entry: Entry, rest: PendingFlush) -> io::Result<()> {
-        // No worker that is to overwrite its memory will find it.
-        entry.overwrite_all();
-        let waiting = Waiting::new(&self.shared.crew, entry);
-        let errno = self.worker.adapter().errno();
-        let tell = move |done: FsResult<()>| {
-            waiting.tell(done.map_err(|error| errno.pick(&error)));
+            Outcome::Later(rest) => {
+                let worker = self.worker;
+                let wipe = || {
+                    self.wipe();
+                };
+                let done = worker.finish(rest, wipe);
+                (done.map_or_else(|errno| -errno.raw(), |()| 0), 0)
+            }
         };
-        match self.worker.leave(rest, tell) {
-            Some(attendance) => {
-                self.since_owed = 0;
-                // That of another stream goes first.
-                self.owed.replace(attendance).map_or(Ok(()), |other| self.hand_or_attend(other))
-            }
-            None => self.answer_told(),
-        }
+        self.used = self.used.max(reply_len);
+        self.entry.commit(error, reply_len)
     }
 
-    fn hand_or_attend(&mut self, attendance: Attendance) -> io::Result<()> {
-        if self.ring.is_empty() {
-            return self.attend(attendance);
-        }
-        match self.shared.crew.hand(Job::Attend(attendance)) {
-            Err(Job::Attend(attendance)) => self.attend(attendance),
-            _ => Ok(()),
-        }
-    }
-
-    /// Flushes, or waits for who does, until nobody waits for it any more or somebody else goes on.
-    fn attend(&mut self, attendance: Attendance) -> io::Result<()> {
-        let mut attendance = Some(attendance);
-        while let Some(attends) = attendance.take() {
-            self.ring.send()?;
-            let worker = self.worker;
-            attendance = worker.attend(attends, || self.wipe());
-            self.answer_told()?;
-            if let Some(attends) = attendance.take_if(|_| !self.ring.is_empty()) {
-                match self.shared.crew.hand(Job::Attend(attends)) {
-                    Err(Job::Attend(attends)) => attendance = Some(attends),
-                    _ => return Ok(()),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Their entries wait here from now on.
-    fn answer_told(&mut self) -> io::Result<()> {
-        for Told { entry, done } in self.shared.crew.take_told(self.ring.room()) {
-            self.ring.answer(entry, done.map_or_else(|errno| -errno.raw(), |()| 0), 0)?;
-        }
-        self.ring.send()
-    }
-
-    /// All but requests that are there and were not served yet. False, with nothing overwritten of the
-    /// payloads, while a reply in one of them was not sent.
+    /// All but a request that is there and was not served yet. False, with nothing overwritten of the
+    /// payload, while a reply in it was not sent.
     fn wipe(&mut self) -> bool {
-        let wiped = self.ring.overwrite();
+        let keep = self.entry.request().map_or(0, |request| request.payload_len);
+        let wiped = self.entry.overwrite(keep..self.used);
+        if wiped {
+            self.used = keep;
+        }
         self.reply.wipe();
         // The ciphers spill what they work on.
         sys::stack::burn();
@@ -422,10 +345,36 @@ mod tests {
     }
 
     #[test]
-    fn each_cpu_has_as_many_entries() {
+    fn a_worker_leaves_its_cpu_when_there_is_much_to_do_and_comes_back() {
+        let mut place = Place::new(0);
+        place.choose(false);
+        assert!(place.on_own);
+        place.choose(true);
+        assert!(!place.on_own);
+        for _ in 0..SINGLE {
+            place.choose(false);
+            assert!(!place.on_own);
+        }
+        place.choose(false);
+        assert!(place.on_own);
+        sched_setaffinity(None, &place.any).unwrap();
+    }
+
+    #[test]
+    fn requests_are_parallel_where_one_thread_has_several_workers() {
+        let queue = Queue::new(0);
+        assert!(!queue.is_parallel(7, 1));
+        assert!(!queue.is_parallel(7, 1));
+        assert!(!queue.is_parallel(8, 2));
+        assert!(!queue.is_parallel(7, 1));
+        assert!(queue.is_parallel(7, 2));
+    }
+
+    #[test]
+    fn each_cpu_has_as_many_workers() {
         let cpus = possible_cpus().unwrap();
-        assert_eq!(entries(1).unwrap(), cpus);
-        assert_eq!(entries(cpus * 3).unwrap(), cpus * 3);
-        assert_eq!(entries(0).unwrap(), cpus * PER_CPU);
+        assert_eq!(workers(1).unwrap(), cpus);
+        assert_eq!(workers(cpus * 3).unwrap(), cpus * 3);
+        assert_eq!(workers(0).unwrap(), cpus * PER_CPU);
     }
 }

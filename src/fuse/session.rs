@@ -160,12 +160,12 @@ fn serve(
 ) -> Result<(Arc<Workers>, Transport), Failure> {
     let offer = Offer::read(device)?;
     let from_device = threads(options.threads);
-    let entries = entries_of_ring(options.threads, transport, &offer)?;
+    let from_ring = workers_for_ring(options.threads, transport, &offer)?;
     let adapter = Adapter::new(fs, options.errno);
-    let workers = Workers::new(adapter, from_device + ring::workers(entries));
-    let rings = match entries {
+    let workers = Workers::new(adapter, from_device + from_ring);
+    let rings = match from_ring {
         0 => None,
-        entries => match Rings::prepare(&workers, from_device, entries) {
+        count => match Rings::prepare(&workers, from_device, count) {
             Ok(rings) => Some(rings),
             Err(error) if transport == Transport::Uring => return Err(Failure::Other(error)),
             Err(error) => {
@@ -184,19 +184,18 @@ fn serve(
         }
         None => (Transport::Dev, from_device),
     };
-    let devices = clone_devices(device, from_device)?;
-    dev::start(&workers, 0, devices, transport == Transport::Uring)?;
+    dev::start(&workers, 0, clone_devices(device, from_device)?)?;
     Ok((workers, transport))
 }
 
 /// How many: none where the device is wanted, or will do.
-fn entries_of_ring(threads: usize, transport: Transport, offer: &Offer) -> Result<usize> {
+fn workers_for_ring(threads: usize, transport: Transport, offer: &Offer) -> Result<usize> {
     match transport {
         Transport::Dev => Ok(0),
         Transport::Uring if !offer.has_ring() => Err(no_ring()),
-        Transport::Uring => ring::entries(threads),
+        Transport::Uring => ring::workers(threads),
         Transport::Auto if !offer.has_ring() => Ok(0),
-        Transport::Auto => match ring::entries(threads) {
+        Transport::Auto => match ring::workers(threads) {
             Ok(count) if threads > 0 || count <= ring::MANY => Ok(count),
             Ok(count) => {
                 log::info!("requests come over {DEVICE}: io_uring would take {count} threads");

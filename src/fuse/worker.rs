@@ -20,7 +20,7 @@ use super::wire::{Header, Reader};
 use crate::error::{Context, FsResult, Result};
 use crate::sync::{Condvar, Mutex};
 use crate::sys::fuse::Waiter;
-use crate::vfs::{Attendance, PendingFlush};
+use crate::vfs::PendingFlush;
 
 /// The largest write that is asked for, and so the largest request but for its header.
 pub(super) const MAX_WRITE: usize = 1 << 20;
@@ -185,7 +185,7 @@ impl Worker<'_> {
     pub(super) fn finish(
         &self,
         rest: PendingFlush,
-        wipe: impl FnMut() -> bool,
+        wipe: impl FnMut(),
     ) -> std::result::Result<(), Errno> {
         let done = self.flushing(wipe, |pause| rest.wait_with_pauses(pause));
         let done = done.unwrap_or_else(|| Err(OsErrno::IO.into()));
@@ -197,52 +197,25 @@ impl Worker<'_> {
         &self,
         rest: PendingFlush,
         tell: impl FnOnce(std::result::Result<(), Errno>) + Send + 'static,
-        wipe: impl FnMut() -> bool,
+        wipe: impl FnMut(),
     ) {
         let errno = self.adapter().errno();
         let tell = move |done: FsResult<()>| tell(done.map_err(|error| errno.pick(&error)));
         let _ = self.flushing(wipe, |pause| rest.then(tell, pause));
     }
 
-    /// [`Adapter::is_quick`].
-    pub(super) fn is_quick(&self, header: &Header, args: Reader<'_>) -> bool {
-        let quick = || self.adapter().is_quick(header, args);
-        panic::catch_unwind(AssertUnwindSafe(quick)).unwrap_or(false)
-    }
-
-    /// Has `tell` told of a flush, or drops it; the duty to see to that may come with it.
-    pub(super) fn leave(
-        &self,
-        rest: PendingFlush,
-        tell: impl FnOnce(FsResult<()>) + Send + 'static,
-    ) -> Option<Attendance> {
-        let left = panic::catch_unwind(AssertUnwindSafe(|| rest.leave(tell)));
-        left.inspect_err(|_| log::error!("a request that was to wait for a flush panicked"))
-            .ok()
-            .flatten()
-    }
-
-    /// Goes on with the duty of whoever sees to the notes of a stream; None when it is over, or somebody
-    /// else has it.
-    pub(super) fn attend(
-        &self,
-        attendance: Attendance,
-        wipe: impl FnMut() -> bool,
-    ) -> Option<Attendance> {
-        self.flushing(wipe, |pause| attendance.go_on(pause)).flatten()
-    }
-
     /// A flush may take as long as the disk does, and a cut-off shall not wait for it: this worker's
     /// memory is overwritten meanwhile when that is asked for, and before a flush that this worker does
-    /// itself, which nothing interrupts. `wipe` says whether it could. None after a panic.
+    /// itself, which nothing interrupts. None after a panic.
     fn flushing<T>(
         &self,
-        mut wipe: impl FnMut() -> bool,
+        mut wipe: impl FnMut(),
         wait: impl FnOnce(&mut dyn FnMut()) -> T,
     ) -> Option<T> {
         let mut pause = || {
             if !self.state.clean.load(Ordering::SeqCst) {
-                self.set_clean(wipe());
+                wipe();
+                self.set_clean(true);
             }
         };
         let wait = AssertUnwindSafe(|| wait(&mut pause));

@@ -139,8 +139,6 @@ pub(super) struct Checkpointer {
     background: AtomicBool,
     /// Come to an end, well or not.
     attempts: AtomicU64,
-    /// The last who wanted room in a stream was held up.
-    slowed: [AtomicBool; STREAMS],
     /// Completed, for status.
     pub count: AtomicU64,
     /// Nobody can reach the volume any more: every checkpoint may be the last.
@@ -179,20 +177,11 @@ impl Shared {
         }
         if self.checkpointer.background.load(Ordering::Acquire) {
             let delay = delay(room.usage(), room.pages());
-            let slowed = &self.checkpointer.slowed[stream as usize];
-            if slowed.load(Ordering::Relaxed) == delay.is_zero() {
-                slowed.store(!delay.is_zero(), Ordering::Relaxed);
-            }
             if !delay.is_zero() {
                 std::thread::sleep(delay);
             }
         }
         Ok(room)
-    }
-
-    /// Whether who writes now has to wait for room, as far as the last who did can tell.
-    pub(super) fn are_writes_slowed(&self) -> bool {
-        self.checkpointer.slowed.iter().any(|slowed| slowed.load(Ordering::Relaxed))
     }
 
     /// Has a checkpoint made, or says why there can be none. What failed before the caller came,
@@ -371,9 +360,6 @@ impl Shared {
             lease.still_open()?;
             Ok(sealed)
         })?;
-        // Perhaps nobody will ask for room in that stream again.
-        let slowed = self.checkpointer.slowed.iter();
-        slowed.for_each(|slowed| slowed.store(false, Ordering::Relaxed));
         self.checkpointer.count.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

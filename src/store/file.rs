@@ -280,16 +280,6 @@ impl File {
         }
     }
 
-    /// Whether [`File::begin_sync`] would wait itself: for the first of two flushes.
-    pub fn owes_two_flushes(&self) -> bool {
-        let last = self.state.lock().last;
-        let owes = |stream: Stream| {
-            let log = self.shared.log();
-            log.is_ok_and(|log| log.pending_flush(stream, last[stream as usize]).is_some())
-        };
-        last.iter().all(|&seq| seq > 0) && owes(Stream::Bulk) && owes(Stream::Hot)
-    }
-
     /// The times that the file shows.
     fn shown_times(&self) -> FsResult<Times> {
         if let Some(times) = self.times() {

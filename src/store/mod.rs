@@ -43,8 +43,8 @@ use parking_lot::RwLock;
 use rustix::io::Errno;
 
 pub use file::{Durability, File, Times, WriteMode};
+pub use intent_log::PendingFlush;
 use intent_log::Usage;
-pub use intent_log::{Attendance, PendingFlush};
 pub use layout::{BLOCK_LEN, MAX_SIZE};
 pub use recovery::Recovery;
 pub use rotation::{Pace, Rotated};
@@ -566,11 +566,6 @@ impl Store {
     /// for then.
     pub fn close(&self) -> FsResult<()> {
         if self.shared.read_only { Ok(()) } else { self.shared.close() }
-    }
-
-    /// Whether writes wait for room in the log.
-    pub fn are_writes_slowed(&self) -> bool {
-        self.shared.are_writes_slowed()
     }
 
     pub fn log_status(&self) -> Option<LogStatus> {

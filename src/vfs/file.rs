@@ -95,21 +95,6 @@ impl Filesystem {
         begun
     }
 
-    /// Whether [`Filesystem::begin_fsync`] is likely to have nothing to wait for itself.
-    pub fn is_fsync_quick(&self, handle: u64, data_only: bool) -> bool {
-        let Ok(open) = self.handles.file(handle) else { return true };
-        let attributes = !data_only && open.inode.owes_attributes();
-        !attributes
-            && !open.file.is_unsynced()
-            && !open.file.owes_two_flushes()
-            && self.names_are_settled()
-    }
-
-    /// Whether writes wait for the log to have room.
-    pub fn are_writes_slowed(&self) -> bool {
-        self.store.are_writes_slowed()
-    }
-
     fn begin_sync(&self, open: &OpenFile, attributes: bool) -> FsResult<Option<PendingFlush>> {
         let owed = open.file.owes_name();
         // Before the names: where those are in a journal, they are flushed with it.

@@ -148,10 +148,6 @@ impl Filesystem {
         })
     }
 
-    pub(super) fn names_are_settled(&self) -> bool {
-        self.unsettled.is_settled()
-    }
-
     pub(super) fn seal_name(&self, name: &[u8]) -> FsResult<DiskName> {
         name::check(name)?;
         if self.plain_names {

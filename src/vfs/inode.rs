@@ -77,11 +77,6 @@ impl Inode {
         self.attributes_flushed.lock()
     }
 
-    /// Whether attributes have changed, or somebody is at flushing them.
-    pub(super) fn owes_attributes(&self) -> bool {
-        self.attributes_changed.load(Ordering::Acquire) || self.attributes_flushed.is_locked()
-    }
-
     pub(super) fn take_attributes(&self) -> bool {
         self.attributes_changed.swap(false, Ordering::AcqRel)
     }

@@ -40,7 +40,7 @@ mod xattr;
 #[cfg(test)]
 mod tests;
 
-pub use crate::store::{Attendance, PendingFlush};
+pub use crate::store::PendingFlush;
 pub use audit::{AuditSink, IntegrityEvent};
 pub use dir::{DirItem, DirSink, Plus};
 pub use filesystem::{Filesystem, FilesystemOptions};

@@ -426,39 +426,6 @@ fn what_is_gone_takes_no_room_whichever_comes_last() {
     }
 }
 
-/// What a worker with other requests to serve goes by: each of these takes a flush more.
-#[test]
-fn an_fsync_is_quick_that_has_only_the_flush_of_the_log_to_wait_for() {
-    let volume = Volume::new();
-    let fs = &volume.fs;
-    let created = fs.create(ME, ROOT, b"f", 0o644, 0).unwrap();
-    let (node, handle) = (created.entry.node, created.handle);
-    let settle = || {
-        fs.write(handle, &write(b"text")).unwrap();
-        fs.fsync(handle, false).unwrap();
-        fs.write(handle, &write(b"more")).unwrap();
-        assert!(fs.is_fsync_quick(handle, true) && fs.is_fsync_quick(handle, false));
-    };
-    assert!(!fs.is_fsync_quick(handle, true), "a new file");
-    settle();
-    let mode = SetAttr { mode: Some(0o600), ..SetAttr::default() };
-    fs.setattr(node, &mode).unwrap();
-    assert!(fs.is_fsync_quick(handle, true) && !fs.is_fsync_quick(handle, false));
-    settle();
-    {
-        let inode = Arc::clone(&fs.handles.file(handle).unwrap().inode);
-        let _one = inode.lock_attributes();
-        assert!(fs.is_fsync_quick(handle, true) && !fs.is_fsync_quick(handle, false), "behind one");
-    }
-    fs.rename(ROOT, b"f", ROOT, b"g", RenameMode::Replace).unwrap();
-    assert!(!fs.is_fsync_quick(handle, true), "a name was changed");
-    settle();
-    fs.write(handle, &write(&[7; 128 << 10])).unwrap();
-    assert!(!fs.is_fsync_quick(handle, true), "both streams");
-    settle();
-    assert!(fs.is_fsync_quick(handle + 1, true), "an error is");
-}
-
 #[test]
 fn too_many_nodes_are_noticed() {
     let volume = Volume::new();

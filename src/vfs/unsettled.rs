@@ -70,11 +70,6 @@ impl Unsettled {
         self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Whether everything is durable, unless it changes now.
-    pub(super) fn is_settled(&self) -> bool {
-        self.settled.load(Ordering::Acquire) >= self.changes.load(Ordering::Acquire)
-    }
-
     /// Has `flush` make durable what was changed before. After a failure it is still owed.
     pub(super) fn settle(&self, flush: impl FnOnce(&Directories) -> FsResult<()>) -> FsResult<()> {
         let asked = self.changes.load(Ordering::Acquire);

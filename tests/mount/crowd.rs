@@ -211,7 +211,7 @@ fn three_directories(mount: &Mount) {
     }
 }
 
-/// Commits share flushes, and so workers; what waits for the disk, and what changes names, goes on beside
+/// Commits share flushes; what waits for the disk, and what changes names, goes on beside
 /// them, and a cut-off meets them anywhere.
 #[test]
 fn commits_at_once_last_beside_everything_else() {

@@ -107,8 +107,7 @@ impl Log {
             let streams = self.streams.lock();
             let queue = &streams.queues[index];
             // One that runs is followed by one for all that came meanwhile, in one piece.
-            let busy = !queue.is_free(Role::Flush) || !queue.is_free(Role::WriteOut);
-            if busy || queue.pending.is_attended() {
+            if !queue.is_free(Role::Flush) || !queue.is_free(Role::WriteOut) {
                 return;
             }
             queue.ring.ranges(position.seq, position.seq + 1)

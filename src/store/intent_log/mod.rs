@@ -47,7 +47,7 @@ pub(super) use anchor::Anchor;
 use commit::Streams;
 use overlaps::Overlaps;
 pub(super) use overlaps::Scope;
-pub use pending::{Attendance, PendingFlush};
+pub use pending::PendingFlush;
 pub(super) use queue::Home;
 use queue::Queue;
 pub(super) use record::{Draft, Entry, Kind, Place, Record, SAME_SIZE};

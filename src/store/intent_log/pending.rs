@@ -46,11 +46,6 @@ impl fmt::Debug for Pending {
 }
 
 impl Pending {
-    /// A flush is under way, or will be at once.
-    pub(super) fn is_attended(&self) -> bool {
-        self.attended
-    }
-
     /// Takes the notes to be told by now: with what is durable, or all of them.
     fn due(&mut self, durable: u64, all: bool) -> Vec<Note> {
         let is_due = |note: &mut Note| all || note.before <= durable;
@@ -70,49 +65,10 @@ impl PendingFlush {
         self.log.flush_through(self.stream, self.seq, pause)
     }
 
-    /// Has `tell` called as soon as it is known, perhaps before this returns. If nobody sees to the
-    /// notes of the stream, the caller has to, or to find somebody who does.
-    pub fn leave(self, tell: impl FnOnce(FsResult<()>) + Send + 'static) -> Option<Attendance> {
-        let (index, before) = (self.stream as usize, self.seq + 1);
-        let attend = self.log.leave(index, before, Box::new(tell));
-        attend.then(|| Attendance { log: Some(self.log), index })
-    }
-
-    /// The same, and sees to the notes where nobody does, those of others too. `pause` as for
-    /// [`PendingFlush::wait_with_pauses`].
+    /// Has `tell` called as soon as it is known, perhaps before this returns. This thread may be the
+    /// one that flushes, for others too; `pause` as for [`PendingFlush::wait_with_pauses`].
     pub fn then(self, tell: impl FnOnce(FsResult<()>) + Send + 'static, pause: &mut dyn FnMut()) {
-        let mut attendance = self.leave(tell);
-        while let Some(attends) = attendance {
-            attendance = attends.go_on(pause);
-        }
-    }
-}
-
-/// The duty to see to the notes of a stream, until there are none. Any thread may take it over.
-#[derive(Debug)]
-#[must_use = "without it nobody is told"]
-pub struct Attendance {
-    /// None when it is over.
-    log: Option<Arc<Log>>,
-    index: usize,
-}
-
-impl Attendance {
-    /// Waits for a flush, or does it for all, and tells those whom it concerns; None when no others are
-    /// left. `pause` as for [`PendingFlush::wait_with_pauses`].
-    pub fn go_on(mut self, pause: &mut dyn FnMut()) -> Option<Attendance> {
-        let is_left = self.log.as_ref().is_some_and(|log| log.attend(self.index, pause));
-        if !is_left {
-            self.log = None;
-        }
-        is_left.then_some(self)
-    }
-}
-
-impl Drop for Attendance {
-    fn drop(&mut self) {
-        let Some(log) = self.log.take() else { return };
-        while log.attend(self.index, &mut || {}) {}
+        self.log.flush_and_tell(self.stream as usize, self.seq + 1, Box::new(tell), pause);
     }
 }
 
@@ -128,23 +84,24 @@ impl Log {
         (!durable).then(|| PendingFlush { log: Arc::clone(self), stream, seq })
     }
 
-    /// True if nobody sees to the notes.
-    fn leave(&self, index: usize, before: u64, tell: Tell) -> bool {
-        if let Err(error) = self.until(Goal { index, role: Role::Write, before }, &mut || {}) {
-            tell(Err(error));
-            return false;
+    fn flush_and_tell(&self, index: usize, before: u64, tell: Tell, pause: &mut dyn FnMut()) {
+        if let Err(error) = self.until(Goal { index, role: Role::Write, before }, pause) {
+            return tell(Err(error));
         }
         if self.progress[index].has(Role::Flush, before) {
-            tell(Ok(()));
-            return false;
+            return tell(Ok(()));
         }
-        let pending = &mut self.streams.lock().queues[index].pending;
-        pending.notes.push(Note { before, tell });
-        !std::mem::replace(&mut pending.attended, true)
+        let attend = {
+            let pending = &mut self.streams.lock().queues[index].pending;
+            pending.notes.push(Note { before, tell });
+            !std::mem::replace(&mut pending.attended, true)
+        };
+        if attend {
+            self.attend(index, pause);
+        }
     }
 
-    /// Until some are told. Whether others are left.
-    fn attend(&self, index: usize, pause: &mut dyn FnMut()) -> bool {
+    fn attend(&self, index: usize, pause: &mut dyn FnMut()) {
         loop {
             let (due, durable, attended) = {
                 let mut streams = self.streams.lock();
@@ -156,10 +113,9 @@ impl Log {
                 pending.attended = !pending.notes.is_empty();
                 (due, durable, pending.attended)
             };
-            let told = !due.is_empty();
             due.into_iter().for_each(|note| note.tell(durable));
-            if told || !attended {
-                return attended;
+            if !attended {
+                return;
             }
             // Until the end of the round that runs, whatever it reaches: notes that it covers may
             // come yet. If the log has failed, all are told.

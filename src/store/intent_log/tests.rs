@@ -407,43 +407,6 @@ fn who_waits_without_a_thread_is_told_when_it_is_durable() {
     }
 }
 
-#[test]
-fn who_sees_to_the_notes_can_leave_that_to_others() {
-    for dropped in [false, true] {
-        let memory = MemoryBacking::new();
-        fresh(&*memory);
-        let (backing, faults) = FaultBacking::new(memory.clone());
-        let log = start(&*backing);
-        let told = Told::default();
-        let leave = {
-            let (log, told, memory) = (Arc::clone(&log), Arc::clone(&told), Arc::clone(&memory));
-            move |number| {
-                let position = append(&log, Stream::Hot, draft(number, 1, 1));
-                log.wait_written(&position).unwrap();
-                let pending = log.pending_flush(Stream::Hot, position.seq).unwrap();
-                pending.leave(tell(&told, &memory, number))
-            }
-        };
-        let numbers = || told.lock().iter().map(|(number, ..)| *number).collect::<Vec<_>>();
-        let attendance = leave(1).unwrap();
-        assert!(leave(2).is_none(), "somebody has the duty");
-        assert!(numbers().is_empty());
-        let meanwhile = leave.clone();
-        faults.arm_hook(Call::Sync, move || assert!(meanwhile(3).is_none()));
-        let attendance = attendance.go_on(&mut || {}).unwrap();
-        assert_eq!(numbers(), [1, 2]);
-        assert!(leave(4).is_none());
-        let other = std::thread::spawn(move || {
-            if dropped { drop(attendance) } else { assert!(attendance.go_on(&mut || {}).is_none()) }
-        });
-        other.join().unwrap();
-        assert_eq!(numbers(), [1, 2, 3, 4]);
-        let next = leave(5).unwrap();
-        assert!(next.go_on(&mut || {}).is_none());
-        assert!(told.lock().iter().all(|(_, result, _)| result.is_ok()));
-    }
-}
-
 /// A flush that runs covers the note, but who attends to it waits for more.
 #[test]
 fn who_is_told_does_not_wait_for_a_flush_too_many() {

@@ -9,7 +9,7 @@ use super::support::{Volume, pattern, read_all};
 use crate::backing::fault::{Call, Rule};
 use crate::error::FsError;
 use crate::store::layout::{BLOCK, BLOCK_LEN, GROUP_PLAIN};
-use crate::store::{File, FormatOptions, WriteMode};
+use crate::store::{File, WriteMode};
 
 fn write(file: &File, offset: u64, data: &[u8]) {
     file.write_at(data, offset, WriteMode::default()).unwrap();
@@ -177,38 +177,6 @@ fn what_is_written_while_a_checkpoint_takes_long_is_flushed_all_the_same() {
     let in_time = is_flushed.recv_timeout(Duration::from_secs(60));
     drop(go_on);
     assert!(in_time.is_ok(), "not flushed before the checkpoint has ended");
-}
-
-#[test]
-fn whether_writes_wait_for_room_can_be_asked() {
-    // In the smallest, the largest record has no room in the last quarter.
-    let options = FormatOptions { log_size: Some(32 << 20), ..FormatOptions::default() };
-    let volume = Volume::with(options);
-    volume.store.start_background(|reason| panic!("{reason}")).unwrap();
-    let (file, other) = (volume.create("f"), volume.create("g"));
-    let (stuck, is_stuck) = mpsc::channel();
-    let (go_on, may_go_on) = mpsc::channel::<()>();
-    let blocks = pattern(24 * BLOCK_LEN, 1);
-    write(&file, 0, &blocks);
-    volume.faults.arm_hook(Call::Read, move || {
-        stuck.send(()).unwrap();
-        let _ = may_go_on.recv();
-    });
-    let fill = |file: &File, quarters: u64| {
-        while {
-            let log = volume.store.log_status().unwrap();
-            write(file, 0, &blocks);
-            log.used <= log.capacity / 4 * quarters
-        } {}
-    };
-    fill(&file, 2);
-    is_stuck.recv().unwrap();
-    assert!(!volume.store.are_writes_slowed());
-    fill(&other, 3);
-    assert!(volume.store.are_writes_slowed());
-    drop(go_on);
-    volume.store.checkpoint().unwrap();
-    assert!(!volume.store.are_writes_slowed(), "whoever asks, and whatever the next write is");
 }
 
 #[test]

@@ -131,13 +131,9 @@ impl Mounted {
 
 impl Volume {
     pub(super) fn new() -> Volume {
-        Volume::with(options())
-    }
-
-    pub(super) fn with(options: FormatOptions) -> Volume {
         let dir = tempfile::tempdir().unwrap();
         let backing = LinuxBacking::open(dir.path()).unwrap();
-        Store::format(&*backing, &keyring(), options).unwrap();
+        Store::format(&*backing, &keyring(), options()).unwrap();
         let (store, gate, faults) = open(dir.path(), false);
         Volume { dir, faults, store, gate }
     }
