@@ -179,6 +179,7 @@ vault_start() { # DIR
     rm -f "$dir/vault/url" "$dir/vault/identity.url"
     pid=$(detached "$dir/log/vault.log" "$byokfs" vault serve "$dir/vault")
     echo "$pid" >"$dir/run/vault.pid"
+    basename "$byokfs" >"$dir/run/vault.name"
     if ! wait_until 30 vault_ready_or_dead "$dir" "$pid" || dead "$pid"; then
         tail -n 20 "$dir/log/vault.log" >&2
         die "the key vault did not start"
@@ -186,12 +187,13 @@ vault_start() { # DIR
 }
 
 vault_stop() { # DIR
-    local dir=$1 name
+    local dir=$1 name=byokfs
     [[ -s $dir/run/vault.pid ]] || return 0
-    # What the kernel keeps of a name.
-    name=$(basename "$byokfs")
+    # BYOKFS_BINARY may have been another one then.
+    [[ ! -s $dir/run/vault.name ]] || name=$(cat "$dir/run/vault.name")
+    # As much as the kernel keeps of it.
     end_process "$(cat "$dir/run/vault.pid")" "${name:0:15}"
-    rm -f "$dir/run/vault.pid"
+    rm -f "$dir/run/vault.pid" "$dir/run/vault.name"
 }
 
 # Runs a vault verb on DIR's vault: in_vault DIR VERB...
