@@ -65,6 +65,9 @@ impl Debug for Hook {
     }
 }
 
+/// How what is said of a panic begins that [`Faults::arm_panic`] ordered.
+pub const ORDERED_PANIC: &str = "a panic, as ordered,";
+
 /// The armed rules and a count of all calls.
 #[derive(Debug, Default)]
 pub struct Faults(Mutex<State>);
@@ -120,7 +123,7 @@ impl Faults {
         if state.panic == Some(call) {
             state.panic = None;
             drop(state);
-            panic!("a panic, as ordered, in {call:?}");
+            panic!("{ORDERED_PANIC} in {call:?}");
         }
         let mut hit = None;
         for rule in &mut state.rules {

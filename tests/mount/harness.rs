@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use byokfs::backing::Backing;
-use byokfs::backing::fault::{Call, FaultBacking};
+use byokfs::backing::fault::{Call, FaultBacking, ORDERED_PANIC};
 use byokfs::backing::linux::LinuxBacking;
 use byokfs::crypto::secret::Secret;
 use byokfs::fuse::{self, CutOffErrno, MountOptions, Transport};
@@ -172,6 +172,18 @@ fn soon() -> BootTime {
     BootTime::now() + Duration::from_secs(3600)
 }
 
+/// A panic that a test asked for says nothing; any other says all.
+fn quiet_about_ordered_panics() {
+    let loud = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let text = info.payload().downcast_ref::<String>();
+        let ordered = text.is_some_and(|text| text.starts_with(ORDERED_PANIC));
+        if !ordered {
+            loud(info);
+        }
+    }));
+}
+
 /// Not a test: the process that serves one.
 #[test]
 #[ignore = "run by the tests that mount"]
@@ -179,6 +191,7 @@ fn serve() {
     let Some(dir) = std::env::var_os(DIR).map(PathBuf::from) else { return };
     let options = std::env::var(OPTIONS).unwrap();
     let read_only = options.contains("ro");
+    quiet_about_ordered_panics();
     rustix::process::umask(rustix::fs::Mode::empty());
     let backing: Arc<dyn Backing> = LinuxBacking::open(&dir.join("back")).unwrap();
     if !dir.join("back/tree").exists() {
