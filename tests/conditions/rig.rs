@@ -23,11 +23,12 @@ pub const STALENESS: Duration = Duration::from_secs(300);
 /// The cut-off's own time, which is taken off that.
 pub const LEAD: Duration = Duration::from_secs(1);
 
-/// Some milliseconds where the real thing has seconds, with the proportions of the defaults.
+/// Some milliseconds where the real thing has seconds in what is awaited, and as patient in what
+/// must not happen: a machine may stand still for a while.
 pub fn quick() -> watcher::Settings {
     watcher::Settings {
         interval: Duration::from_millis(200),
-        deadline: Duration::from_secs(5),
+        deadline: Duration::from_secs(30),
         policy: policy::Settings {
             confirm_after: Duration::from_millis(150),
             confirm_within: Duration::from_secs(60),
@@ -72,8 +73,8 @@ pub struct Recorder {
     envelope: Mutex<Envelope>,
     enrolment: Enrolment,
     watcher: Mutex<std::sync::Weak<Watcher>>,
-    pub orders: Mutex<Vec<(Instant, CutOffOrder)>>,
-    pub notices: Mutex<Vec<(Instant, Notice)>>,
+    pub orders: Mutex<Vec<CutOffOrder>>,
+    pub notices: Mutex<Vec<Notice>>,
 }
 
 impl Recorder {
@@ -96,7 +97,7 @@ impl Recorder {
 
 impl Handler for Recorder {
     fn cut_off(&self, order: &CutOffOrder) {
-        self.orders.lock().push((Instant::now(), order.clone()));
+        self.orders.lock().push(order.clone());
         self.gate.shut(order.reason);
         self.gate.drain(LIMIT);
         self.gate.wipe();
@@ -107,7 +108,7 @@ impl Handler for Recorder {
     }
 
     fn notice(&self, notice: &Notice) {
-        self.notices.lock().push((Instant::now(), notice.clone()));
+        self.notices.lock().push(notice.clone());
     }
 
     fn newer_version(&self, _kid: &str) {}
@@ -184,27 +185,38 @@ impl<S: Service> Rig<S> {
 
     /// Why it was Degraded since [`Rig::forget`], one after the other.
     pub fn degradations(&self) -> Vec<Reason> {
-        self.degraded().into_iter().map(|(_, reason)| reason).collect()
-    }
-
-    pub fn degraded(&self) -> Vec<(Instant, Reason)> {
         let notices = self.handler.notices.lock();
-        let degraded = notices.iter().filter_map(|(at, notice)| match notice {
-            Notice::Degraded { reason, .. } => Some((*at, *reason)),
+        let degraded = notices.iter().filter_map(|notice| match notice {
+            Notice::Degraded { reason, .. } => Some(*reason),
             _ => None,
         });
         degraded.collect()
     }
 
+    /// Until that has been told: the notices have a thread of their own.
+    #[track_caller]
+    pub fn wait_for_degraded(&self, what: &str) {
+        self.wait_until(what, || !self.degradations().is_empty());
+    }
+
+    #[track_caller]
+    pub fn wait_until(&self, what: &str, condition: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed() < LIMIT, "{what}: never");
+            std::thread::sleep(Duration::from_millis(3));
+        }
+    }
+
     pub fn alerted_of(&self, reason: Reason) -> bool {
         let notices = self.handler.notices.lock();
-        notices.iter().any(
-            |(_, notice)| matches!(notice, Notice::Alert { reason: told, .. } if *told == reason),
-        )
+        notices
+            .iter()
+            .any(|notice| matches!(notice, Notice::Alert { reason: told, .. } if *told == reason))
     }
 
     pub fn orders(&self) -> Vec<CutOffOrder> {
-        self.handler.orders.lock().iter().map(|(_, order)| order.clone()).collect()
+        self.handler.orders.lock().clone()
     }
 
     pub fn forget(&self) {

@@ -171,7 +171,7 @@ fn tokens_expire() {
             assert!(is_challenge(&server, &answer));
             break;
         }
-        assert!(start.elapsed() < Duration::from_secs(5), "the token does not expire");
+        assert!(start.elapsed() < Duration::from_secs(60), "the token does not expire");
         std::thread::sleep(Duration::from_millis(100));
     }
 }

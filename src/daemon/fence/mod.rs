@@ -30,6 +30,8 @@ use process::Process;
 const ASK_UNTIL: u32 = 20;
 const SHUTDOWN_UNTIL: u32 = 60;
 const TERM_UNTIL: u32 = 85;
+/// SIGKILL is waited for, however late it is: who was killed has not survived.
+const KILL_AT_LEAST: Duration = Duration::from_secs(1);
 
 /// How often to look for a server that its supervisor has started again.
 const LINGER_STEP: Duration = Duration::from_millis(200);
@@ -228,7 +230,7 @@ impl Fence {
         if self.send(server, Signal::TERM, "SIGTERM", at(TERM_UNTIL)) {
             return Outcome::Stopped("SIGTERM");
         }
-        if self.send(server, Signal::KILL, "SIGKILL", at(100)) {
+        if self.send(server, Signal::KILL, "SIGKILL", at(100).max(KILL_AT_LEAST)) {
             return Outcome::Stopped("SIGKILL");
         }
         Outcome::Survived

@@ -20,6 +20,8 @@ use super::super::{AppService, Application, Identity, Imds};
 use super::*;
 use crate::sync::Mutex;
 
+/// How much later than its deadline a call may end on a busy machine: without one it would never.
+const LATE: Duration = Duration::from_secs(30);
 const VERSION: &str = "0123456789abcdef0123456789abcdef";
 
 /// What a client sent.
@@ -121,7 +123,9 @@ fn serve(mut stream: impl Read + Write, script: &Mutex<Script>, seen: &Mutex<Vec
         }
         Answer::Endless => whole(200, "", &" ".repeat(600 * 1024)),
         Answer::Silence => {
-            thread::sleep(Duration::from_secs(5));
+            // Until the client goes.
+            let mut rest = [0; 256];
+            while stream.read(&mut rest).is_ok_and(|count| count > 0) {}
             return;
         }
         Answer::HangUp => return,
@@ -300,7 +304,7 @@ impl Rig {
     fn get_within(&self, limit: Duration) -> Class {
         let start = Instant::now();
         let result = self.with_session(limit, |session, kid| session.get_key(kid));
-        assert!(start.elapsed() < limit + Duration::from_secs(2), "took {:?}", start.elapsed());
+        assert!(start.elapsed() < limit + LATE, "took {:?}", start.elapsed());
         result.unwrap_err().class
     }
 }

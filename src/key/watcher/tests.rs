@@ -10,27 +10,43 @@ use super::super::testing::{FakeKey, FakeService};
 use super::super::{requirement, wall_clock};
 use super::*;
 
-const LIMIT: Duration = Duration::from_secs(20);
+/// For what must happen: a test fails by it only if it never does.
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn millis(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-/// Ten times as fast as the real thing, or more; slow enough for a busy machine.
+/// Far faster than the real thing in what is awaited, and as patient in what must not happen: a
+/// machine may stand still for a while.
 fn quick() -> Settings {
     Settings {
         interval: millis(30),
-        deadline: millis(500),
-        shut_within: millis(1000),
+        deadline: Duration::from_secs(30),
+        shut_within: Duration::from_secs(8),
         follow_again: millis(200),
         policy: policy::Settings {
             confirm_after: millis(20),
-            confirm_within: millis(2000),
-            max_staleness: millis(3000),
+            confirm_within: Duration::from_secs(60),
+            max_staleness: Duration::from_secs(300),
             cut_off_lead: millis(1000),
             ..policy::Settings::default()
         },
     }
+}
+
+/// An unreachable service is borne for a moment only.
+fn impatient() -> Settings {
+    let policy = policy::Settings { max_staleness: millis(3000), ..quick().policy };
+    Settings { deadline: millis(500), policy, ..quick() }
+}
+
+/// One denial alone is never confirmed.
+fn forgiving() -> Settings {
+    let long = Duration::from_secs(3600);
+    let policy =
+        policy::Settings { confirm_after: long, confirm_within: 2 * long, ..quick().policy };
+    Settings { policy, ..quick() }
 }
 
 /// What the daemon does, without a server or a mount.
@@ -118,7 +134,11 @@ fn started(settings: Settings) -> Rig {
 }
 
 fn serving() -> Rig {
-    let rig = started(quick());
+    serving_with(quick())
+}
+
+fn serving_with(settings: Settings) -> Rig {
+    let rig = started(settings);
     rig.recorder.admit().unwrap();
     rig
 }
@@ -131,6 +151,16 @@ impl Rig {
 
     fn wait_for(&self, state: State, reason: Option<Reason>) {
         until(&format!("{state} {reason:?}"), || self.state() == (state, reason));
+    }
+
+    /// That it was Degraded, however shortly.
+    fn wait_for_degraded(&self, wanted: Reason) {
+        until(&format!("Degraded {wanted}"), || {
+            let notices = self.recorder.notices.lock();
+            notices.iter().any(
+                |notice| matches!(notice, Notice::Degraded { reason, .. } if *reason == wanted),
+            )
+        });
     }
 }
 
@@ -155,8 +185,7 @@ fn nothing_is_probed_before_the_volume_is_opened() {
 fn probes_keep_the_gate_open() {
     let rig = serving();
     let first = rig.gate.valid_until();
-    until("an extension", || rig.gate.valid_until() > first);
-    thread::sleep(millis(3300));
+    until("extensions", || rig.gate.valid_until() > first + millis(2000));
     assert_eq!(rig.state(), (State::Available, None));
     let status = rig.watcher.status();
     assert_eq!(status.kid, FakeService::KID);
@@ -187,8 +216,8 @@ fn a_disabled_key_cuts_off_at_the_next_probe_and_stays_so() {
 fn a_permission_that_only_complete_probes_miss_is_confirmed() {
     let rig = serving();
     rig.service.change(|key| key.deny("wrapKey"));
-    rig.wait_for(State::Degraded, Some(Reason::PermissionRevoked));
     rig.wait_for(State::Inaccessible, Some(Reason::PermissionRevoked));
+    rig.wait_for_degraded(Reason::PermissionRevoked);
     let detail = rig.recorder.orders.lock()[0].1.clone().unwrap();
     assert!(detail.contains("wrapKey"), "{detail}");
 }
@@ -201,9 +230,12 @@ fn a_permission_that_cannot_be_tried_is_not_taken_for_granted() {
         let lost = Class::Transient(Reason::Unreachable);
         rig.service.change(|key| key.failing = Some((permission, lost)));
         rig.wait_for(State::Degraded, Some(Reason::Unreachable));
-        rig.watcher.probe_now(LIMIT);
+        let valid_until = rig.gate.valid_until();
+        for _ in 0..5 {
+            rig.watcher.probe_now(LIMIT);
+        }
         assert_eq!(rig.state(), (State::Degraded, Some(Reason::Unreachable)), "{permission}");
-        rig.wait_for(State::Inaccessible, Some(Reason::Unreachable));
+        assert_eq!(rig.gate.valid_until(), valid_until, "{permission}");
         rig.service.change(|key| key.failing = None);
         rig.wait_for(State::Available, None);
     }
@@ -211,11 +243,7 @@ fn a_permission_that_cannot_be_tried_is_not_taken_for_granted() {
 
 #[test]
 fn a_slip_is_forgiven() {
-    let rig = started(Settings {
-        policy: policy::Settings { confirm_after: millis(300), ..quick().policy },
-        ..quick()
-    });
-    rig.recorder.admit().unwrap();
+    let rig = serving_with(forgiving());
     rig.service.change(|key| key.deny("unwrapKey"));
     rig.wait_for(State::Degraded, Some(Reason::PermissionRevoked));
     rig.service.change(|key| key.denied.clear());
@@ -226,24 +254,28 @@ fn a_slip_is_forgiven() {
 
 #[test]
 fn unreachable_degrades_then_cuts_off_then_heals() {
+    let lost = Class::Transient(Reason::TlsUntrusted);
     let rig = serving();
-    rig.service.change(|key| key.fail_all(Class::Transient(Reason::TlsUntrusted)));
+    rig.service.change(|key| key.fail_all(lost));
     rig.wait_for(State::Degraded, Some(Reason::TlsUntrusted));
     assert!(rig.gate.lease().is_ok());
+
+    let rig = serving_with(impatient());
+    rig.service.change(|key| key.fail_all(lost));
     rig.wait_for(State::Inaccessible, Some(Reason::Unreachable));
-    let notices = rig.recorder.notices.lock().clone();
+    rig.wait_for_degraded(Reason::TlsUntrusted);
     let alerted =
         |notice: &Notice| matches!(notice, Notice::Alert { reason: Reason::TlsUntrusted, .. });
-    assert!(notices.iter().any(alerted));
+    until("an alert", || rig.recorder.notices.lock().iter().any(alerted));
     rig.service.change(|key| key.failure = None);
     rig.wait_for(State::Available, None);
-    assert_eq!(rig.gate.epoch(), 2);
+    assert!(rig.gate.epoch() >= 2);
 }
 
 #[test]
 fn expiry_cuts_off_without_a_probe() {
     let rig = started(Settings { interval: Duration::from_secs(3600), ..quick() });
-    rig.service.change(|key| key.info.expires = Some(wall_clock() + 1));
+    rig.service.change(|key| key.info.expires = Some(wall_clock() + 6));
     rig.recorder.admit().unwrap();
     let calls = rig.service.calls();
     rig.wait_for(State::Inaccessible, Some(Reason::KeyExpired));
@@ -285,7 +317,7 @@ fn a_cut_off_that_panics_still_shuts_the_gate() {
 
 #[test]
 fn a_probe_that_hangs_counts_as_unreachable() {
-    let rig = serving();
+    let rig = serving_with(impatient());
     rig.service.change(|key| key.delay = Duration::from_secs(4));
     // The grace for a hanging probe is longer than this policy's patience: the gate is faster.
     rig.wait_for(State::Inaccessible, Some(Reason::Unreachable));
@@ -293,7 +325,8 @@ fn a_probe_that_hangs_counts_as_unreachable() {
 
 #[test]
 fn stopping_leaves_the_gate_to_its_time() {
-    let rig = serving();
+    let policy = policy::Settings { max_staleness: Duration::from_secs(9), ..quick().policy };
+    let rig = serving_with(Settings { policy, ..quick() });
     rig.watcher.stop();
     thread::sleep(millis(300));
     let calls = rig.service.calls();
@@ -371,7 +404,7 @@ fn what_becomes_of_the_old_key_after_a_rotation_does_not_matter() {
     let rewrapped = rewrapped(&rig);
     // A probe of the old key is under way, and will find it disabled.
     rig.service.change(|key| {
-        key.delay = millis(200);
+        key.delay = Duration::from_secs(5);
         key.info.enabled = false;
     });
     let calls = rig.service.calls();
@@ -392,12 +425,7 @@ fn what_becomes_of_the_old_key_after_a_rotation_does_not_matter() {
 
 #[test]
 fn a_rotation_clears_a_denial_of_the_old_key() {
-    let rig = started(Settings {
-        policy: policy::Settings { confirm_after: millis(1500), ..quick().policy },
-        interval: Duration::from_secs(3600),
-        ..quick()
-    });
-    rig.recorder.admit().unwrap();
+    let rig = serving_with(Settings { interval: Duration::from_secs(3600), ..forgiving() });
     let rewrapped = rewrapped(&rig);
     rig.service.change(|key| key.deny("get"));
     rig.watcher.probe_now(LIMIT);
