@@ -101,6 +101,7 @@ impl Default for Watcher {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Fence {
+    /// Where nothing is said: if a socket or a pid file names the server.
     pub enabled: bool,
     /// The server's unix socket.
     #[serde(with = "optional_path")]
@@ -336,6 +337,9 @@ impl Config {
             section.insert(over.key.clone(), loose_value(&over.value));
             config = Config::deserialize(table.clone())
                 .map_err(|error| refused(&over.origin, error.message()))?;
+        }
+        if !table.get("fence").is_some_and(|fence| fence.get("enabled").is_some()) {
+            config.fence.enabled = config.fence.socket.is_some() || config.fence.pid_file.is_some();
         }
         validate::check(&config).map_err(|message| {
             Error::new(Kind::Config, format!("{}: {message}", file.display()))

@@ -138,11 +138,24 @@ fn contradictions_are_refused() {
 }
 
 #[test]
+fn a_fence_that_is_told_of_its_server_is_on() {
+    let enabled = |text: &str| {
+        let text = format!("[fence]\n{text}");
+        Config::parse(&text, Path::new("t.toml"), &[]).unwrap().fence.enabled
+    };
+    assert!(enabled("socket = \"/s\""));
+    assert!(enabled("pid_file = \"/p\""));
+    assert!(!enabled("socket = \"/s\"\nenabled = false"));
+    assert!(!enabled("socket = \"\"\noption_file = \"/o\""));
+}
+
+#[test]
 fn later_sources_override_and_name_themselves() {
     let flags = [over("mount", "threads", "4"), over("fence", "socket", "/run/m.sock")];
     let config = Config::parse("[mount]\nthreads = 2\n", Path::new("t.toml"), &flags).unwrap();
     assert_eq!(config.mount.threads, 4);
     assert_eq!(config.fence.socket, Some("/run/m.sock".into()));
+    assert!(config.fence.enabled);
     let wrong = Config::parse("", Path::new("t.toml"), &[over("mount", "thread", "4")]);
     assert!(wrong.unwrap_err().to_string().starts_with("flag: unknown field `thread`"));
 }
