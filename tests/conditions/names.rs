@@ -122,13 +122,16 @@ fn a_name_that_is_gone_is_told_from_one_that_cannot_be_resolved() {
     let test = "names::a_name_that_is_gone_is_told_from_one_that_cannot_be_resolved";
     let program = std::env::current_exe().unwrap();
     let dir: &Path = dir.path();
-    let status = Command::new("unshare")
+    let output = Command::new("unshare")
         .args(["--mount", "--propagation", "private", "sh", "-c", script])
         .args([program.as_os_str(), dir.as_os_str(), test.as_ref()])
         .env(INSIDE, resolver)
-        .status()
+        .output()
         .unwrap();
-    assert!(status.success());
+    let said = [output.stdout, output.stderr].concat();
+    // Indented: it is a test's output too, and would be counted as one.
+    let said = String::from_utf8_lossy(&said).replace('\n', "\n    ");
+    assert!(output.status.success(), "    {said}");
 }
 
 fn inside(address: &str) {
