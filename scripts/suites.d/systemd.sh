@@ -13,9 +13,13 @@ suite_systemd() {
     volume_directories "$dir/box"
     on_exit vault_stop "$dir/box"
     vault_create "$dir/box"
-    system_tree "$dir"
-    on_exit system_down "$dir"
-    system_up "$dir"
+    # Neither depends on byokfs, of which nothing runs there yet.
+    if ! layer_over_root "$dir" || ! system_up "$dir"; then
+        cat "$dir/boot.log"
+        say "skipped: systemd does not boot in a container here"
+        return 0
+    fi
+    system_furnish "$dir"
 
     systemd_start
     systemd_order
@@ -54,17 +58,22 @@ fails_with() {
     return 1
 }
 
-# system_tree DIR: the container's tree, with the binary, the unit as it is shipped, and what an administrator adds.
-system_tree() {
-    local dir=$1 root=$1/root etc=$1/root/etc/byokfs
-    unit=byokfs@srv-mysql.service
-    mkdir "$dir/memory" "$root"
-    mount -t tmpfs -o mode=755 tmpfs "$dir/memory"
+# layer_over_root DIR: a tree like this machine's, whose changes are kept in memory.
+layer_over_root() {
+    local dir=$1
+    mkdir "$dir/memory" "$dir/root"
+    mount -t tmpfs -o mode=755 tmpfs "$dir/memory" 2>"$dir/boot.log" || return 1
     on_exit umount --lazy "$dir/memory"
     mkdir "$dir/memory/upper" "$dir/memory/work"
-    mount -t overlay -o "lowerdir=/,upperdir=$dir/memory/upper,workdir=$dir/memory/work" overlay "$root"
-    on_exit umount --lazy "$root"
-    : >"$root/etc/fstab"
+    mount -t overlay -o "lowerdir=/,upperdir=$dir/memory/upper,workdir=$dir/memory/work" overlay "$dir/root" 2>"$dir/boot.log" || return 1
+    on_exit umount --lazy "$dir/root"
+    : >"$dir/root/etc/fstab"
+}
+
+# system_furnish DIR: the binary, the unit as it is shipped, and what an administrator adds.
+system_furnish() {
+    local dir=$1 root=$1/root etc=$1/root/etc/byokfs
+    unit=byokfs@srv-mysql.service
     # Nothing of this machine's own byokfs, and no settings of its database server.
     rm -rf "$etc" "$root/etc/systemd/system/mariadb.service" "$root/etc/systemd/system/mariadb.service.d"
     install -m 755 "$byokfs" "$root/usr/bin/byokfs"
@@ -77,7 +86,7 @@ system_tree() {
     printf '\n[fence]\nenabled = true\nsocket = "/run/mysqld/mysqld.sock"\n' >>"$etc/srv-mysql.toml"
     install -m 600 "$dir/box/config/identity.header" "$dir/box/vault/ca.pem" "$etc/"
     printf 'BACK=/var/lib/byokfs/mysql\nMNT=/srv/mysql\n' >"$etc/srv-mysql.mount"
-    mkdir -p "$root/srv/mysql" "$root/var/lib/byokfs"
+    mkdir -p "$root/srv/mysql"
 
     mkdir "$root/etc/systemd/system/mariadb.service.d"
     # As the unit's head has it.
@@ -87,6 +96,7 @@ system_tree() {
     printf '[mysqld]\ndatadir=/srv/mysql/data\nskip-networking\ninnodb-buffer-pool-size=64M\n' >"$root/etc/mysql/my.cnf"
     printf '#!/bin/sh\n' >"$root/etc/mysql/debian-start"
     chmod 755 "$root/etc/mysql/debian-start"
+    inside systemctl daemon-reload
 }
 
 # system_up DIR: boots it; sets nspawn and system, the process ids of the container and of its systemd.
@@ -95,8 +105,9 @@ system_up() {
     nspawn=$(detached "$dir/boot.log" systemd-nspawn --quiet --directory "$dir/root" --machine "byokfs-$(random_word 4)" \
         --boot --register=no --keep-unit --private-users=no --capability=all --console=pipe --link-journal=no \
         --bind=/dev/fuse --bind="$dir/box/back:/var/lib/byokfs" -- --unit=basic.target)
+    on_exit system_down
     system=''
-    wait_until 60 system_runs || { cat "$dir/boot.log" && return 1; }
+    wait_until 60 system_runs || return 1
     say "booted: $(inside systemctl --version | head -n 1)"
 }
 
@@ -106,7 +117,7 @@ system_runs() {
     [[ -n $system && $(inside systemctl is-system-running) =~ ^(running|degraded)$ ]]
 }
 
-system_down() { # DIR
+system_down() {
     alive "$nspawn" || return 0
     end_process "$nspawn" systemd-nspawn
 }
