@@ -41,12 +41,14 @@ fn impatient() -> Settings {
     Settings { deadline: millis(500), policy, ..quick() }
 }
 
-/// One denial alone is never confirmed.
-fn forgiving() -> Settings {
-    let long = Duration::from_secs(3600);
-    let policy =
-        policy::Settings { confirm_after: long, confirm_within: 2 * long, ..quick().policy };
-    Settings { policy, ..quick() }
+/// Nobody probes but the test, and one denial alone is not confirmed meanwhile.
+fn by_hand() -> Settings {
+    let policy = policy::Settings {
+        confirm_after: Duration::from_secs(600),
+        confirm_within: Duration::from_secs(1200),
+        ..quick().policy
+    };
+    Settings { interval: Duration::from_secs(3600), policy, ..quick() }
 }
 
 /// What the daemon does, without a server or a mount.
@@ -243,11 +245,16 @@ fn a_permission_that_cannot_be_tried_is_not_taken_for_granted() {
 
 #[test]
 fn a_slip_is_forgiven() {
-    let rig = serving_with(forgiving());
+    let rig = serving_with(by_hand());
     rig.service.change(|key| key.deny("unwrapKey"));
-    rig.wait_for(State::Degraded, Some(Reason::PermissionRevoked));
+    rig.watcher.probe_now(LIMIT);
+    assert_eq!(rig.state(), (State::Degraded, Some(Reason::PermissionRevoked)));
+    assert!(rig.gate.lease().is_ok());
+    let next = rig.watcher.status().next_probe_in.unwrap();
+    assert!(next > Duration::from_secs(300) && next <= Duration::from_secs(600), "{next:?}");
     rig.service.change(|key| key.denied.clear());
-    rig.wait_for(State::Available, None);
+    rig.watcher.probe_now(LIMIT);
+    assert_eq!(rig.state(), (State::Available, None));
     assert!(rig.recorder.orders.lock().is_empty());
     until("notices", || rig.recorder.notices.lock().last() == Some(&Notice::Restored));
 }
@@ -425,7 +432,7 @@ fn what_becomes_of_the_old_key_after_a_rotation_does_not_matter() {
 
 #[test]
 fn a_rotation_clears_a_denial_of_the_old_key() {
-    let rig = serving_with(Settings { interval: Duration::from_secs(3600), ..forgiving() });
+    let rig = serving_with(by_hand());
     let rewrapped = rewrapped(&rig);
     rig.service.change(|key| key.deny("get"));
     rig.watcher.probe_now(LIMIT);
