@@ -289,7 +289,8 @@ fn mount_and_serve(volume: &Arc<Volume>, life: BufReader<File>, signals: OwnedFd
     emit(Event::new(Name::VolumeMounted).with("back", plan.back.to_string_lossy()));
     if !plan.config.fence.enabled {
         log::warn!(
-            "no fence is configured: after a cut-off a database server serves on what it has cached"
+            "the fence is off (fence.enabled): after a cut-off a database server serves on what \
+             it has cached"
         );
     }
     log::info!("{} is mounted at {}", plan.back.display(), plan.mnt.display());
