@@ -338,7 +338,7 @@ impl Config {
             config = Config::deserialize(table.clone())
                 .map_err(|error| refused(&over.origin, error.message()))?;
         }
-        if !table.get("fence").is_some_and(|fence| fence.get("enabled").is_some()) {
+        if table.get("fence").is_none_or(|fence| fence.get("enabled").is_none()) {
             config.fence.enabled = config.fence.socket.is_some() || config.fence.pid_file.is_some();
         }
         validate::check(&config).map_err(|message| {

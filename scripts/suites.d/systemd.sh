@@ -23,6 +23,7 @@ suite_systemd() {
 
     systemd_start
     systemd_order
+    systemd_busy
     systemd_revocation "$dir"
     systemd_killed
     systemd_reboot "$dir"
@@ -150,6 +151,20 @@ systemd_order() {
     wait_until 60 is mariadb active || fails_with "mariadb is not back after a restart of the volume"
     [[ $(rows) == 1000 ]] || fails_with "rows: $(rows)"
     say "systemctl stop, start, restart: ok"
+}
+
+# Somebody else uses the mount: the stop says who, and is done as soon as he has ended.
+systemd_busy() {
+    inside systemd-run --quiet --unit holder --working-directory /srv/mysql sleep 600
+    inside systemctl --no-block stop "$unit"
+    wait_until 60 status_is sleep || fails_with "the status says: $(show "$unit" StatusText)"
+    mounted_inside || fails_with "not mounted any more"
+    inside systemctl stop holder
+    wait_until 60 is "$unit" inactive || fails_with "$unit is $(show "$unit" ActiveState)"
+    [[ $(show "$unit" Result) == success ]] || fails_with "not stopped in order"
+    ! mounted_inside || fails_with "stopped, and still mounted"
+    inside systemctl start mariadb || fails_with "mariadb does not start"
+    say "systemctl stop while the mount is used: ok"
 }
 
 systemd_revocation() { # DIR

@@ -1,11 +1,17 @@
 //! The service manager's notification protocol, sd_notify(3), where it asks for it.
 
+use std::ffi::OsString;
 use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 const SOCKET: &str = "NOTIFY_SOCKET";
+
+/// A service manager has started this and is to be told how it is.
+pub fn is_service() -> bool {
+    socket().is_some()
+}
 
 pub fn ready(status: &str) {
     send(&format!("READY=1\nSTATUS={}", one_line(status)));
@@ -25,10 +31,14 @@ fn one_line(text: &str) -> String {
 }
 
 fn send(message: &str) {
-    let Some(path) = std::env::var_os(SOCKET).filter(|path| !path.is_empty()) else { return };
+    let Some(path) = socket() else { return };
     if let Err(error) = send_to(path.as_bytes(), message) {
         log::warn!("cannot notify the service manager: {error}");
     }
+}
+
+fn socket() -> Option<OsString> {
+    std::env::var_os(SOCKET).filter(|path| !path.is_empty())
 }
 
 fn send_to(path: &[u8], message: &str) -> io::Result<()> {

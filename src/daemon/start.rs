@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::alert::Alerts;
@@ -49,6 +49,8 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 const ALERTS_LIMIT: Duration = Duration::from_secs(5);
 /// How long a mount waits for the daemon of the one before it.
 const PREDECESSOR_LIMIT: Duration = Duration::from_secs(60);
+/// A service that is to end, and whose mount is in use, tries again so often.
+const TRY_AGAIN: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// Runs the daemon of the plan on standard input; returns when its mount is gone.
 pub fn run() -> Result<()> {
@@ -324,13 +326,22 @@ fn mount_and_serve(volume: &Arc<Volume>, life: BufReader<File>, signals: OwnedFd
 
 fn take_signals(volume: Arc<Volume>, signals: OwnedFd) -> Result<()> {
     let take = move || {
+        let mut owed = false;
         loop {
-            match poll(&mut [PollFd::new(&signals, PollFlags::IN)], None) {
+            let timeout = owed.then_some(&TRY_AGAIN);
+            match poll(&mut [PollFd::new(&signals, PollFlags::IN)], timeout) {
+                Ok(0) => {
+                    owed = volume.unmount().is_err();
+                    continue;
+                }
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return log::error!("cannot take signals any more: {error}"),
             }
             match sys::signals::next(&signals) {
-                Ok(Some(libc::SIGTERM | libc::SIGINT)) => volume.terminate(),
+                // A service manager that has asked once does not ask again, but kills in the end.
+                Ok(Some(libc::SIGTERM | libc::SIGINT)) => {
+                    owed = !volume.terminate() && notify::is_service();
+                }
                 Ok(_) => {}
                 Err(error) => return log::error!("cannot take signals any more: {error}"),
             }

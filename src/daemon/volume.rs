@@ -160,14 +160,16 @@ impl Volume {
         }
     }
 
-    /// On a request to terminate: a clean unmount, or a refusal that says why.
-    pub fn terminate(&self) {
+    /// On a request to terminate: a clean unmount, or a refusal that says why; true if it was the
+    /// former.
+    pub fn terminate(&self) -> bool {
         log::info!("asked to terminate");
-        let Err(error) = self.unmount() else { return };
+        let Err(error) = self.unmount() else { return true };
         let message = format!("not terminating: {error}");
         log::error!("{message}");
         notify::status(&message);
         emit(Event::new(Name::UnmountRefused).with("error", error.to_string()));
+        false
     }
 
     /// The envelope, for a rotation or a revalidation.
