@@ -95,7 +95,13 @@ pub struct Gate {
 /// is left. Aligned so that two shards never share a cache line.
 #[repr(align(128))]
 struct Shard {
-    keyring: RwLock<Option<Arc<Keyring>>>,
+    keyring: RwLock<Option<Held>>,
+}
+
+struct Held {
+    keyring: Arc<Keyring>,
+    /// The opening that it came with.
+    epoch: u64,
 }
 
 struct Details {
@@ -158,6 +164,9 @@ impl Gate {
     /// The right to use the keyring, for as long as the cipher work takes.
     pub fn lease(&self) -> Result<Lease<'_>, CutOff> {
         let word = self.current()?;
+        // Before the shard is taken, and so after it is free again, whatever comes between: a wipe
+        // that finds the shard held by a lease that is then refused is owed too.
+        let after = AfterLease { gate: self, epoch: word.epoch() };
         let shard = &self.shards[shard_of_this_thread()];
         // Recursive: a waiting drain must not make a thread that holds a lease wait for itself.
         // A failed try means that a wipe or an opening is at work on this shard.
@@ -168,9 +177,9 @@ impl Gate {
         if self.word() != word {
             return Err(self.refusal());
         }
-        let keyring = RwLockReadGuard::try_map(guard, Option::as_deref);
+        let keyring = RwLockReadGuard::try_map(guard, |held| Some(&*held.as_ref()?.keyring));
         let keyring = keyring.map_err(|_| CutOff::Unreachable)?;
-        Ok(Lease { keyring, word, after: AfterLease { gate: self } })
+        Ok(Lease { keyring, word, after })
     }
 
     /// Whether the gate is open now: for a last look before a reply is committed.
@@ -201,7 +210,7 @@ impl Gate {
                 self.wipe();
                 return false;
             };
-            *slot = Some(Arc::clone(&keyring));
+            *slot = Some(Held { keyring: Arc::clone(&keyring), epoch: epoch + 1 });
         }
         self.wipe_owed.store(false, Ordering::SeqCst);
         self.valid_until.store(valid_until.as_nanos(), Ordering::SeqCst);
@@ -258,7 +267,7 @@ impl Gate {
         if self.check().is_ok() {
             self.shut(Reason::Unreachable);
         }
-        self.sweep();
+        self.sweep(u64::MAX);
         let derived: Vec<_> = {
             let mut derived = self.derived.lock();
             derived.retain(|weak| weak.strong_count() > 0);
@@ -303,6 +312,11 @@ impl Gate {
         BootTime::from_nanos(self.valid_until.load(Ordering::SeqCst))
     }
 
+    /// Whether it was shut, by somebody or because it was asked after `valid_until` had passed.
+    pub fn is_shut(&self) -> bool {
+        !self.word().is_open()
+    }
+
     fn word(&self) -> Word {
         Word(self.word.load(Ordering::SeqCst))
     }
@@ -341,14 +355,17 @@ impl Gate {
         now.checked_sub(BootTime::now().since(lapsed)).unwrap_or(now)
     }
 
-    /// Drops the keyring from every shard that no lease holds, and notes if one was left.
-    fn sweep(&self) {
+    /// Drops the keyring of every opening up to `through` from every shard that no lease holds, and
+    /// notes if one was left.
+    fn sweep(&self, through: u64) {
         // Set first: a lease that ends while this runs either is seen by it or sweeps itself.
         self.wipe_owed.store(true, Ordering::SeqCst);
         let mut left = false;
         for shard in &self.shards {
             match shard.keyring.try_write() {
-                Some(mut slot) => *slot = None,
+                Some(mut slot) => {
+                    slot.take_if(|held| held.epoch <= through);
+                }
                 None => left = true,
             }
         }
@@ -399,12 +416,14 @@ impl fmt::Debug for Lease<'_> {
 /// Finishes a wipe that a lease held up.
 struct AfterLease<'a> {
     gate: &'a Gate,
+    epoch: u64,
 }
 
 impl Drop for AfterLease<'_> {
     fn drop(&mut self) {
         if self.gate.wipe_owed.load(Ordering::SeqCst) && !self.gate.word().is_open() {
-            self.gate.sweep();
+            // Not what an opening that goes on meanwhile puts in its place.
+            self.gate.sweep(self.epoch);
         }
     }
 }
@@ -551,6 +570,39 @@ mod tests {
         let lease = gate.lease().unwrap();
         assert_eq!(lease.epoch(), 2);
         assert_eq!(lease.keyring().fingerprint().unwrap(), keyring(2).fingerprint().unwrap());
+    }
+
+    /// A lease that was left behind ends while the gate is being opened again.
+    #[test]
+    fn a_late_wipe_takes_no_later_keyring() {
+        let gate = opened();
+        let after = AfterLease { gate: &gate, epoch: gate.epoch() };
+        gate.shut(Reason::KeyDisabled);
+        gate.wipe_owed.store(true, Ordering::SeqCst);
+        // As `Gate::open` does, up to where it opens.
+        for shard in &gate.shards {
+            let keyring = Arc::new(keyring(2));
+            *shard.keyring.write() = Some(Held { keyring, epoch: gate.epoch() + 1 });
+        }
+        drop(after);
+        assert_eq!(copies_left(&gate), SHARDS);
+        gate.wipe();
+        assert_eq!(copies_left(&gate), 0);
+    }
+
+    /// A thread that saw the gate open, and takes its shard when a drain has passed, is refused; but
+    /// the wipe found the shard held.
+    #[test]
+    fn a_lease_that_is_refused_finishes_a_wipe_too() {
+        let gate = opened();
+        let after = AfterLease { gate: &gate, epoch: gate.epoch() };
+        let guard = gate.shards[0].keyring.try_read_recursive().unwrap();
+        gate.shut(Reason::KeyDisabled);
+        gate.wipe();
+        assert_eq!(copies_left(&gate), 1);
+        drop(guard);
+        drop(after);
+        assert_eq!(copies_left(&gate), 0);
     }
 
     #[test]

@@ -229,6 +229,14 @@ impl Policy {
         matches!(self.mode, Mode::Serving { .. })
     }
 
+    /// Why the volume is Inaccessible; None while it is served.
+    pub fn shut_by(&self) -> Option<Reason> {
+        match self.mode {
+            Mode::Serving { .. } => None,
+            Mode::Inaccessible { reason, .. } => Some(reason),
+        }
+    }
+
     /// A denial waits for its confirmation: the next probe must try every permission.
     pub fn is_pending(&self) -> bool {
         self.pending.is_some()

@@ -286,7 +286,8 @@ impl Shared {
         if let Err(error) = result {
             log::warn!("the key was probed without success: {error}");
             if let Some(wait) = error.retry_after {
-                let wait = wait.clamp(self.settings.interval, RETRY_AFTER_LIMIT);
+                // Not `clamp`, which panics where the interval is the longer one.
+                let wait = wait.min(RETRY_AFTER_LIMIT).max(self.settings.interval);
                 inner.due = Some(now + jittered(wait));
             }
         }
@@ -360,7 +361,13 @@ impl Shared {
             }
             Decision::CutOff(reason) => self.order_cut_off(inner, reason, detail),
             Decision::Restate(reason) => {
-                self.gate.shut(reason);
+                // A cut-off under way shuts the gate when the fence has had its time, and gives it
+                // this reason at its end.
+                if self.gate.is_shut() {
+                    self.gate.shut(reason);
+                } else if let Some((_, of_backstop)) = &mut inner.backstop {
+                    *of_backstop = reason;
+                }
                 self.tell(Event::Notice(Notice::ReasonChanged { reason, detail }));
             }
             Decision::Heal => {
@@ -402,7 +409,7 @@ impl Shared {
 
     /// The handler has had its time.
     fn shut_now(&self, reason: Reason) {
-        if self.gate.check().is_err() && self.gate.valid_until() == BootTime::ZERO {
+        if self.gate.is_shut() {
             return;
         }
         self.gate.shut(reason);
@@ -450,7 +457,16 @@ pub(super) fn run_cut_offs(
             log::error!("the cut-off panicked; the gate shuts without it");
         }
         if let Some(shared) = shared.upgrade() {
-            shared.inner.lock().cutting -= 1;
+            let mut inner = shared.inner.lock();
+            inner.cutting -= 1;
+            // It may have become another one while the server was fenced.
+            if let Some(reason) = inner.policy.shut_by()
+                && reason != order.reason
+                && shared.gate.is_shut()
+            {
+                shared.gate.shut(reason);
+            }
+            drop(inner);
             shared.changed.notify_all();
         }
     }

@@ -388,6 +388,44 @@ fn throttling_is_honoured() {
     assert!(wait > Duration::from_secs(40), "{wait:?}");
 }
 
+/// Retry-After is followed for two minutes at most, and probes may be further apart than that.
+#[test]
+fn throttling_of_rare_probes_is_no_end_of_them() {
+    let rig = started(Settings { interval: Duration::from_secs(180), ..quick() });
+    rig.recorder.admit().unwrap();
+    rig.service.change(|key| {
+        key.fail_all(Class::Transient(Reason::Unreachable));
+        key.retry_after = Some(Duration::from_secs(1));
+    });
+    assert_eq!(rig.watcher.probe_now(LIMIT).failures, 1);
+    rig.wait_for(State::Degraded, Some(Reason::Unreachable));
+    rig.service.change(|key| key.failure = None);
+    let status = rig.watcher.probe_now(LIMIT);
+    assert_eq!(status.last_probe.unwrap().result, "Ok");
+    rig.wait_for(State::Available, None);
+}
+
+/// The permission is taken away, and while the server is fenced the key is disabled.
+#[test]
+fn a_reason_that_changes_during_a_cut_off_is_the_one_that_stays() {
+    let rig = serving();
+    rig.recorder.hangs.store(true, Ordering::SeqCst);
+    rig.service.change(|key| key.deny("get"));
+    until("the cut-off", || !rig.recorder.orders.lock().is_empty());
+    rig.service.change(|key| {
+        key.denied.clear();
+        key.info.enabled = false;
+    });
+    let changed = |notice: &Notice| {
+        matches!(notice, Notice::ReasonChanged { reason: Reason::KeyDisabled, .. })
+    };
+    until("the other reason", || rig.recorder.notices.lock().iter().any(changed));
+    assert!(rig.gate.lease().is_ok(), "the server's shutdown writes");
+    rig.recorder.hangs.store(false, Ordering::SeqCst);
+    until("the end of the cut-off", || rig.watcher.shared.inner.lock().cutting == 0);
+    assert_eq!(rig.state(), (State::Inaccessible, Some(Reason::KeyDisabled)));
+}
+
 /// The envelope of the same volume key, as another key of the same service would wrap it.
 fn rewrapped(rig: &Rig) -> Rewrapped {
     let envelope = rig.recorder.enrolment.envelope([0; 16]);
