@@ -25,7 +25,7 @@ pub(super) fn run(args: TargetArgs) -> Result<()> {
     }
     match target.call(Verb::Umount, TIMEOUT) {
         // The daemon may have ended before its answer was out.
-        Err(_) if !mountinfo::is_mounted(mount.device)? => {}
+        Err(_) if !mountinfo::is_mounted(mount.device, &mount.source)? => {}
         result => result.map(drop)?,
     }
     target.client()?.wait_for_end(TIMEOUT)?;
@@ -44,7 +44,7 @@ fn unmount_unattended(mount: &mountinfo::Mount) -> Result<()> {
 /// The kernel may need a moment after the daemon's end.
 fn wait_for_the_table(mount: &mountinfo::Mount) -> Result<()> {
     let start = Instant::now();
-    while mountinfo::is_mounted(mount.device)? {
+    while mountinfo::is_mounted(mount.device, &mount.source)? {
         if start.elapsed() > Duration::from_secs(10) {
             let message = format!("{} is still mounted", mount.mount_point.display());
             return Err(Error::new(Kind::Busy, message));

@@ -110,6 +110,7 @@ pub struct Server {
     listener: UnixListener,
     run_dir: PathBuf,
     mnt: PathBuf,
+    pid: u32,
 }
 
 impl Server {
@@ -118,10 +119,6 @@ impl Server {
         DirBuilder::new().recursive(true).mode(0o700).create(run_dir).context(failed)?;
         fs::set_permissions(run_dir, Permissions::from_mode(0o700)).context(failed)?;
         let place = Place::of(run_dir, &description.mnt);
-        // Of a daemon that was killed together with its guard: nothing else is mounted there.
-        remove(&place.socket);
-        let listener = UnixListener::bind(&place.socket).context(failed)?;
-        fs::set_permissions(&place.socket, Permissions::from_mode(0o600)).context(failed)?;
         let text = serde_json::to_vec(description)
             .map_err(|error| Error::new(Kind::Io, failed()).with_source(error))?;
         let temporary = place.description.with_extension("new");
@@ -134,7 +131,18 @@ impl Server {
             .and_then(|mut file| file.write_all(&text))
             .and_then(|()| fs::rename(&temporary, &place.description))
             .context(failed)?;
-        Ok(Server { listener, run_dir: run_dir.to_owned(), mnt: description.mnt.clone() })
+        // After the description, by which a daemon that ends now sees that they are not its own.
+        // What is there is of one that was killed together with its guard, or whose mount is detached.
+        remove(&place.socket);
+        let listener = UnixListener::bind(&place.socket)
+            .and_then(|listener| {
+                fs::set_permissions(&place.socket, Permissions::from_mode(0o600))?;
+                Ok(listener)
+            })
+            .inspect_err(|_| forget(run_dir, &description.mnt, description.pid))
+            .context(failed)?;
+        let Description { mnt, pid, .. } = description.clone();
+        Ok(Server { listener, run_dir: run_dir.to_owned(), mnt, pid })
     }
 
     /// Answers requests until the process ends, each client on a thread of its own.
@@ -182,13 +190,17 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        forget(&self.run_dir, &self.mnt);
+        forget(&self.run_dir, &self.mnt, self.pid);
     }
 }
 
-/// Removes what a daemon left in the run directory.
-pub fn forget(run_dir: &Path, mnt: &Path) {
+/// Removes what the daemon `pid` left in the run directory. Another one may serve the same mount point
+/// by now: a mount that was detached ends when its last file is closed.
+pub fn forget(run_dir: &Path, mnt: &Path, pid: u32) {
     let place = Place::of(run_dir, mnt);
+    if read_description(&place.description).is_some_and(|description| description.pid != pid) {
+        return;
+    }
     remove(&place.socket);
     remove(&place.description);
 }
@@ -327,8 +339,12 @@ pub fn descriptions(run_dir: &Path) -> Vec<Description> {
     entries
         .flatten()
         .filter(|entry| entry.path().extension().is_some_and(|extension| extension == "json"))
-        .filter_map(|entry| serde_json::from_slice(&fs::read(entry.path()).ok()?).ok())
+        .filter_map(|entry| read_description(&entry.path()))
         .collect()
+}
+
+fn read_description(path: &Path) -> Option<Description> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
 #[cfg(test)]
@@ -369,5 +385,21 @@ mod tests {
 
         drop(server);
         assert!(!socket.exists() && descriptions(&run).is_empty());
+    }
+
+    /// Of a mount that was detached while files were open, after another one was made in its place.
+    #[test]
+    fn the_end_of_an_earlier_daemon_takes_nothing_of_a_later_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let (run, mnt) = (dir.path().join("run"), PathBuf::from("/m"));
+        let of = |pid| Description { back: format!("/{pid}").into(), mnt: mnt.clone(), pid };
+        let earlier = Server::bind(&run, &of(1)).unwrap();
+        let later = Server::bind(&run, &of(2)).unwrap();
+        drop(earlier);
+        assert_eq!(descriptions(&run), [of(2)]);
+        assert!(Client::connect(&run, &mnt).unwrap().is_some());
+        drop(later);
+        assert!(descriptions(&run).is_empty());
+        assert!(Client::connect(&run, &mnt).unwrap().is_none());
     }
 }

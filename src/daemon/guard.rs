@@ -51,7 +51,7 @@ pub fn run(plan: &Plan) -> Result<()> {
             let daemon = Process::open(watch.pid)
                 .context(|| format!("cannot watch process {}", watch.pid))?;
             wait_for(&daemon, &signals)?;
-            aftermath(plan, watch.device, "unknown")
+            aftermath(plan, watch.pid, watch.device, "unknown")
         }
         None => parent(plan, &signals),
     }
@@ -119,8 +119,12 @@ fn parent(plan: &Plan, signals: &OwnedFd) -> Result<()> {
             Report::Failed(failed) => failure = Some(Error::from(failed)),
         }
     }
-    if let Some(device) = device {
-        aftermath(plan, device, &status.to_string())?;
+    // One that ends well has seen that its mount is gone, while it still kept others from mounting the
+    // volume: from then on there may be another mount of it, with the same number.
+    if let Some(device) = device
+        && !status.success()
+    {
+        aftermath(plan, pid, device, &status.to_string())?;
     }
     if let Some(failure) = failure {
         return Err(failure);
@@ -223,8 +227,8 @@ fn wait_for(daemon: &Process, signals: &OwnedFd) -> Result<()> {
 }
 
 /// After the daemon's end. A mount that is still there means that it was killed.
-fn aftermath(plan: &Plan, device: Device, status: &str) -> Result<()> {
-    if !mountinfo::is_mounted(device)? {
+fn aftermath(plan: &Plan, daemon: i32, device: Device, status: &str) -> Result<()> {
+    if !mountinfo::is_mounted(device, &plan.back)? {
         return Ok(());
     }
     log::error!("the daemon died ({status}) and left its mount {}", plan.mnt.display());
@@ -237,7 +241,7 @@ fn aftermath(plan: &Plan, device: Device, status: &str) -> Result<()> {
     // Open files of the server answer ENOTCONN now, but its cache does not.
     let outcome = Fence::new(plan.config.fence.clone(), device).stop_server();
     let unmounted = unmount_lazily(plan, device);
-    control::forget(&plan.config.run.dir, &plan.mnt);
+    control::forget(&plan.config.run.dir, &plan.mnt, daemon.unsigned_abs());
     let mut event = Event::new(Name::VolumeUnmounted)
         .with("reason", "DaemonDied")
         .with("fence", outcome.name());
@@ -265,7 +269,7 @@ fn aftermath(plan: &Plan, device: Device, status: &str) -> Result<()> {
 
 fn unmount_lazily(plan: &Plan, device: Device) -> Result<()> {
     // One mount may lie over another: only ours is taken.
-    while mountinfo::at(&plan.mnt)?.is_some_and(|mount| mount.device == device) {
+    while mountinfo::at(&plan.mnt)?.is_some_and(|mount| mount.is(device, &plan.back)) {
         mountinfo::unmount(&plan.mnt, true)?;
     }
     Ok(())

@@ -58,9 +58,17 @@ pub fn at(path: &Path) -> Result<Option<Mount>> {
     Ok(all()?.into_iter().rfind(|mount| mount.mount_point == path))
 }
 
-/// Whether the file system is mounted anywhere in this namespace.
-pub fn is_mounted(device: Device) -> Result<bool> {
-    Ok(all()?.iter().any(|mount| mount.device == device))
+impl Mount {
+    /// Whether it is the byokfs mount of `back` that had this number. The number alone says nothing of
+    /// a mount that may be gone: the kernel gives it to the next one, of whatever type.
+    pub fn is(&self, device: Device, back: &Path) -> bool {
+        self.device == device && self.fs_type == FS_TYPE && self.source == back
+    }
+}
+
+/// Whether the byokfs mount of `back` with this number is anywhere in this namespace.
+pub fn is_mounted(device: Device, back: &Path) -> Result<bool> {
+    Ok(all()?.iter().any(|mount| mount.is(device, back)))
 }
 
 /// Takes a mount away; `lazy` takes it out of the name space although it is busy.
@@ -127,6 +135,17 @@ mod tests {
         assert_eq!(mount.mount_point, Path::new("/srv/my db"));
         assert_eq!(mount.fs_type, FS_TYPE);
         assert_eq!(mount.source, Path::new("/a\\b"));
+    }
+
+    #[test]
+    fn a_number_that_was_given_away_is_another_mount() {
+        let mount = |line: &[u8]| parse_line(line).unwrap();
+        let device = Device { major: 0, minor: 57 };
+        let ours = mount(b"9 8 0:57 / /m rw - fuse.byokfs /back rw");
+        assert!(ours.is(device, Path::new("/back")));
+        assert!(!ours.is(device, Path::new("/other")));
+        assert!(!ours.is(Device { minor: 58, ..device }, Path::new("/back")));
+        assert!(!mount(b"9 8 0:57 / /m rw - overlay overlay rw").is(device, Path::new("/back")));
     }
 
     #[test]

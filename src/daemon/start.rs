@@ -45,6 +45,8 @@ use crate::vfs::{AuditSink, Filesystem, FilesystemOptions};
 
 /// For the end of a mount that failed.
 const END_LIMIT: Duration = Duration::from_secs(5);
+/// For an unmount to take the mount out of the table too.
+const GONE_LIMIT: Duration = Duration::from_secs(2);
 /// For the alert of the unmount to be sent.
 const ALERTS_LIMIT: Duration = Duration::from_secs(5);
 /// How long a mount waits for the daemon of the one before it.
@@ -93,7 +95,25 @@ fn serve(plan: Plan, life: BufReader<File>, signals: OwnedFd) -> Result<()> {
     if let Some(alerts) = alerts {
         alerts.finish(ALERTS_LIMIT);
     }
-    result.and(closed)
+    result.and(closed)?;
+    see_the_mount_gone(&volume)
+}
+
+/// While this process still keeps others from mounting the volume. A mount whose connection was ended
+/// by force is left behind: that is for the guard, as if this daemon had been killed.
+fn see_the_mount_gone(volume: &Volume) -> Result<()> {
+    let Some(mount) = volume.mount.get() else { return Ok(()) };
+    let start = Instant::now();
+    while mountinfo::is_mounted(mount.device, &volume.plan.back)? {
+        if start.elapsed() > GONE_LIMIT {
+            let mnt = volume.plan.mnt.display();
+            let message =
+                format!("the connection of {mnt} was ended, and the mount is left behind");
+            return Err(Error::new(Kind::Io, message));
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
 }
 
 /// A mount that could not be made to serve must not be taken for that of a killed daemon.
@@ -197,7 +217,7 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
 /// When the gate is open for the first time. Says what there was to recover.
 pub(super) fn recover(volume: &Volume) -> Result<()> {
     let recovery = volume.store.recover()?;
-    if volume.recovery.set(recovery.clone()).is_err() {
+    if volume.recovery.get().is_some() {
         return Ok(());
     }
     let of_files = recovery.records + recovery.incomplete + recovery.of_removed_files;
@@ -221,6 +241,10 @@ pub(super) fn recover(volume: &Volume) -> Result<()> {
         notify::status(&format!("writes fail: {reason}"));
         emit(Event::new(Name::LogFailed).with("error", reason));
     })?;
+    // Not before: whoever tries again after a failure has this to do.
+    if volume.recovery.set(recovery).is_err() {
+        log::error!("recovered twice");
+    }
     volume.dek_rotation.resume();
     Ok(())
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::control::Verb;
 use super::cutoff::{CutOff, Side};
 use super::dek_rotation::DekRotation;
-use super::mountinfo::Device;
+use super::mountinfo::{self, Device};
 use super::pins::{self, Standing};
 use super::plan::Plan;
 use super::{check, hex, notify, rotation, settings, users};
@@ -137,6 +137,13 @@ impl Volume {
     pub fn unmount(&self) -> Result<()> {
         let mount = self.mount()?;
         let mnt = self.plan.mnt.display();
+        // One that was detached leaves its place to another, which is not ours to take away.
+        let ours = |on: mountinfo::Mount| on.is(mount.device, &self.plan.back);
+        if !mountinfo::at(&self.plan.mnt)?.is_some_and(ours) {
+            let message =
+                format!("{mnt} is detached: the daemon ends when its last file is closed");
+            return Err(Error::new(Kind::NotMounted, message));
+        }
         let in_use = || {
             let users = users::of(mount.device);
             (!users.is_empty()).then(|| {
@@ -217,13 +224,28 @@ impl Volume {
         let dir = self.store.envelope_dir();
         let before = watcher.status().kid;
         let config = if order.followed { self.config() } else { self.config_of_today()? };
-        let rotated = rotation::rotate(&self.site(&dir, &config), order)?;
+        let rotated = rotation::rotate(&self.site(&dir, &config), order)
+            .inspect_err(|_| self.watch_what_is_saved(&dir, &config, watcher))?;
         if let Some(rotated) = &rotated {
             *self.config.lock() = config;
             watcher.rotated(&rotated.rewrapped, Arc::clone(&rotated.provider));
             log::info!("the volume's key is now {}", rotated.rewrapped.envelope.kid);
         }
         rotation::outcome(&self.info, &before, rotated.as_ref(), &dir)
+    }
+
+    /// A rotation can fail when its envelope is there already: it is that one's key that is watched.
+    fn watch_what_is_saved(&self, dir: &NodeRef, config: &Config, watcher: &Watcher) {
+        let watched = Envelope::load(dir).and_then(|envelope| {
+            if envelope.kid != watcher.status().kid {
+                let provider = settings::provider(config, &envelope.kid)?;
+                watcher.replace_envelope(envelope, provider);
+            }
+            Ok(())
+        });
+        if let Err(error) = watched {
+            log::error!("the volume's envelope cannot be watched: {error}");
+        }
     }
 
     /// A newer version of a followed key.
