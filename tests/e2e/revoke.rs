@@ -12,7 +12,7 @@ use rustix::fs::OFlags;
 use rustix::process::Signal;
 
 use crate::support::mapping::{Mapping, Reader, Touch};
-use crate::support::process::{alive, signal, state};
+use crate::support::process::{alive, run, signal, state};
 use crate::support::sandbox::{IDENTITY, KEY, Sandbox, path};
 use crate::support::{can_mount, until};
 
@@ -336,6 +336,53 @@ fn the_guard_hands_down_that_it_shall_end() {
         sandbox.mount();
         assert_eq!(fs::read(sandbox.mnt().join("file")).unwrap(), b"still there");
     }
+}
+
+/// The kernel gives the number of a mount that is gone to the next one, of whatever type: that is no
+/// mount of a killed daemon, and who uses it is no server to be stopped.
+#[test]
+fn a_guard_that_looks_late_takes_no_other_mount_for_its_own() {
+    if !can_mount() {
+        return;
+    }
+    let sandbox = Sandbox::mounted();
+    let (daemon, guard) = (sandbox.daemon(), sandbox.guard().unwrap());
+    let number = sandbox.status()["device"].as_str().unwrap().to_owned();
+    signal(guard, Signal::STOP);
+    run("umount", &[path(&sandbox.mnt())]);
+    until("the daemon's end", || !alive(daemon));
+    let others: Vec<_> = (0..8).map(|index| sandbox.path(&format!("other-{index}"))).collect();
+    for other in &others {
+        fs::create_dir(other).unwrap();
+        run("mount", &["-t", "tmpfs", "other", path(other)]);
+    }
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let given_away = table.lines().any(|line| line.split(' ').nth(2) == Some(&number));
+    signal(guard, Signal::CONT);
+    until("the guard's end", || !alive(guard));
+    for other in &others {
+        run("umount", &[path(other)]);
+    }
+    assert!(given_away, "nobody has taken the number {number}");
+    assert!(sandbox.audit("DaemonDied").is_empty());
+}
+
+/// The mount is in its place then, and its daemon has ended.
+#[test]
+fn a_connection_that_was_ended_by_force_is_a_daemon_that_died() {
+    let connections = Path::new("/sys/fs/fuse/connections");
+    if !can_mount() {
+        return;
+    }
+    let sandbox = Sandbox::mounted();
+    let number = sandbox.status()["device"].as_str().unwrap().to_owned();
+    let abort = connections.join(number.rsplit(':').next().unwrap()).join("abort");
+    if !abort.exists() {
+        run("mount", &["-t", "fusectl", "fusectl", path(connections)]);
+    }
+    fs::write(abort, "1").unwrap();
+    until("the guard to take the mount away", || !sandbox.is_mounted());
+    until("the audit trail", || !sandbox.audit("DaemonDied").is_empty());
 }
 
 /// A process that the daemon waits for must not be able to stop a cut-off: it holds locks and
