@@ -12,6 +12,7 @@
 //! request could want. Whatever fails on the way is reported, and the next step is taken.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
@@ -64,6 +65,8 @@ pub struct CutOff {
     /// Makes what was sealed durable.
     sync: Arc<dyn Fn() -> Result<()> + Send + Sync>,
     mounted: OnceLock<Mounted>,
+    /// The mount has ended: who uses its number now uses another one.
+    unmounted: Arc<AtomicBool>,
     /// Held by a cut-off or a revalidation: neither may see the other half-way.
     transition: Mutex<Side>,
 }
@@ -84,7 +87,8 @@ impl fmt::Debug for CutOff {
 impl CutOff {
     pub fn new(gate: Arc<Gate>, sync: Arc<dyn Fn() -> Result<()> + Send + Sync>) -> Arc<CutOff> {
         let transition = Mutex::new(Side::Open);
-        Arc::new(CutOff { gate, sync, mounted: OnceLock::new(), transition })
+        let (mounted, unmounted) = (OnceLock::new(), Arc::default());
+        Arc::new(CutOff { gate, sync, mounted, unmounted, transition })
     }
 
     /// The volume starts on the far side: it is mounted, and was never opened.
@@ -98,6 +102,11 @@ impl CutOff {
         if self.mounted.set(mounted).is_err() {
             log::error!("mounted twice");
         }
+    }
+
+    /// To be called when the mount has ended: no server is stopped any more.
+    pub fn unmounted(&self) {
+        self.unmounted.store(true, Ordering::SeqCst);
     }
 
     /// Waits for a running transition to end, and keeps others from starting. None after `limit`.
@@ -163,7 +172,7 @@ impl CutOff {
     /// Steps 1 and 2, within the fence's timeout. The fence, which may have to go on while the
     /// gate shuts.
     fn fence_and_write_back(&self) -> Option<Step<Outcome>> {
-        let mounted = self.mounted.get()?;
+        let mounted = self.mounted.get().filter(|_| !self.unmounted.load(Ordering::SeqCst))?;
         let mut limit = MAPPED_LIMIT;
         let mut fencing = None;
         if mounted.fence.is_on() {
@@ -195,9 +204,10 @@ impl CutOff {
         if !fence.is_on() {
             return;
         }
-        let gate = Arc::clone(&self.gate);
+        let (gate, unmounted) = (Arc::clone(&self.gate), Arc::clone(&self.unmounted));
         let spawned = std::thread::Builder::new().name("linger".into()).spawn(move || {
-            fence.linger(LINGER, || gate.status().state != State::Inaccessible);
+            let is_back = || gate.status().state != State::Inaccessible;
+            fence.linger(LINGER, || unmounted.load(Ordering::SeqCst) || is_back());
         });
         if let Err(error) = spawned {
             log::error!("cannot watch for a restarted server: {error}");
@@ -309,6 +319,15 @@ mod tests {
         cut_off.run(Reason::KeyDisabled, Some("disabled"));
         assert!((MAPPED_LIMIT..2 * MAPPED_LIMIT).contains(&start.elapsed()));
         assert_eq!(recorder.steps.lock().len(), 3);
+    }
+
+    #[test]
+    fn after_the_mount_no_server_is_stopped() {
+        let (cut_off, recorder) = open_volume(Duration::ZERO);
+        cut_off.unmounted();
+        cut_off.run(Reason::KeyDisabled, None);
+        assert!(!recorder.steps.lock().iter().any(|(step, _)| *step == "write back"));
+        assert!(cut_off.gate.check().is_err());
     }
 
     #[test]

@@ -341,6 +341,7 @@ fn mount_and_serve(volume: &Arc<Volume>, life: BufReader<File>, signals: OwnedFd
     if let Some(mount) = volume.mount.get() {
         mount.session.wait();
     }
+    volume.cut_off.unmounted();
     notify::stopping();
     log::info!("{} is unmounted", plan.mnt.display());
     emit(Event::new(Name::VolumeUnmounted).with("reason", "Unmounted"));
