@@ -377,10 +377,14 @@ fn a_connection_that_was_ended_by_force_is_a_daemon_that_died() {
     let sandbox = Sandbox::mounted();
     let number = sandbox.status()["device"].as_str().unwrap().to_owned();
     let abort = connections.join(number.rsplit(':').next().unwrap()).join("abort");
-    if !abort.exists() {
+    let bare = !abort.exists();
+    if bare {
         run("mount", &["-t", "fusectl", "fusectl", path(connections)]);
     }
     fs::write(abort, "1").unwrap();
+    if bare {
+        run("umount", &[path(connections)]);
+    }
     until("the guard to take the mount away", || !sandbox.is_mounted());
     until("the audit trail", || !sandbox.audit("DaemonDied").is_empty());
 }
