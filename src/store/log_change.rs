@@ -88,8 +88,14 @@ impl Store {
         header.generation += 1;
         let files = log_place::of_new_log(&place);
         Log::format(&files, Size::of_total(size), header.log_id, macs, clean)?;
-        let pages = header.encode(self.key_source().with(keys::volume_macs)?.current().1);
-        volume::rewrite(&self.root, &pages, &backing.display_path())?;
+        // By the volume key that it names, which is not the current one while that is being changed.
+        let volume_macs = self.key_source().with(keys::volume_macs)?;
+        let shown = backing.display_path();
+        let key = volume_macs.get(header.volume_key_id).ok_or_else(|| {
+            Error::corrupt(format!("{shown}/volume names a volume key that is not there"))
+        })?;
+        let pages = header.encode(key);
+        volume::rewrite(&self.root, &pages, &shown)?;
         let ids = (&header.uuid, &header.log_id);
         log_place::finish(backing, ids, macs, old.places(), &place)
     }

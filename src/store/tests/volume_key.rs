@@ -143,3 +143,18 @@ fn a_file_that_cannot_be_read_stays_as_it_is() {
     file.read_at(&mut bytes, 20).unwrap();
     assert_eq!(bytes, [0x55; 100]);
 }
+
+#[test]
+fn the_log_can_be_changed_while_the_key_is_being_changed() {
+    let backing = volume();
+    let store = open(backing.clone(), &both()).unwrap();
+    store.close().unwrap();
+    store.replace_log(None, Some(16 << 20)).unwrap();
+    drop(store);
+    let store = open(backing.clone(), &both()).unwrap();
+    assert_whole(&store);
+    store.adopt_volume_key(&mut |_| {}).unwrap();
+    store.close().unwrap();
+    drop(store);
+    assert_whole(&open(backing, &new()).unwrap());
+}
