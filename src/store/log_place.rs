@@ -127,8 +127,9 @@ pub(super) struct Found {
 
 impl Found {
     /// Looks for the log with that id in every place where a change of it may have left it. Where
-    /// there is none: the place and the names that it ought to have. With `lost`, places that
-    /// cannot be looked at do not matter. Without keys, what has the form of an anchor is believed.
+    /// there is none: the place and the names that it ought to have. A place that a change was to bring
+    /// it to does not matter where it is in another, and may be gone since; with `lost`, no place does
+    /// that cannot be looked at. Without keys, what has the form of an anchor is believed.
     pub(super) fn look(
         backing: &dyn Backing,
         uuid: &[u8; 16],
@@ -140,6 +141,7 @@ impl Found {
         let root = backing.root();
         let shown = backing.display_path();
         let mut places: Vec<Arc<Place>> = Vec::new();
+        let mut unseen = None;
         for link in [Some(LINK), Some(NEW_LINK), None] {
             let place = match link {
                 None => Place::root(backing),
@@ -153,8 +155,10 @@ impl Found {
                     match path.filter(|path| !known(path)) {
                         None => continue,
                         Some(path) => match Place::elsewhere(backing, &path, write) {
-                            Err(error) if lost => {
+                            // The log that counts is where the other link leads, if it is there.
+                            Err(error) if lost || link == NEW_LINK => {
                                 log::warn!("{error}");
+                                unseen.get_or_insert(error);
                                 continue;
                             }
                             place => place?,
@@ -167,6 +171,7 @@ impl Found {
             }
         }
         let mut files = [(0, FILES[0]), (0, FILES[1])];
+        let mut there = 0;
         for (stream, file) in files.iter_mut().enumerate() {
             let candidates =
                 (0..places.len()).flat_map(|i| [(i, FILES[stream]), (i, NEW_FILES[stream])]);
@@ -177,11 +182,15 @@ impl Found {
                 if has {
                     place.check_owner(backing, uuid)?;
                     *file = (i, name);
+                    there += 1;
                     break;
                 }
             }
         }
-        Ok(Found { places, files })
+        match unseen {
+            Some(error) if there < STREAMS && !lost => Err(error),
+            _ => Ok(Found { places, files }),
+        }
     }
 
     /// For [`Log::find`].
@@ -217,7 +226,9 @@ impl Found {
         keys: &MacKeys,
     ) -> Result<()> {
         if self.is_settled(backing)? {
-            return Ok(());
+            // Of a change that was given up.
+            let removed = small_file::remove_if_there(&backing.root(), NEW_LINK);
+            return removed.context(|| format!("cannot remove {}/log.new", backing.display_path()));
         }
         log::warn!("a change of the log that a crash has cut short is finished");
         finish(backing, ids, keys, &self.places, self.home())
@@ -275,15 +286,27 @@ pub(super) fn destination(
     old: &Found,
     to: Option<&Path>,
 ) -> Result<Arc<Place>> {
-    let Some(to) = to else { return Ok(Arc::clone(old.home())) };
     let root = Place::root(backing);
+    let known = |wanted: &Place| old.places.iter().find(|known| known.is(wanted)).map(Arc::clone);
+    let Some(to) = to else {
+        let home = old.home();
+        // Where the log was not found, its link may lead to a directory that has become another
+        // volume's, or that does not name this one any more: that is none for a new log.
+        return match home.check_owner(backing, uuid) {
+            Ok(()) => Ok(Arc::clone(home)),
+            Err(error) => {
+                log::warn!("the new log goes to the volume itself: {error}");
+                Ok(known(&root).unwrap_or_else(|| Arc::new(root)))
+            }
+        };
+    };
     let place = Place::elsewhere(backing, to, false)?;
     if place.is(&root) {
-        let known = old.places.iter().find(|known| known.is(&root));
-        return Ok(known.map_or_else(|| Arc::new(root), Arc::clone));
+        return Ok(known(&root).unwrap_or_else(|| Arc::new(root)));
     }
-    if let Some(known) = old.places.iter().find(|known| known.is(&place)) {
-        return Ok(Arc::clone(known));
+    if let Some(known) = known(&place) {
+        known.check_owner(backing, uuid)?;
+        return Ok(known);
     }
     if to.starts_with(backing.display_path()) {
         let message = format!("{} is in the volume itself", to.display());
@@ -292,6 +315,8 @@ pub(super) fn destination(
     for name in FILES.into_iter().chain([OWNER]) {
         match place.dir.lookup(name) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // From a move to there that was given up.
+            Ok(_) if name == OWNER && place.check_owner(backing, uuid).is_ok() => {}
             Err(error) => return Err(Error::io(cannot("look for", &place, name), error)),
             Ok(_) => {
                 let message = format!("{} holds the log of another volume", to.display());

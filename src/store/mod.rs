@@ -460,6 +460,8 @@ impl Store {
         let macs = keys.with(keys::anchor_macs)?;
         let VolumeHeader { uuid, log_id, .. } = &self.header;
         let write = !self.shared.read_only;
+        // From an earlier try: a lock is not taken twice.
+        self.log_places.lock().clear();
         let place =
             log_place::Found::look(&*self.backing, uuid, log_id, Some(&macs), write, false)?;
         let proof = Proof::Keys(&macs, &session_key);

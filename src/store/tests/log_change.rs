@@ -176,6 +176,96 @@ fn only_a_log_that_is_lost_is_discarded() {
     assert_has(&open(open_backing()).unwrap(), 1);
 }
 
+/// A link that leads to a directory which is another volume's by now, or nobody's.
+#[test]
+fn a_new_log_is_not_put_in_the_place_of_somebody_elses() {
+    let (dir, fast) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let open_backing = || LinuxBacking::open(dir.path()).unwrap() as Arc<dyn Backing>;
+    Store::format(&*open_backing(), &keyring(), options()).unwrap();
+    write(&open(open_backing()).unwrap(), 1);
+    change(open_backing(), Some(fast.path()), None).unwrap();
+    let copies = tempfile::tempdir().unwrap();
+    let copy = |name: &str| {
+        let copy = copies.path().join(name);
+        let mut cp = std::process::Command::new("cp");
+        assert!(cp.arg("-a").arg(dir.path()).arg(&copy).status().unwrap().success());
+        copy
+    };
+    let discard = |path: &Path| {
+        let gate = Gate::new();
+        let backing = LinuxBacking::open(path).unwrap();
+        let store = Store::open(backing, gate.clone(), false).unwrap();
+        assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(600)));
+        store.discard_log(Some(8 << 20))
+    };
+    // The original has another log there since, and something in it that is not home.
+    let first = copy("first");
+    change(open_backing(), None, Some(9 << 20)).unwrap();
+    let store = open(open_backing()).unwrap();
+    store.checkpoint().unwrap();
+    write(&store, 2);
+    drop(store);
+    assert_eq!(open(LinuxBacking::open(&first).unwrap()).unwrap_err().kind, Kind::Corrupt);
+    discard(&first).unwrap();
+    assert_has(&open(LinuxBacking::open(&first).unwrap()).unwrap(), 1);
+    assert_has(&open(open_backing()).unwrap(), 2);
+    // An empty disk in the place of one that is gone.
+    for entry in std::fs::read_dir(fast.path()).unwrap() {
+        std::fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    assert!(open(open_backing()).is_err());
+    discard(dir.path()).unwrap();
+    assert_has(&open(open_backing()).unwrap(), 2);
+}
+
+/// The key was lost before the log could be put into force, and came back.
+#[test]
+fn a_log_elsewhere_is_found_again_by_the_next_session() {
+    let (dir, fast) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let open_backing = || LinuxBacking::open(dir.path()).unwrap() as Arc<dyn Backing>;
+    Store::format(&*open_backing(), &keyring(), options()).unwrap();
+    change(open_backing(), Some(fast.path()), None).unwrap();
+    write(&open(open_backing()).unwrap(), 1);
+    let gate = Gate::new();
+    let store = Store::open(open_backing(), gate.clone(), false).unwrap();
+    store.start_session(&keyring()).unwrap();
+    store.recover().unwrap_err();
+    store.start_session(&keyring()).unwrap();
+    assert!(gate.open(keyring(), BootTime::now() + Duration::from_secs(600)));
+    store.recover().unwrap();
+    assert_has(&store, 1);
+}
+
+/// The new directory is full, say, and then goes away.
+#[test]
+fn a_move_that_was_given_up_is_in_nobodys_way() {
+    let (dir, fast) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let open_backing = || LinuxBacking::open(dir.path()).unwrap() as Arc<dyn Backing>;
+    let link = || std::fs::symlink_metadata(dir.path().join("log.new")).is_ok();
+    Store::format(&*open_backing(), &keyring(), options()).unwrap();
+    let give_up = || {
+        std::fs::create_dir(fast.path().join("log.hot.new")).unwrap();
+        change(open_backing(), Some(fast.path()), None).unwrap_err();
+        std::fs::remove_dir(fast.path().join("log.hot.new")).unwrap();
+    };
+    give_up();
+    write(&open(open_backing()).unwrap(), 1);
+    assert!(!link());
+    // It may be tried again.
+    change(open_backing(), Some(fast.path()), None).unwrap();
+    assert_has(&open(open_backing()).unwrap(), 1);
+    change(open_backing(), Some(dir.path()), None).unwrap();
+    // As before a mount has tidied up.
+    std::os::unix::fs::symlink(fast.path(), dir.path().join("log.new")).unwrap();
+    drop(fast);
+    let store = open(open_backing()).unwrap();
+    assert_has(&store, 1);
+    write(&store, 2);
+    drop(store);
+    assert!(!link());
+    assert_has(&open(open_backing()).unwrap(), 2);
+}
+
 /// Records of an earlier log, put into the new one where they once were, are not taken.
 #[test]
 fn records_of_another_log_do_not_count() {
