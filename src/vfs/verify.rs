@@ -74,9 +74,11 @@ impl Names {
                 Err(FsError::Os(Errno::NOENT)) => {
                     return Ok(EntryName::LongName("its side file is missing".into()));
                 }
-                Err(FsError::Os(errno)) => {
+                // Something else is in its place.
+                Err(FsError::Os(errno @ (Errno::ISDIR | Errno::LOOP | Errno::NXIO))) => {
                     return Ok(EntryName::LongName(format!("its side file: {errno}")));
                 }
+                // It may be whole: nothing is to be concluded from that it cannot be read now.
                 Err(error) => return Err(error),
             },
             Listed::Side => {
@@ -174,6 +176,11 @@ impl Names {
             Listed::Long(side) => Some(side),
             Listed::Name(_) | Listed::Side | Listed::Foreign => None,
         }
+    }
+
+    /// Whether an entry has the name of a side file.
+    pub fn is_side_file(entry: &[u8]) -> bool {
+        matches!(name::classify(entry), Listed::Side)
     }
 
     /// Whether a file of the volume's root has this name.

@@ -115,7 +115,13 @@ impl Walk<'_, '_> {
             return self.tell(Code::MountPoint, &place, "another file system is mounted on it");
         }
         match read {
-            Err(error) => self.cannot_open(&place, error)?,
+            Err(error) => {
+                self.cannot_open(&place, error)?;
+                // No file of the mount, and not to be judged as one.
+                if Names::is_side_file(place.name()) {
+                    return Ok(());
+                }
+            }
             Ok(EntryName::Listed(_)) => {}
             Ok(EntryName::SideFile) => return Ok(()),
             Ok(EntryName::Orphan) => {

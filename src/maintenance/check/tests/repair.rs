@@ -3,11 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
 use serde_json::Value;
 
 use super::support::{
-    KEY, PAGE, SIZE, Volume, block, flip, keyring, open, open_gate, pattern, write_at,
+    KEY, PAGE, SIZE, Volume, block, check_backing, flip, keyring, open, open_gate, pattern,
+    write_at,
 };
+use crate::backing::fault::{Call, FaultBacking, Rule};
 use crate::maintenance::check::Repair;
 use crate::store::Store;
 
@@ -108,6 +111,32 @@ fn what_nobody_can_reach_is_moved_and_noted() {
     assert_eq!(lost(&volume).len(), 3);
     repairs(|v| fs::remove_file(&v.long).unwrap(), &["side-file"], &["lost"]);
     repairs(|v| fs::remove_file(&v.long_link).unwrap(), &["link-target"], &["lost"]);
+}
+
+/// Whatever cannot be opened or found just now, by a fault of the disk or for want of descriptors, may
+/// be whole.
+#[test]
+fn what_cannot_be_read_now_is_not_moved() {
+    let volume = Volume::new();
+    let places =
+        [&volume.big, &volume.small, &volume.inner, &volume.long, &volume.side, &volume.target];
+    for call in [Call::Open, Call::Lookup] {
+        for errno in [Errno::IO, Errno::MFILE] {
+            for after in 0.. {
+                let (backing, faults) = FaultBacking::new(volume.backing());
+                faults.arm(Rule { call, after, lasting: false, errno, partial: None });
+                // It may come to nothing.
+                drop(check_backing(backing, Some(KEY), Repair::All));
+                for place in places {
+                    assert!(place.exists(), "{call:?} {after}: {}", place.display());
+                }
+                if !faults.has_failed() {
+                    break;
+                }
+            }
+        }
+    }
+    assert_eq!(volume.check().codes(), [""; 0]);
 }
 
 #[test]
