@@ -97,6 +97,11 @@ impl Header {
         })
     }
 
+    /// The first region from `region` on that has a generation page.
+    pub(super) fn next_region(&self, region: u64) -> Option<u64> {
+        self.runs().find(|run| region < run.end).map(|run| run.start.max(region))
+    }
+
     /// Notes that `region` has a generation page, and returns the regions that must get one
     /// first: itself, and those of the smallest gap when it would be one run too many.
     pub(super) fn add_region(&mut self, region: u32) -> Vec<u32> {

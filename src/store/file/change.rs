@@ -27,9 +27,8 @@ use crate::store::intent_log::{
 };
 use crate::store::keys::hex;
 use crate::store::layout::{
-    BLOCK, BLOCK_LEN, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, GROUPS_PER_REGION, SECTORS_PER_PAGE,
-    backing_len, block_at, blocks_for, generation_page_at, region_of_group, slot_of_block,
-    slot_of_group, tag_page_at,
+    BLOCK, BLOCK_LEN, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, SECTORS_PER_PAGE, backing_len, block_at,
+    blocks_for, generation_page_at, region_of_group, slot_of_block, slot_of_group, tag_page_at,
 };
 use crate::store::page::{Entry, Page, PageId};
 
@@ -362,7 +361,7 @@ impl<'a> Change<'a> {
         while group * per_group < past {
             let region = region_of_group(group);
             let Some(generations) = self.region(group)? else {
-                group = (region + 1) * GROUPS_PER_REGION as u64;
+                group = self.file.group_after_region(region);
                 continue;
             };
             if self.file.generation_in(&generations, group)? != 0 {

@@ -26,8 +26,8 @@ use crate::store::header::Header;
 use crate::store::intent_log::Scope;
 use crate::store::keys::hex;
 use crate::store::layout::{
-    BLOCK, BLOCK_LEN, BLOCKS_PER_GROUP, GROUPS_PER_REGION, backing_len, block_at, blocks_for,
-    region_of_group, slot_of_block, tag_page_at,
+    BLOCK, BLOCK_LEN, BLOCKS_PER_GROUP, backing_len, block_at, blocks_for, region_of_group,
+    slot_of_block, tag_page_at,
 };
 use crate::store::page::{Page, PageId};
 
@@ -292,7 +292,7 @@ impl File {
     fn next_group(&self, group: u64) -> FsResult<u64> {
         let region = region_of_group(group);
         let absent = self.generation_page(region)?.is_none();
-        Ok(if absent { (region + 1) * GROUPS_PER_REGION as u64 } else { group + 1 })
+        Ok(if absent { self.group_after_region(region) } else { group + 1 })
     }
 
     /// Gives back the space of the blocks, which start in `group`, as far as they are holes.

@@ -10,9 +10,9 @@ use crate::error::{FsError, FsResult};
 use crate::store::intent_log::Entry as Listed;
 use crate::store::keys::hex;
 use crate::store::layout::{
-    BLOCK_LEN, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, GROUPS_PER_SECTOR, SECTOR_LEN,
-    SECTORS_PER_PAGE, generation_page_at, region_of_group, slot_of_block, slot_of_group,
-    tag_page_at,
+    BLOCK_LEN, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, GROUPS_PER_REGION, GROUPS_PER_SECTOR, MAX_SIZE,
+    SECTOR_LEN, SECTORS_PER_PAGE, generation_page_at, group_of, region_of_group, slot_of_block,
+    slot_of_group, tag_page_at,
 };
 use crate::store::page::{Accepts, Page, PageId, PageMac};
 
@@ -65,6 +65,13 @@ impl File {
         let slot = slot_of_group(group);
         self.verify_sectors(page, slot / GROUPS_PER_SECTOR, slot / GROUPS_PER_SECTOR)?;
         Ok(page.generation(slot))
+    }
+
+    /// The first group of the next region that is not all holes; past the largest file if there is none.
+    /// A file may have billions of regions that are.
+    pub(super) fn group_after_region(&self, region: u64) -> u64 {
+        let next = self.state.lock().header.next_region(region + 1);
+        next.unwrap_or(region_of_group(group_of(MAX_SIZE)) + 1) * GROUPS_PER_REGION as u64
     }
 
     pub(super) fn generation_page(&self, region: u64) -> FsResult<Option<Arc<Page>>> {

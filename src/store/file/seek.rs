@@ -3,8 +3,8 @@
 use super::File;
 use crate::error::FsResult;
 use crate::store::layout::{
-    BLOCK, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, GROUPS_PER_REGION, block_of, blocks_for, group_of,
-    group_start, region_of_group, slot_of_block, slot_of_group,
+    BLOCK, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, block_of, blocks_for, group_of, group_start,
+    region_of_group, slot_of_block,
 };
 
 impl File {
@@ -56,8 +56,8 @@ impl File {
 
     /// After a group of holes, the next that may be something else.
     fn past_holes(&self, group: u64) -> FsResult<u64> {
-        let left = GROUPS_PER_REGION - slot_of_group(group);
-        let absent = self.generation_page(region_of_group(group))?.is_none();
-        Ok(group + if absent { left as u64 } else { 1 })
+        let region = region_of_group(group);
+        let absent = self.generation_page(region)?.is_none();
+        Ok(if absent { self.group_after_region(region) } else { group + 1 })
     }
 }

@@ -308,3 +308,23 @@ fn what_is_written_into_a_damaged_sector_has_space_of_its_own() {
     write(&file, 2 * BLOCK, &pattern(BLOCK_LEN, 1));
     assert!(has_space(&file, block_at(2)));
 }
+
+/// A billion regions, all of them holes but two, are not looked at one by one.
+#[test]
+fn the_largest_of_files_is_cut_off_and_searched_at_once() {
+    let (_backing, mounted, file) = three_groups();
+    let far = 1 << 57;
+    file.truncate(1 << 58).unwrap();
+    write(&file, far, &[7; 5000]);
+    let start = std::time::Instant::now();
+    assert_eq!(file.seek_data(3 * GROUP_PLAIN).unwrap(), Some(far));
+    assert_eq!(file.seek_data(far + 8192).unwrap(), None);
+    mounted.store.checkpoint().unwrap();
+    file.punch_hole(4 * GROUP_PLAIN, 1 << 57).unwrap();
+    assert_eq!(file.seek_data(3 * GROUP_PLAIN).unwrap(), None);
+    mounted.store.checkpoint().unwrap();
+    file.truncate(5000).unwrap();
+    mounted.store.checkpoint().unwrap();
+    assert_eq!((file.size(), file.seek_hole(0).unwrap()), (5000, Some(5000)));
+    assert!(start.elapsed() < std::time::Duration::from_secs(10));
+}
