@@ -29,6 +29,8 @@ const FORMAT: u32 = 1;
 pub(crate) const RECORD_LEN: usize = 512;
 /// Before the ring.
 pub(crate) const ANCHORS_LEN: u64 = 2 * PAGE as u64;
+/// More than a file can have: what is believed without a key must not overflow.
+const LONGEST_RING: u64 = 1 << 62;
 
 /// The content of one of the two pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,13 +84,17 @@ impl Anchor {
         if !authentic || get_u32(bytes, 24) != FORMAT || get_u32(bytes, 28) != u32::from(stream) {
             return None;
         }
+        let ring_len = get_u64(bytes, 56);
+        if ring_len > LONGEST_RING {
+            return None;
+        }
         let mut log_id = [0; 16];
         log_id.copy_from_slice(&bytes[40..56]);
         Some(Anchor {
             log_id,
             stream,
             generation: get_u64(bytes, 32),
-            ring_len: get_u64(bytes, 56),
+            ring_len,
             tails: [64, 80].map(|at| Spot { seq: get_u64(bytes, at), at: get_u64(bytes, at + 8) }),
             clean: get_u32(bytes, 96) == 1,
         })

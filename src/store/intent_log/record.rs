@@ -225,6 +225,10 @@ impl Claim {
             durable_seq: get_u64(head, 48),
             order: get_u64(head, 56),
         };
+        // There is a next one of each, also where nothing proves that it is a record at all.
+        if place.seq == u64::MAX || place.order == u64::MAX {
+            return None;
+        }
         Some(Claim { place, pages: head_pages + body, head_pages })
     }
 

@@ -28,7 +28,7 @@ impl Nonces {
         if let Some(last) = self.runs.last_mut()
             && (last.slot, last.session, last.past) == (slot, session, counter)
         {
-            last.past += 1;
+            last.past = last.past.saturating_add(1);
             return;
         }
         self.runs.push(Run { slot, session, first: counter, past: counter.saturating_add(1) });
@@ -84,6 +84,13 @@ mod tests {
         all.add(0, 1, 6);
         assert_eq!(all.repeated(), Some((1, 6)));
         assert!(!all.partial);
+    }
+
+    #[test]
+    fn counters_that_nobody_gave_out_do_no_harm() {
+        let mut all = Nonces::default();
+        (0..3).for_each(|_| all.add(0, 1, u64::MAX));
+        all.repeated();
     }
 
     #[test]
