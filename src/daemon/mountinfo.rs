@@ -62,7 +62,9 @@ impl Mount {
     /// Whether it is the byokfs mount of `back` that had this number. The number alone says nothing of
     /// a mount that may be gone: the kernel gives it to the next one, of whatever type.
     pub fn is(&self, device: Device, back: &Path) -> bool {
-        self.device == device && self.fs_type == FS_TYPE && self.source == back
+        // As the mount has been given it.
+        let source = back.to_string_lossy();
+        self.device == device && self.fs_type == FS_TYPE && self.source == Path::new(&*source)
     }
 }
 
@@ -144,6 +146,8 @@ mod tests {
         let ours = mount(b"9 8 0:57 / /m rw - fuse.byokfs /back rw");
         assert!(ours.is(device, Path::new("/back")));
         assert!(!ours.is(device, Path::new("/other")));
+        let odd = mount(b"9 8 0:57 / /m rw - fuse.byokfs /b\xef\xbf\xbd rw");
+        assert!(odd.is(device, Path::new(std::ffi::OsStr::from_bytes(b"/b\xff"))));
         assert!(!ours.is(Device { minor: 58, ..device }, Path::new("/back")));
         assert!(!mount(b"9 8 0:57 / /m rw - overlay overlay rw").is(device, Path::new("/back")));
     }

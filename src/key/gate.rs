@@ -365,6 +365,8 @@ impl Gate {
             match shard.keyring.try_write() {
                 Some(mut slot) => {
                     slot.take_if(|held| held.epoch <= through);
+                    // What is left of a later opening may be owed too.
+                    left |= slot.is_some();
                 }
                 None => left = true,
             }

@@ -410,6 +410,8 @@ impl Shared {
     /// The handler has had its time.
     fn shut_now(&self, reason: Reason) {
         if self.gate.is_shut() {
+            // It hangs behind that, or time has shut the gate: no key outlives it.
+            self.gate.wipe();
             return;
         }
         self.gate.shut(reason);
