@@ -368,7 +368,10 @@ impl Volume {
         }
         if open {
             let before = self.gate.status().reason.unwrap_or(Reason::Unreachable);
-            watcher.admit(revalidated)?;
+            match asked {
+                Asked::ByPerson { .. } => watcher.admit(revalidated)?,
+                Asked::ByWatcher => watcher.admit_by_itself(revalidated)?,
+            }
             if let Err(error) = super::start::recover(self) {
                 // It counts as cut off, and no cut-off would take these keys away again.
                 watcher.cut_off(before);

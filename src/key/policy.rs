@@ -237,6 +237,16 @@ impl Policy {
         }
     }
 
+    /// Whether nobody has to ask for it to be opened again, once the key is good.
+    pub fn heals(&self, now: BootTime) -> bool {
+        let Mode::Inaccessible { reason, since } = self.mode else { return true };
+        let window = self.settings.auto_heal_window;
+        let waits_for_somebody =
+            matches!(reason, Reason::NotOpened | Reason::NotConfirmed | Reason::Operator);
+        let in_window = !waits_for_somebody && !window.is_zero() && now.since(since) <= window;
+        reason.heals_by_itself() || in_window
+    }
+
     /// A denial waits for its confirmation: the next probe must try every permission.
     pub fn is_pending(&self) -> bool {
         self.pending.is_some()
@@ -316,15 +326,7 @@ impl Policy {
                 if complete {
                     self.pending = None;
                 }
-                let in_window = !matches!(reason, Reason::NotOpened | Reason::NotConfirmed)
-                    && reason != Reason::Operator
-                    && !self.settings.auto_heal_window.is_zero()
-                    && now.since(since) <= self.settings.auto_heal_window;
-                if reason.heals_by_itself() || in_window {
-                    Decision::Heal
-                } else {
-                    Decision::StayInaccessible
-                }
+                if self.heals(now) { Decision::Heal } else { Decision::StayInaccessible }
             }
             Outcome::Failure(Class::Revoked(new)) => self.restate(reason, new, since),
             Outcome::Failure(Class::Denied(new)) if new == reason => Decision::StayInaccessible,

@@ -187,6 +187,16 @@ impl Watcher {
     /// when the key service denied the key after the revalidation began, and (`Busy`) while a
     /// cut-off is under way that does not end.
     pub fn admit(&self, revalidated: Revalidated) -> Result<()> {
+        self.open(revalidated, false)
+    }
+
+    /// The same where nobody has asked for it. Refused too when the reason has become one that waits
+    /// for somebody to ask.
+    pub fn admit_by_itself(&self, revalidated: Revalidated) -> Result<()> {
+        self.open(revalidated, true)
+    }
+
+    fn open(&self, revalidated: Revalidated, by_itself: bool) -> Result<()> {
         let validity = revalidated.validity();
         let Revalidated { keyring, started, .. } = revalidated;
         let shared = &*self.shared;
@@ -202,6 +212,11 @@ impl Watcher {
         }
         let now = BootTime::now();
         let refused = |why: &str| Error::new(Kind::Inaccessible, why);
+        if by_itself && !inner.policy.heals(now) {
+            return Err(refused(
+                "the key was lost meanwhile: `byokfs revalidate` opens the volume",
+            ));
+        }
         let valid_until =
             inner.policy.opened(started, now, wall_clock(), validity).ok_or_else(|| {
                 refused("the key was denied again while it was being checked; try once more")

@@ -376,6 +376,26 @@ fn a_denial_during_a_revalidation_wins() {
     assert!(rig.gate.lease().is_err());
 }
 
+/// While the volume was to heal from an outage, the key was disabled and enabled again.
+#[test]
+fn what_waits_for_a_person_does_not_heal_by_an_earlier_order() {
+    let rig = serving_with(by_hand());
+    let good = || {
+        let envelope = rig.recorder.enrolment.envelope([0; 16]);
+        let pin = rig.recorder.enrolment.fingerprint;
+        let settings = requirement::Settings::default();
+        revalidate(&rig.service, &envelope, &pin, &settings, LIMIT).unwrap()
+    };
+    rig.service.change(|key| key.info.enabled = false);
+    rig.watcher.probe_now(LIMIT);
+    rig.wait_for(State::Inaccessible, Some(Reason::KeyDisabled));
+    rig.service.change(|key| key.info.enabled = true);
+    assert_eq!(rig.watcher.admit_by_itself(good()).unwrap_err().kind, Kind::Inaccessible);
+    assert!(rig.gate.lease().is_err());
+    rig.watcher.admit(good()).unwrap();
+    assert!(rig.gate.lease().is_ok());
+}
+
 #[test]
 fn throttling_is_honoured() {
     let rig = serving();
