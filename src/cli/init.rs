@@ -27,6 +27,9 @@ pub(super) fn run(args: InitArgs) -> Result<()> {
     let provider = settings::provider(&config, &args.kek)?;
     let given = std::path::absolute(&args.back)
         .map_err(|error| Error::usage(format!("{}: {error}", args.back.display())))?;
+    // Before the working directory is another.
+    let escrow = args.escrow.as_deref().map(std::path::absolute).transpose();
+    let escrow = escrow.map_err(|error| Error::usage(format!("--escrow: {error}")))?;
     // It will hold the volume key.
     harden::process("byokfs-init")?;
     crypto::selftest::run()?;
@@ -35,7 +38,7 @@ pub(super) fn run(args: InitArgs) -> Result<()> {
     let tolerant = args.no_requirements;
     let settings = settings::requirements(&config, &args.kek, tolerant);
     // Before the key is used, so that there never is a volume without it.
-    let escrow = args.escrow.as_deref();
+    let escrow = escrow.as_deref();
     let backup = escrow.map(|file| escrow::back_up(&*provider, &args.kek, &place.path, file));
     let backup = backup.transpose()?;
     let enrolled = custody::enrol(&*provider, &args.kek, None, &settings, ENROL_LIMIT);
@@ -79,6 +82,8 @@ pub(super) fn run(args: InitArgs) -> Result<()> {
 struct Place {
     path: PathBuf,
     made: bool,
+    /// What is in it now was made here.
+    begun: std::cell::Cell<bool>,
     complete: std::cell::Cell<bool>,
 }
 
@@ -90,7 +95,7 @@ impl Place {
             fs::DirBuilder::new().mode(0o700).create(back).context(failed)?;
         }
         let path = fs::canonicalize(back).context(failed)?;
-        let place = Place { path, made, complete: false.into() };
+        let place = Place { path, made, begun: false.into(), complete: false.into() };
         if mountinfo::at(&place.path)?.is_some_and(|mount| mount.fs_type == mountinfo::FS_TYPE) {
             let message = format!("{} is a byokfs mount itself", back.display());
             return Err(place.not_ours(Error::new(Kind::Busy, message)));
@@ -118,7 +123,15 @@ impl Place {
         options: FormatOptions,
     ) -> Result<(String, PathBuf)> {
         let backing = LinuxBacking::open(&self.path)?;
-        let info = Store::format(&*backing, &enrolment.keyring, options)?;
+        // It was empty before the key service was asked. What somebody, another `init` for example,
+        // has put there since is not ours to tidy up.
+        self.begun.set(true);
+        let info = Store::format(&*backing, &enrolment.keyring, options).map_err(|error| {
+            match error.kind {
+                Kind::Busy => self.not_ours(error),
+                _ => error,
+            }
+        })?;
         enrolment.envelope(info.uuid).save(&backing.root())?;
         // Last: a volume without a pin cannot be mounted, a pin without a volume does no harm.
         let pin_path = pins::create(&config.dir.0, &info.uuid, pin)?;
@@ -132,7 +145,12 @@ impl Drop for Place {
         if self.complete.get() {
             return;
         }
-        let removed = if self.made { fs::remove_dir_all(&self.path) } else { self.empty() };
+        let removed = match (self.begun.get(), self.made) {
+            (false, true) => fs::remove_dir(&self.path),
+            (false, false) => Ok(()),
+            (true, true) => fs::remove_dir_all(&self.path),
+            (true, false) => self.empty(),
+        };
         if let Err(error) = removed {
             output::warning(&format!("cannot tidy {} up: {error}", self.path.display()));
         }
@@ -140,7 +158,7 @@ impl Drop for Place {
 }
 
 impl Place {
-    /// It was empty before, so all that is in it was made here.
+    /// All that is in it was made here.
     fn empty(&self) -> std::io::Result<()> {
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
@@ -164,5 +182,34 @@ fn tell_audit(config: &Config, uuid: &str, back: &Path, kid: &str) {
             Event::new(Name::VolumeCreated).with("back", back.to_string_lossy()).with("kek", kid),
         ),
         Err(error) => output::warning(&error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The key service may take a minute to answer, or to refuse.
+    #[test]
+    fn what_others_put_there_meanwhile_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let back = dir.path().join("back");
+        for made in [true, false] {
+            if !made {
+                fs::create_dir(&back).unwrap();
+            }
+            let place = Place::prepare(&back).unwrap();
+            fs::write(back.join("theirs"), "").unwrap();
+            drop(place);
+            assert!(back.join("theirs").exists(), "made: {made}");
+            fs::remove_dir_all(&back).unwrap();
+        }
+        drop(Place::prepare(&back).unwrap());
+        assert!(!back.exists(), "made for nothing");
+        let place = Place::prepare(&back).unwrap();
+        place.begun.set(true);
+        fs::write(back.join("ours"), "").unwrap();
+        drop(place);
+        assert!(!back.exists());
     }
 }

@@ -3,7 +3,7 @@
 use crate::config::Config;
 use crate::daemon::log_change::{self, Change};
 use crate::daemon::offline::Offline;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 use super::args::{LogVerb, TargetArgs};
 use super::output;
@@ -11,7 +11,12 @@ use super::output;
 pub(super) fn run(verb: LogVerb) -> Result<()> {
     let (target, change) = match verb {
         LogVerb::Resize { target, size } => (target, Change::Resize(size)),
-        LogVerb::Move { target, to } => (target, Change::Move(to)),
+        LogVerb::Move { target, to } => {
+            // Before the working directory is another.
+            let to = std::path::absolute(&to)
+                .map_err(|error| Error::usage(format!("{}: {error}", to.display())))?;
+            (target, Change::Move(to))
+        }
         LogVerb::Discard { target, size } => (target, Change::Discard(size)),
     };
     let TargetArgs { target, config } = target;

@@ -77,8 +77,10 @@ pub fn own_paths(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// With the symbolic links of the part that exists resolved.
+/// Absolute, with the symbolic links of the part that exists resolved.
 pub fn real(path: &Path) -> PathBuf {
+    let absolute = std::path::absolute(path);
+    let path = absolute.as_deref().unwrap_or(path);
     let mut missing = Vec::new();
     let mut existing = path;
     loop {
@@ -150,5 +152,7 @@ mod tests {
         let real_dir = fs::canonicalize(dir.path()).unwrap();
         std::os::unix::fs::symlink(&real_dir, real_dir.join("link")).unwrap();
         assert_eq!(real(&real_dir.join("link/a/b")), real_dir.join("a/b"));
+        let here = fs::canonicalize(".").unwrap();
+        assert_eq!(real(Path::new("no-such-file")), here.join("no-such-file"));
     }
 }

@@ -158,13 +158,14 @@ impl Offline {
         crypto::selftest::run()?;
         let backing: Arc<dyn Backing> = LinuxBacking::open(&back)?;
         let info = Store::inspect(&*backing)?;
-        let pin = pins::read(&config.dir.0, &info.uuid)?;
         if let Some(file) = &config.audit.file {
             check::parent_dir(file)?;
             audit::install(file, &[("volume", hex::uuid(&info.uuid))])?;
         }
         let open = || Store::open(Arc::clone(&backing), Gate::new(), read_only);
         let store = when_free(&back, open)?;
+        // With the volume in hand: whoever had it until now may have rotated its key.
+        let pin = pins::read(&config.dir.0, &info.uuid)?;
         Ok(Offline { back, config, info, pin, store })
     }
 

@@ -141,17 +141,18 @@ fn open(plan: Plan) -> Result<Arc<Volume>> {
     if info.damaged_copy {
         log::warn!("one copy of {}'s volume header is damaged", plan.back.display());
     }
-    let pin = pins::read(&plan.config_dir, &info.uuid)?;
     if let Some(file) = &plan.config.audit.file {
         check::parent_dir(file)?;
         let context =
             [("volume", hex::uuid(&info.uuid)), ("mount", plan.mnt.to_string_lossy().into_owned())];
         audit::install(file, &context)?;
     }
-    let envelope = Envelope::load(&backing.root())?;
-    let provider = settings::provider(&plan.config, &envelope.kid)?;
     let gate = Gate::new();
     let store = open_store(&backing, &gate, plan.read_only)?;
+    // With the volume in hand: whoever had it until now may have rotated its key.
+    let pin = pins::read(&plan.config_dir, &info.uuid)?;
+    let envelope = Envelope::load(&store.envelope_dir())?;
+    let provider = settings::provider(&plan.config, &envelope.kid)?;
 
     let standing = pin.standing(&plan.back, &envelope.kid);
     let (revalidated, unconfirmed) = if standing == Standing::Confirmed {

@@ -260,6 +260,11 @@ impl Volume {
     }
 
     fn forget_key(&self, kid: &str, no_copies: bool) -> Result<Value> {
+        if self.plan.read_only {
+            let mnt = self.plan.mnt.display();
+            let message = format!("{mnt} is mounted read-only: its envelope is not written");
+            return Err(Error::usage(message));
+        }
         let _one = self.envelope_lock()?;
         let dir = self.store.envelope_dir();
         rotation::forget(&self.site(&dir, &self.config()), kid, no_copies)?;

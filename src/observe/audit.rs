@@ -257,15 +257,31 @@ fn admit(failure: &IntegrityFailure, now: Instant) -> Option<(u64, u64)> {
 
 /// RFC 3339 in UTC; the epoch for a time that has no such form.
 pub fn timestamp(time: SystemTime) -> String {
-    OffsetDateTime::from(time)
-        .format(&Rfc3339)
-        .unwrap_or_else(|_| "1970-01-01T00:00:00Z".to_owned())
+    // Not `OffsetDateTime::from`, which panics after the year 9999, where a key may well end.
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let nanos = i128::try_from(since.as_nanos()).unwrap_or(i128::MAX);
+    match OffsetDateTime::from_unix_timestamp_nanos(nanos) {
+        Ok(date) => date.format(&Rfc3339).unwrap_or_else(|_| "1970-01-01T00:00:00Z".to_owned()),
+        Err(_) => "9999-12-31T23:59:59Z".to_owned(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn every_time_has_a_text() {
+        let at =
+            |seconds| timestamp(SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(seconds));
+        assert_eq!(at(0), "1970-01-01T00:00:00Z");
+        assert_eq!(at(1_700_000_000), "2023-11-14T22:13:20Z");
+        // What CKA_END_DATE 99991231 gives, and the latest that a key service can name.
+        for late in [253_402_300_800, i64::MAX as u64] {
+            assert_eq!(at(late), "9999-12-31T23:59:59Z");
+        }
+    }
 
     fn failure(index: u64) -> IntegrityFailure {
         IntegrityFailure {

@@ -316,16 +316,19 @@ impl Store {
     pub fn open(backing: Arc<dyn Backing>, gate: Arc<Gate>, read_only: bool) -> Result<Arc<Store>> {
         let shown = backing.display_path();
         let root = backing.root();
+        // Nothing is made in what is no volume.
+        volume::read(&root, &shown)?;
+        let lock = match lock(&*backing) {
+            Err(error) if read_only && is_read_only_fs(&error) => None,
+            locked => Some(locked?),
+        };
+        // Again: whoever had the volume until now may have given it another log or volume key.
         let (header, damaged) = volume::read(&root, &shown)?;
         if damaged {
             log::warn!(
                 "one copy of the volume header in {shown}/volume is damaged; the other serves"
             );
         }
-        let lock = match lock(&*backing) {
-            Err(error) if read_only && is_read_only_fs(&error) => None,
-            locked => Some(locked?),
-        };
         Store::assemble(backing, gate, read_only, (header, damaged), lock)
     }
 

@@ -135,7 +135,7 @@ impl Tokens {
         let now = wall_clock();
         let kept = cached.as_ref().filter(|kept| kept.challenge == *challenge);
         if let Some(kept) = kept
-            && now < kept.expires - SPARE
+            && now < kept.expires.saturating_sub(SPARE)
             && BootTime::now().since(kept.fetched) < MAX_AGE
         {
             return Ok(kept.token.clone());
@@ -154,7 +154,16 @@ impl Tokens {
                 log::debug!("the token endpoint does not answer; using the token at hand");
                 kept.map(|kept| kept.token.clone()).ok_or_else(|| malformed("token"))
             }
-            Err(error) => Err(error.during(self.credential.errand())),
+            Err(error) => {
+                // Who issued the kept token does not stand by it any more: it is not to speak for us
+                // when the endpoint is down later.
+                if !matches!(error.class, Class::Transient(_))
+                    && let Some(kept) = cached.as_mut()
+                {
+                    kept.expires = 0;
+                }
+                Err(error.during(self.credential.errand()))
+            }
         }
     }
 
@@ -174,6 +183,16 @@ impl Tokens {
 impl fmt::Debug for Tokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tokens").field("credential", &self.credential).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+impl Tokens {
+    /// As after [`MAX_AGE`].
+    pub(super) fn age(&self) {
+        if let Some(kept) = self.cached.lock().as_mut() {
+            kept.fetched = BootTime::ZERO;
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 use serde::Deserialize;
 
 use super::http::Response;
-use super::{Class, ProviderError};
+use super::{Class, ProviderError, scrub};
 use crate::key::reason::Reason;
 
 #[derive(Deserialize)]
@@ -51,7 +51,7 @@ pub(super) fn classify(response: &Response, operation: &str) -> ProviderError {
     });
     let mut error = ProviderError::new(class, message).during(operation);
     error.status = Some(response.status);
-    error.code = code;
+    error.code = code.map(|code| scrub(&code));
     error.retry_after = response.retry_after();
     error
 }

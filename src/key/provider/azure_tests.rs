@@ -530,6 +530,43 @@ fn identities_that_are_gone_or_silent() {
     assert!(rig.get().is_ok(), "the kept token goes on");
 }
 
+#[test]
+fn a_kept_token_does_not_outlive_a_denied_identity() {
+    let rig = rig(authorised(|_| Answer::Json(200, bundle())));
+    rig.get().unwrap();
+    let age = || {
+        // A machine that has just booted cannot have an older one.
+        rig.azure.tokens.age();
+        BootTime::now().since(BootTime::ZERO) >= Duration::from_secs(5 * 60)
+    };
+    if !age() {
+        return;
+    }
+    rig.identity.answer(|_| Answer::HangUp);
+    assert!(rig.get().is_ok(), "nobody has denied anything");
+    age();
+    rig.identity.answer(|_| {
+        let body = r#"{"error":"invalid_request","error_description":"Identity not found"}"#;
+        Answer::Json(400, body.into())
+    });
+    assert_eq!(rig.get().unwrap_err().class, Class::Denied(Reason::IdentityGone));
+    rig.identity.answer(|_| Answer::HangUp);
+    assert_eq!(rig.get().unwrap_err().class, Class::Transient(Reason::Unreachable));
+    rig.identity.answer(|_| token());
+    rig.get().unwrap();
+}
+
+#[test]
+fn an_impossible_expiry_of_a_token_does_no_harm() {
+    let rig = rig(authorised(|_| Answer::Json(200, bundle())));
+    rig.identity.answer(|_| {
+        let body = format!(r#"{{"access_token":"tok-en","expires_on":{}}}"#, i64::MIN);
+        Answer::Json(200, body)
+    });
+    rig.get().unwrap();
+    rig.get().unwrap();
+}
+
 /// A rig whose vault answers every request that has a token.
 fn rig_for(who: impl Fn(&Server, &Path) -> Identity) -> Rig {
     let (pem, tls) = certificate("127.0.0.1");

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 use super::http::Response;
-use super::{Class, ProviderError, ProviderResult};
+use super::{Class, ProviderError, ProviderResult, scrub};
 use crate::crypto::secret::SecretString;
 use crate::key::clock::BootTime;
 use crate::key::reason::Reason;
@@ -135,7 +135,7 @@ fn classify(response: &Response) -> ProviderError {
 fn finish(class: Class, response: &Response, text: &str, code: Option<String>) -> ProviderError {
     let mut error = ProviderError::new(class, text);
     error.status = Some(response.status);
-    error.code = code;
+    error.code = code.map(|code| scrub(&code));
     error.retry_after = response.retry_after();
     error
 }

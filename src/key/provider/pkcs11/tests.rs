@@ -134,6 +134,19 @@ fn an_answer_for_another_key_is_refused() {
 }
 
 #[test]
+fn a_key_is_no_newer_version_of_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = r#"{"Key":{"kid":"pkcs11:token=t;object=kek;id=%01","key_type":"RSA","bits":2048,"operations":[],"not_before":7,"expires":null,"exportable":false,"destroyable":false}}"#;
+    let versions = r#"{"Versions":[{"kid":"pkcs11:token=t;object=kek;id=%01","not_before":7,"expires":null}]}"#;
+    let provider = scripted(dir.path(), &answering(&["\"Opened\"", key, versions]));
+    let mut session = provider.session(BootTime::now() + Duration::from_secs(20)).unwrap();
+    let info = session.get_key(KID).unwrap();
+    let versions = session.list_versions(KID).unwrap();
+    assert_eq!(versions[0].kid, info.kid);
+    assert_eq!(versions[0].created, info.created);
+}
+
+#[test]
 fn names_with_an_id_are_versions() {
     let dir = tempfile::tempdir().unwrap();
     let provider = scripted(dir.path(), "exit 0");

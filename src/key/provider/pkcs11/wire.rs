@@ -50,6 +50,8 @@ impl Key {
             enabled: true,
             not_before: self.not_before,
             expires: self.expires,
+            // As of versions, with which it is compared.
+            created: self.not_before,
             exportable: self.exportable,
             destroyable: self.destroyable,
             ..KeyInfo::default()
