@@ -17,7 +17,6 @@ use crate::store::{Durability, PendingFlush, WriteMode};
 /// `O_*` as the kernel sends them.
 const ACCESS_MODE: u32 = libc::O_ACCMODE as u32;
 const TRUNCATE: u32 = libc::O_TRUNC as u32;
-const APPEND: u32 = libc::O_APPEND as u32;
 const DIRECT: u32 = libc::O_DIRECT as u32;
 /// `O_SYNC` holds this bit too.
 const DSYNC: u32 = libc::O_DSYNC as u32;
@@ -57,7 +56,9 @@ impl Filesystem {
         Ok(read)
     }
 
-    /// All of it or an error. With O_APPEND it goes to the end of the file, atomically.
+    /// All of it or an error, at the request's offset, with O_APPEND too: the kernel has put that
+    /// at the end under the inode's lock, and holds it until the last request of the write is
+    /// answered. Those of asynchronous I/O come side by side, and each must go to its own place.
     pub fn write(&self, handle: u64, request: &WriteRequest<'_>) -> FsResult<usize> {
         self.writable()?;
         let open = self.handles.file(handle)?;
@@ -186,7 +187,7 @@ fn write_mode(request: &WriteRequest<'_>) -> WriteMode {
     } else {
         Durability::Handed
     };
-    WriteMode { append: request.flags & APPEND != 0, durability }
+    WriteMode { append: false, durability }
 }
 
 #[cfg(test)]
@@ -204,7 +205,7 @@ mod tests {
         assert_eq!(mode(libc::O_DIRECT, false).durability, Durability::OnDevice);
         assert_eq!(mode(libc::O_DSYNC, false).durability, Durability::Flushed);
         assert_eq!(mode(libc::O_SYNC | libc::O_DIRECT, false).durability, Durability::Flushed);
-        assert!(mode(libc::O_APPEND, false).append);
+        assert!(!mode(libc::O_APPEND, false).append);
     }
 
     #[test]

@@ -111,6 +111,30 @@ fn processes_append_too() {
     assert_eq!(shell(&mount.root(), script), "100\n100\n100\n100\n");
 }
 
+/// The kernel sends the pieces of such a write side by side.
+#[test]
+fn an_asynchronous_append_of_many_requests_keeps_its_order() {
+    let mount = mounted!();
+    let script = "import ctypes,os,struct; c=ctypes.CDLL(None); MB=1<<20; at=0\n\
+        fd=os.open('log',os.O_RDWR|os.O_CREAT|os.O_APPEND)\n\
+        data=b''.join(bytes([1+i])*MB for i in range(8)); buf=ctypes.create_string_buffer(data)\n\
+        setup,submit,events=(206,209,208) if os.uname().machine=='x86_64' else (0,2,4)\n\
+        ctx=ctypes.c_ulong(0); assert c.syscall(setup,8,ctypes.byref(ctx))==0\n\
+        one=ctypes.c_long(1)\n\
+        for _ in range(10):\n\
+        \x20cb=ctypes.create_string_buffer(struct.pack('<QIiHhIQQqQII',0,0,0,1,0,fd,\
+        ctypes.addressof(buf),len(data),0,0,0,0),64)\n\
+        \x20cbs=ctypes.c_void_p(ctypes.addressof(cb))\n\
+        \x20assert c.syscall(submit,ctx,one,ctypes.byref(cbs))==1\n\
+        \x20done=ctypes.create_string_buffer(32)\n\
+        \x20assert c.syscall(events,ctx,one,one,done,None)==1\n\
+        \x20assert struct.unpack('<QQqq',done.raw)[2]==len(data)\n\
+        \x20got=os.pread(fd,len(data)+1,at); at+=len(data)\n\
+        \x20assert got==data,[got[i] for i in range(0,len(got),MB)]\n";
+    fs::write(mount.path("aio.py"), script).unwrap();
+    shell(&mount.root(), "python3 aio.py");
+}
+
 #[test]
 fn opening_with_truncation_empties_the_file_for_all() {
     let mount = mounted!();
