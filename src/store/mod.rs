@@ -655,17 +655,25 @@ impl Store {
         if self.shared.newborn.mark().is_some() { self.flush_all_names() } else { Ok(()) }
     }
 
-    /// The names in these directories are on stable storage afterwards. A failure is final.
+    /// The names in these directories are on stable storage afterwards. A failure is final, but
+    /// for one to open a directory: that flush has not begun, and is still owed.
     pub fn flush_names<'a>(
         &self,
         mut directories: impl Iterator<Item = &'a NodeRef>,
     ) -> FsResult<()> {
         directories.try_for_each(|directory| {
+            let mut not_tried = false;
             self.shared.flush_names(Scope::Inode(directory.id()), || match directory.sync() {
                 // One that is gone has none.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                Err(error) if is_want_of_descriptors(&error) => {
+                    log::warn!("names cannot be flushed now: {error}");
+                    not_tried = true;
+                    Ok(())
+                }
                 synced => synced,
-            })
+            })?;
+            if not_tried { Err(Errno::IO.into()) } else { Ok(()) }
         })
     }
 
@@ -806,6 +814,11 @@ impl Drop for Store {
         // They hold what holds them.
         self.shared.dirty.clear();
     }
+}
+
+/// open(2) fails so, fsync(2) never.
+fn is_want_of_descriptors(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
 fn seconds_since_epoch() -> u64 {

@@ -69,7 +69,7 @@ impl Filesystem {
         file.write_at(&long.sealed, 0)?;
         file.sync_all()?;
         dir.link_file(&*file, &long.side)?;
-        Ok(dir.sync()?)
+        self.store.flush_names(std::iter::once(dir))
     }
 
     /// Unless the entry is there. Call with `long_names` held.
@@ -80,7 +80,11 @@ impl Filesystem {
             _ => return,
         }
         // Or a crash could leave the entry, and not its name.
-        match dir.sync().and_then(|()| dir.unlink(&long.side)) {
+        if self.store.flush_names(std::iter::once(dir)).is_err() {
+            log::warn!("a long name's side file stays behind: names cannot be flushed");
+            return;
+        }
+        match dir.unlink(&long.side) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 log::warn!("a long name's side file stays behind: {error}");
             }

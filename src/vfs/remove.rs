@@ -75,7 +75,7 @@ impl Filesystem {
             self.inodes.unnamed(victim.node.id());
             if let Some(side) = victim.target {
                 // Or a crash could leave the link, and not its target.
-                match dir.node.sync() {
+                match self.store.flush_names(std::iter::once(&dir.node)) {
                     Ok(()) => self.remove_target_file(&side),
                     Err(error) => log::warn!("a link's target file stays behind: {error}"),
                 }

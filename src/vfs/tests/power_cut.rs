@@ -294,6 +294,50 @@ fn a_flush_of_names_that_failed_is_not_tried_again() {
     }
 }
 
+#[test]
+fn a_flush_of_names_that_could_not_begin_is_tried_again() {
+    let (backing, machine) = in_memory();
+    drop(machine);
+    let (faulty, faults) = FaultBacking::new(backing);
+    let machine = mount(faulty);
+    let created = machine.fs.create(ME, ROOT, b"a", 0o644, 0).unwrap();
+    machine.fs.fsync(created.handle, false).unwrap();
+    machine.fs.rename(ROOT, b"a", ROOT, b"b", RenameMode::Replace).unwrap();
+    let errno = Errno::MFILE;
+    faults.arm(Rule { call: Call::SyncDir, after: 0, lasting: false, errno, partial: None });
+    let answer = machine.fs.fsync(created.handle, true);
+    assert!(matches!(answer, Err(FsError::Os(Errno::IO))), "{answer:?}");
+    machine.fs.write(created.handle, &write(TEXT)).unwrap();
+    machine.fs.fsync(created.handle, true).unwrap();
+}
+
+/// The disk tells of a failure once: whoever hears of it first tells the others.
+#[test]
+fn a_flush_of_names_that_failed_beside_another_operation_is_known_to_fsync() {
+    for operation in 0..3 {
+        let (backing, machine) = in_memory();
+        drop(machine);
+        let (faulty, faults) = FaultBacking::new(backing);
+        let machine = mount(faulty);
+        let created = machine.fs.create(ME, ROOT, b"a", 0o644, 0).unwrap();
+        let long = [b'n'; 200];
+        machine.fs.mkdir(ME, ROOT, &long, 0o755, 0).unwrap();
+        machine.fs.symlink(ME, ROOT, b"l", &[b't'; 2000]).unwrap();
+        machine.fs.fsync(created.handle, false).unwrap();
+        machine.fs.rename(ROOT, b"a", ROOT, b"b", RenameMode::Replace).unwrap();
+        let errno = Errno::IO;
+        faults.arm(Rule { call: Call::SyncDir, after: 0, lasting: false, errno, partial: None });
+        match operation {
+            0 => machine.fs.rmdir(ROOT, &long).unwrap(),
+            1 => machine.fs.unlink(ROOT, b"l").unwrap(),
+            _ => drop(machine.fs.mkdir(ME, ROOT, &[b'm'; 200], 0o755, 0).unwrap_err()),
+        }
+        assert!(faults.disarm());
+        let answer = machine.fs.fsync(created.handle, true);
+        assert!(matches!(answer, Err(FsError::Os(Errno::IO))), "{operation}: {answer:?}");
+    }
+}
+
 /// MySQL takes EROFS from `fsync` for success, and acknowledges.
 #[test]
 fn a_disk_that_turned_read_only_answers_eio_to_every_flush() {
