@@ -50,8 +50,8 @@ fn to_offset(position: u64) -> u64 {
 #[derive(Debug)]
 pub(super) struct Cursor {
     stream: Box<dyn DirStream>,
-    /// Offset of the entry that comes next.
-    offset: u64,
+    /// Offset of the entry that comes next; None where a failure has left the stream anywhere.
+    offset: Option<u64>,
     /// Read from the stream, but there was no room for it.
     pending: Option<Pending>,
 }
@@ -65,12 +65,13 @@ struct Pending {
 
 impl Cursor {
     fn seek(&mut self, offset: u64) -> FsResult<()> {
-        if offset == self.offset {
+        if self.offset == Some(offset) {
             return Ok(());
         }
         self.pending = None;
+        self.offset = None;
         self.stream.seek(if offset == END { END } else { offset.saturating_sub(DOTS) })?;
-        self.offset = offset;
+        self.offset = Some(offset);
         Ok(())
     }
 }
@@ -79,7 +80,7 @@ impl Filesystem {
     pub fn opendir(&self, node: u64) -> FsResult<u64> {
         self.gate.check()?;
         let inode = self.directory(node)?;
-        let cursor = Cursor { stream: inode.node.read_dir()?, offset: 0, pending: None };
+        let cursor = Cursor { stream: inode.node.read_dir()?, offset: Some(0), pending: None };
         let open = OpenDir { inode, cursor: Mutex::new(cursor) };
         self.gate.check()?;
         Ok(self.handles.insert(Handle::Dir(open)))
@@ -99,8 +100,12 @@ impl Filesystem {
         cursor.seek(offset)?;
         let mut looked_up = Vec::new();
         let mut pushed = false;
+        let mut at = offset;
         let listed = loop {
-            match self.push_next(&open.inode, &mut cursor, plus, sink) {
+            let step = self.push_next(&open.inode, &mut cursor, &mut at, plus, sink);
+            // An entry may have been read that nobody has got.
+            cursor.offset = step.is_ok().then_some(at);
+            match step {
                 Ok(Step::Pushed(node)) => {
                     pushed = true;
                     looked_up.extend(node);
@@ -132,21 +137,22 @@ impl Filesystem {
         &self,
         dir: &Inode,
         cursor: &mut Cursor,
+        at: &mut u64,
         plus: Plus,
         sink: &mut dyn DirSink,
     ) -> FsResult<Step> {
-        if cursor.offset < DOTS {
-            let (name, ino): (&[u8], u64) = match cursor.offset {
+        if *at < DOTS {
+            let (name, ino): (&[u8], u64) = match *at {
                 0 => (b".", dir.key.ino),
                 _ => (b"..", self.parent_ino(dir)),
             };
             if !sink.has_room(name.len()) {
                 return Ok(Step::Full);
             }
-            let next = cursor.offset + 1;
+            let next = *at + 1;
             let kind = FileKind::Directory;
             sink.push(&DirItem { ino, kind, name, next, entry: None });
-            cursor.offset = next;
+            *at = next;
             return Ok(Step::Pushed(None));
         }
         let Some(item) = self.next_visible(dir, cursor)? else { return Ok(Step::End) };
@@ -165,7 +171,7 @@ impl Filesystem {
         };
         let (ino, next) = (item.entry.ino, to_offset(item.entry.next));
         sink.push(&DirItem { ino, kind: item.kind, name: &item.name, next, entry });
-        cursor.offset = next;
+        *at = next;
         Ok(Step::Pushed(entry.map(|entry| entry.node)))
     }
 

@@ -174,6 +174,10 @@ impl Filesystem {
                 Err(FsError::Os(Errno::NOENT)) if dir.node.lookup(entry).is_err() => {
                     return Ok(None);
                 }
+                // It says nothing about the name.
+                Err(error @ FsError::Os(Errno::MFILE | Errno::NFILE | Errno::NOMEM)) => {
+                    return Err(error);
+                }
                 Err(FsError::Os(errno)) => {
                     self.report_foreign(dir, entry, &format!("its long name: {errno}"));
                     return Ok(None);

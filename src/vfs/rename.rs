@@ -50,11 +50,10 @@ impl Filesystem {
             inode.set_place(to.id, &target.entry);
         }
         match (mode, replaced) {
-            (RenameMode::Exchange, _) => {
-                let other = present(&from.node, &source.entry)?;
-                let Some(other) = other else { return Ok(()) };
-                self.store.touched(other.id());
-                if let Some(inode) = self.inodes.known(other.id()) {
+            (RenameMode::Exchange, Some(other)) => {
+                let other = other.node().id();
+                self.store.touched(other);
+                if let Some(inode) = self.inodes.known(other) {
                     inode.set_place(from.id, &source.entry);
                 }
                 Ok(())

@@ -16,7 +16,7 @@ use super::{
     AuditSink, Caller, DirItem, DirSink, Filesystem, FilesystemOptions, IntegrityEvent, Plus,
     SetAttr, WriteRequest,
 };
-use crate::backing::fault::{Call, FaultBacking};
+use crate::backing::fault::{Call, FaultBacking, Faults, Rule};
 use crate::backing::linux::LinuxBacking;
 use crate::backing::memory::MemoryBacking;
 use crate::backing::{Backing, FileKind, RenameMode, SetTime, Timestamp, XattrMode};
@@ -454,4 +454,56 @@ fn plaintext_names_go_to_the_disk_as_they_are() {
     }
     expected.sort();
     assert_eq!(list(&volume.fs, ROOT, 2, Plus::Yes).unwrap().names, expected);
+}
+
+fn faulty_in_memory() -> (power_cut::Machine, Arc<Faults>) {
+    let backing = MemoryBacking::new();
+    Store::format(&*backing, &keyring(), FormatOptions::default()).unwrap();
+    let (faulty, faults) = FaultBacking::new(backing);
+    (power_cut::mount(faulty), faults)
+}
+
+fn once(call: Call, after: usize, errno: Errno) -> Rule {
+    Rule { call, after, lasting: false, errno, partial: None }
+}
+
+#[test]
+fn a_listing_that_failed_goes_on_where_it_was() {
+    let (machine, faults) = faulty_in_memory();
+    let fs = &machine.fs;
+    for letter in [b'a', b'b', b'c'] {
+        fs.mkdir(ME, ROOT, &[letter; 200], 0o755, 0).unwrap();
+    }
+    let handle = fs.opendir(ROOT).unwrap();
+    let mut names = Names { room: 10, names: Vec::new(), nodes: Vec::new(), next: 0 };
+    // There is no descriptor for the side file of the first.
+    faults.arm(once(Call::Lookup, 0, Errno::MFILE));
+    fs.readdir(handle, 0, Plus::No, &mut names).unwrap();
+    assert_eq!(names.names, [".", ".."]);
+    faults.arm(once(Call::Lookup, 0, Errno::MFILE));
+    assert_eq!(os(fs.readdir(handle, names.next, Plus::No, &mut names)), Errno::MFILE);
+    fs.readdir(handle, names.next, Plus::No, &mut names).unwrap();
+    assert_eq!(names.names.len(), 5, "{:?}", names.names);
+    assert!(machine.events.0.lock().is_empty());
+}
+
+#[test]
+fn an_exchange_that_was_done_is_not_said_to_have_failed() {
+    let (machine, faults) = faulty_in_memory();
+    let fs = &machine.fs;
+    let nodes = [b"a", b"b"].map(|name| fs.mkdir(ME, ROOT, name, 0o755, 0).unwrap().node);
+    faults.arm(once(Call::Lookup, 2, Errno::MFILE));
+    fs.rename(ROOT, b"a", ROOT, b"b", RenameMode::Exchange).unwrap();
+    faults.disarm();
+    assert_eq!([b"b", b"a"].map(|name| fs.lookup(ROOT, name).unwrap().node), nodes);
+}
+
+#[test]
+fn a_link_that_is_removed_while_it_is_read_is_not_damaged() {
+    let (machine, faults) = faulty_in_memory();
+    let link = machine.fs.symlink(ME, ROOT, b"l", &[b't'; 2000]).unwrap().node;
+    let fs = machine.fs.clone();
+    faults.arm_hook(Call::Lookup, move || fs.unlink(ROOT, b"l").unwrap());
+    assert_eq!(os(machine.fs.readlink(link)), Errno::NOENT);
+    assert!(machine.events.0.lock().is_empty());
 }
