@@ -66,6 +66,17 @@ impl LinuxNode {
         Ok(retry_on_intr(|| fs::openat(&self.fd, ".", flags, mode))?)
     }
 
+    /// What was just made under a name. If there is no descriptor for it, say, it is taken back:
+    /// the caller is told that there is nothing.
+    fn made(&self, name: &[u8], how: AtFlags) -> io::Result<NodeRef> {
+        self.lookup(name).inspect_err(|_| {
+            let taken = component(name).and_then(|name| Ok(fs::unlinkat(&self.fd, &name, how)?));
+            if let Err(error) = taken {
+                log::warn!("cannot remove a half-made entry: {error}");
+            }
+        })
+    }
+
     /// The magic link to this inode, for calls that take no O_PATH descriptor. It leads to the
     /// inode itself, also where that is a symbolic link.
     fn proc_path(&self) -> String {
@@ -198,7 +209,7 @@ impl Node for LinuxNode {
     fn mkdir(&self, name: &[u8], mode: u32) -> io::Result<NodeRef> {
         let cname = component(name)?;
         retry_on_intr(|| fs::mkdirat(&self.fd, &cname, Mode::from_raw_mode(mode)))?;
-        self.lookup(name)
+        self.made(name, AtFlags::REMOVEDIR)
     }
 
     fn mknod(&self, name: &[u8], kind: FileKind, mode: u32, rdev: u64) -> io::Result<NodeRef> {
@@ -212,14 +223,14 @@ impl Node for LinuxNode {
             FileKind::Directory | FileKind::Symlink => return Err(Errno::INVAL.into()),
         };
         retry_on_intr(|| fs::mknodat(&self.fd, &cname, kind, Mode::from_raw_mode(mode), rdev))?;
-        self.lookup(name)
+        self.made(name, AtFlags::empty())
     }
 
     fn symlink(&self, name: &[u8], target: &[u8]) -> io::Result<NodeRef> {
         let cname = component(name)?;
         let target = CString::new(target).map_err(|_| io::Error::from(Errno::INVAL))?;
         retry_on_intr(|| fs::symlinkat(&target, &self.fd, &cname))?;
-        self.lookup(name)
+        self.made(name, AtFlags::empty())
     }
 
     fn read_link(&self) -> io::Result<Vec<u8>> {
