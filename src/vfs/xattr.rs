@@ -96,8 +96,10 @@ impl Filesystem {
         let inode = self.inodes.get(node)?;
         if acl::is_acl(name) {
             inode.node.set_xattr(name, value, mode)?;
+            let dropped = if drop_set_gid { self.drop_set_gid(&inode) } else { Ok(()) };
+            // After both: an fsync that comes between would take the one for all.
             self.touched(&inode);
-            return if drop_set_gid { self.drop_set_gid(&inode) } else { Ok(()) };
+            return dropped;
         }
         let compact = compact(name)?;
         let disk_name = self.disk_name(&compact)?;
