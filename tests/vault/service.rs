@@ -124,6 +124,27 @@ fn sighup_renews_the_certificate_and_reopens_the_log() {
 }
 
 #[test]
+fn what_sighup_asks_for_is_done_though_a_rotation_cannot_be() {
+    let vault = Vault::new(&[]);
+    let server = vault.serve();
+    server.create_key(&server.admin(), "kek");
+    vault.cli_json(&["key", "rotation-policy", "update", "-n", "kek", "--rotate-after", "P90D"]);
+    let database = rusqlite::Connection::open(vault.dir.join("vault.db")).unwrap();
+    database.execute("UPDATE version SET tags = 'damaged'", []).unwrap();
+    drop(database);
+    let before = certificate(&server, &vault);
+    std::fs::rename(vault.dir.join("audit.jsonl"), vault.dir.join("audit.1")).unwrap();
+    let pid = rustix::process::Pid::from_raw(server.pid()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while certificate(&server, &vault) == before {
+        assert!(Instant::now() < deadline, "the certificate stays");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(vault.dir.join("audit.jsonl").exists());
+}
+
+#[test]
 fn a_whole_vault_comes_back_from_its_backup_and_root_key() {
     let vault = Vault::new(&["--name", "kv1"]);
     let server = vault.serve();

@@ -288,27 +288,37 @@ async fn keep_up(
             }
         };
         let (vault, certificates) = (Arc::clone(&vault), Arc::clone(&certificates));
-        let done = tokio::task::spawn_blocking(move || {
-            vault.forget_due()?;
-            vault.purge_due()?;
-            vault.rotate_due()?;
-            if asked {
-                vault.audit.reopen()?;
-            }
-            let due = asked || certificates.is_renewal_due();
-            due.then(|| certificates.server_config()).transpose()
-        });
-        match done.await {
-            Ok(Ok(None)) => {}
-            Ok(Ok(Some(config))) => {
+        match tokio::task::spawn_blocking(move || upkeep(&vault, &certificates, asked)).await {
+            Ok(None) => {}
+            Ok(Some(config)) => {
                 // Connections that are open keep the old one.
                 tls.reload_from_config(Arc::new(config));
                 log::info!("the server's certificate was renewed");
             }
-            Ok(Err(error)) => log::error!("the vault's upkeep: {error}"),
             Err(error) => log::error!("the vault's upkeep: {error}"),
         }
     }
+}
+
+/// The configuration with a new certificate, if it is time for one. Each part is done whether the
+/// others fail or not: a key that cannot be rotated must not let the certificate run out.
+fn upkeep(
+    vault: &Vault,
+    certificates: &CertificateIssuer,
+    asked: bool,
+) -> Option<rustls::ServerConfig> {
+    let reopened = if asked { vault.audit.reopen() } else { Ok(()) };
+    let due = asked || certificates.is_renewal_due();
+    let config = due.then(|| certificates.server_config()).transpose();
+    for done in [reopened, vault.forget_due(), vault.purge_due(), vault.rotate_due()] {
+        if let Err(error) = done {
+            log::error!("the vault's upkeep: {error}");
+        }
+    }
+    config.unwrap_or_else(|error| {
+        log::error!("the vault's upkeep: {error}");
+        None
+    })
 }
 
 fn announce(dir: &VaultDir, url: &str, identity_url: &str, imds_url: Option<&str>) -> Result<()> {
