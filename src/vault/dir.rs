@@ -252,9 +252,11 @@ fn require_owner_only(path: &Path, metadata: &std::fs::Metadata, wanted: &str) -
 }
 
 pub(crate) fn sync_dir(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|dir| dir.sync_all())
-        .context(|| format!("cannot flush the directory {}", path.display()))
+    match File::open(path).and_then(|dir| dir.sync_all()) {
+        // Some network file systems cannot flush a directory: nothing failed.
+        Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(()),
+        flushed => flushed.context(|| format!("cannot flush the directory {}", path.display())),
+    }
 }
 
 /// Replaces `path` by a file with these bytes: a reader sees the old or the new one, whole.
@@ -274,7 +276,8 @@ pub(crate) fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     sync_dir(path.parent().unwrap_or(Path::new("/")))
 }
 
-/// Writes and flushes a file that must not be there yet.
+/// Writes and flushes a file that must not be there yet. It lasts when this returns, and is not
+/// there if this fails: half of it would stand in the way of the next try.
 pub fn write_new(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     let mut file = OpenOptions::new()
         .write(true)
@@ -282,10 +285,18 @@ pub fn write_new(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
         .mode(mode)
         .open(path)
         .context(|| format!("cannot create {}", path.display()))?;
-    file.set_permissions(Mode::from_mode(mode))
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let written = file
+        .set_permissions(Mode::from_mode(mode))
         .and_then(|()| file.write_all(bytes))
         .and_then(|()| file.sync_all())
         .context(|| format!("cannot write {}", path.display()))
+        .and_then(|()| sync_dir(parent.unwrap_or(Path::new("."))));
+    if written.is_err() {
+        // The first error is the one to report.
+        let _ = std::fs::remove_file(path);
+    }
+    written
 }
 
 pub(crate) fn remove_if_there(path: &Path) -> Result<()> {
