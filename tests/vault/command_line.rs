@@ -10,6 +10,149 @@ fn set_mode(path: &std::path::Path, mode: u32) {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
 }
 
+/// Exit code and standard error.
+fn failed(vault: &Vault, args: &[&str]) -> (i32, String) {
+    let output = vault.cli(args);
+    (output.status.code().unwrap(), text(&output.stderr))
+}
+
+#[test]
+fn keys_from_the_command_line() {
+    let vault = Vault::new(&[]);
+    let _server = vault.serve();
+    let output =
+        vault.cli(&["key", "create", "--name", "kek", "--expires", "2030-01-01T00:00:00Z"]);
+    let kid = text(&output.stdout);
+    let url = std::fs::read_to_string(vault.dir.join("url")).unwrap();
+    assert!(kid.starts_with(&format!("{}/keys/kek/", url.trim())), "{kid}");
+    assert_eq!(kid.lines().count(), 1);
+
+    let show = |args: &[&str]| vault.cli_json(&[&["key"], args].concat());
+    let bundle = show(&["show", "--name", "kek"]);
+    assert_eq!(bundle["key"]["kid"], kid.trim());
+    assert_eq!(bundle["attributes"]["exp"], 1_893_456_000);
+    assert_eq!(bundle["key"]["n"].as_str().unwrap().len(), 512);
+    let set = |args: &[&str]| show(&[&["set-attributes", "--name", "kek"], args].concat());
+    assert_eq!(set(&["--enabled", "false"])["attributes"]["enabled"], false);
+    assert_eq!(set(&["--enabled", "true"])["attributes"]["enabled"], true);
+    assert!(set(&["--expires", "none"])["attributes"].get("exp").is_none());
+    assert_eq!(set(&["--not-before", "2020-01-01T00:00:00Z"])["attributes"]["nbf"], 1_577_836_800);
+    assert_eq!(set(&["--tags", "a=1,b=2"])["tags"]["b"], "2");
+    show(&["rotate", "--name", "kek"]);
+    assert_eq!(show(&["list-versions", "--name", "kek"]).as_array().unwrap().len(), 2);
+    assert_eq!(show(&["list"]).as_array().unwrap().len(), 1);
+    assert!(show(&["delete", "--name", "kek"])["deletedDate"].is_i64());
+    assert_eq!(show(&["list-deleted"]).as_array().unwrap().len(), 1);
+    assert!(show(&["show-deleted", "--name", "kek"])["recoveryId"].is_string());
+    assert_eq!(failed(&vault, &["key", "purge", "--name", "kek"]).0, 7);
+    show(&["recover", "--name", "kek"]);
+    for args in [
+        &["key", "show", "--name", "kek"][..],
+        &["key", "list"],
+        &["key", "list-versions", "--name", "kek"],
+        &["identity", "list"],
+    ] {
+        let output = vault.cli(args);
+        assert!(output.status.success() && !output.stdout.is_empty(), "{args:?}");
+    }
+}
+
+#[test]
+fn a_rotation_policy_is_set_and_shown() {
+    let vault = Vault::new(&[]);
+    let _server = vault.serve();
+    vault.cli_json(&["key", "create", "--name", "kek", "--size", "2048"]);
+    let policy = |args: &[&str]| vault.cli_json(&[&["key", "rotation-policy"], args].concat());
+    let before = policy(&["show", "--name", "kek"]);
+    assert_eq!(before["lifetimeActions"][0]["action"]["type"], "Notify");
+    let set = policy(&["update", "--name", "kek", "--rotate-after", "P90D", "--expires-in", "P1Y"]);
+    assert_eq!(set["lifetimeActions"][0]["trigger"]["timeAfterCreate"], "P90D");
+    assert_eq!(policy(&["show", "--name", "kek"])["attributes"]["expiryTime"], "P1Y");
+    let output = vault.cli(&["key", "rotation-policy", "show", "--name", "kek"]);
+    assert!(text(&output.stdout).contains("P90D after creation"), "{}", text(&output.stdout));
+    let off = policy(&["update", "--name", "kek"]);
+    assert_eq!(off["lifetimeActions"].as_array().unwrap().len(), 0);
+    for bad in [&["--rotate-after", "soon"][..], &["--rotate-before-expiry", "P30D"]] {
+        let args = [&["key", "rotation-policy", "update", "--name", "kek"], bad].concat();
+        assert_eq!(failed(&vault, &args).0, 2, "{bad:?}");
+    }
+}
+
+#[test]
+fn a_purged_key_comes_back_from_its_backup() {
+    let vault = Vault::new(&["--no-purge-protection"]);
+    let _server = vault.serve();
+    let file = vault.dir.join("kek.backup");
+    let file = file.to_str().unwrap();
+    let kid = vault.cli_json(&["key", "create", "--name", "kek"])["key"]["kid"].clone();
+    vault.cli_json(&["key", "backup", "--name", "kek", "--file", file]);
+    assert_eq!(failed(&vault, &["key", "backup", "--name", "kek", "--file", file]).0, 1);
+    assert_eq!(failed(&vault, &["key", "restore", "--file", file]).0, 7);
+    vault.cli_json(&["key", "delete", "--name", "kek"]);
+    vault.cli_json(&["key", "purge", "--name", "kek"]);
+    let restored = vault.cli_json(&["key", "restore", "--file", file]);
+    assert_eq!(restored["key"]["kid"], kid);
+}
+
+#[test]
+fn more_keys_than_a_page_are_all_listed() {
+    let vault = Vault::new(&[]);
+    let server = vault.serve();
+    let admin = server.admin();
+    for n in 0..27 {
+        server.create_key(&admin, &format!("k{n:02}"));
+    }
+    assert_eq!(vault.cli_json(&["key", "list"]).as_array().unwrap().len(), 27);
+}
+
+#[test]
+fn identities_from_the_command_line() {
+    let vault = Vault::new(&[]);
+    let server = vault.serve();
+    let made = vault.cli_json(&["identity", "create", "db"]);
+    let header = vault.dir.join("identities/db.header");
+    assert_eq!(made["headerFile"], header.to_str().unwrap());
+    assert_eq!(made["endpoint"], server.identity_url.as_str());
+    assert_eq!(std::fs::metadata(&header).unwrap().permissions().mode() & 0o777, 0o600);
+    let granted = vault.cli_json(&[
+        "grant",
+        "--identity",
+        "db",
+        "--key-permissions",
+        "get,list,wrapKey,unwrapKey",
+    ]);
+    assert_eq!(
+        granted["keyPermissions"],
+        serde_json::json!(["get", "list", "wrapKey", "unwrapKey"])
+    );
+    let left = vault.cli_json(&["revoke", "--identity", "db", "--key-permissions", "list"]);
+    assert_eq!(left["keyPermissions"], serde_json::json!(["get", "wrapKey", "unwrapKey"]));
+    assert_eq!(vault.cli_json(&["identity", "list"]).as_array().unwrap().len(), 2);
+
+    // A second one of that name changes neither the identity nor its secret.
+    let secret = std::fs::read(&header).unwrap();
+    assert_eq!(failed(&vault, &["identity", "create", "db"]).0, 9);
+    let elsewhere = vault.dir.join("elsewhere");
+    let args = ["identity", "create", "db", "--header-file", elsewhere.to_str().unwrap()];
+    assert_eq!(failed(&vault, &args).0, 7);
+    assert!(!elsewhere.exists());
+    assert_eq!(std::fs::read(&header).unwrap(), secret);
+    vault.cli_json(&["identity", "delete", "db"]);
+    assert!(!header.exists());
+    assert_eq!(failed(&vault, &["identity", "delete", "db"]).0, 7);
+    assert_eq!(failed(&vault, &["identity", "delete", "admin"]).0, 2);
+}
+
+#[test]
+fn the_secret_of_an_identity_that_is_deleted_in_another_case_goes_too() {
+    let vault = Vault::new(&[]);
+    let _server = vault.serve();
+    vault.cli_json(&["identity", "create", "db"]);
+    vault.cli_json(&["identity", "delete", "DB"]);
+    assert!(!vault.dir.join("identities/db.header").exists());
+    vault.cli_json(&["identity", "create", "db"]);
+}
+
 /// Runs the command where no file can be written to, as on a full disk.
 fn without_room(vault: &Vault, args: &[&str]) -> (i32, String) {
     let output = std::process::Command::new("sh")

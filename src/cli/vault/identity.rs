@@ -248,7 +248,8 @@ fn delete(args: DeleteArgs) -> Result<()> {
     let path = format!("/identities/{}", args.name);
     let body = json!({ "keepTokens": args.keep_tokens });
     let identity = client.administer(Method::DELETE, &path, Some(&body))?;
-    remove(&client.dir().identity_header(&args.name))?;
+    // Its file has its name as it was created, which may be in another case.
+    remove(&client.dir().identity_header(text(&identity, "name")?))?;
     if args.target.json {
         return output::json(&identity);
     }
