@@ -20,6 +20,21 @@ fn refusal(answer: &Answer) -> (u16, String) {
 }
 
 #[test]
+fn a_role_is_taken_from_all_of_one_name() {
+    let vault = Vault::new(&["--rbac"]);
+    let _server = vault.serve();
+    const ROLE: &str = "Key Vault Crypto Service Encryption User";
+    vault.cli_json(&["identity", "create", "db", "--user-assigned"]);
+    role(&vault, "assign", "db", ROLE, None);
+    // Its tokens stay good, and so does its role.
+    vault.cli_json(&["identity", "delete", "db", "--keep-tokens"]);
+    vault.cli_json(&["identity", "create", "db", "--user-assigned"]);
+    role(&vault, "assign", "db", ROLE, None);
+    role(&vault, "remove", "db", ROLE, None);
+    assert_eq!(vault.cli_json(&["role", "list"]), json!([]));
+}
+
+#[test]
 fn roles_allow_what_the_real_ones_do_and_policies_count_for_nothing() {
     let vault = Vault::new(&["--rbac", "--no-purge-protection"]);
     let server = vault.serve();

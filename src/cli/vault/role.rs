@@ -84,15 +84,20 @@ fn remove(args: ChangeArgs) -> Result<()> {
                 None => one["key"].is_null(),
             }
     };
-    let found = all(&client)?.into_iter().find(same).ok_or_else(|| {
+    // A deleted identity whose tokens were kept may have had the name before: whoever takes a role
+    // away must not be left with one that still has it.
+    let found: Vec<Value> = all(&client)?.into_iter().filter(same).collect();
+    let newest = found.last().ok_or_else(|| {
         Error::new(
             Kind::Denied,
             format!("{} does not have the role {} there", args.identity, args.role.name()),
         )
     })?;
-    let id = found["id"].as_str().ok_or_else(|| unexpected("id"))?;
-    client.administer(Method::DELETE, &format!("/roleassignments/{id}"), None)?;
-    show(args.target.json, &found)
+    for one in &found {
+        let id = one["id"].as_str().ok_or_else(|| unexpected("id"))?;
+        client.administer(Method::DELETE, &format!("/roleassignments/{id}"), None)?;
+    }
+    show(args.target.json, newest)
 }
 
 fn list(args: ListArgs) -> Result<()> {
