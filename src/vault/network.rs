@@ -4,7 +4,7 @@
 //! answered to anyone, and management is not subject to them.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 /// Addresses that share the first bits.
@@ -51,6 +51,17 @@ impl FromStr for Cidr {
                 bits.trim().parse().ok().filter(|bits| *bits <= width).ok_or_else(wrong)?
             }
             None => width,
+        };
+        // One range has one name, so that it can be found again and taken away.
+        let address = match address {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(bits)).unwrap_or(0);
+                Ipv4Addr::from(u32::from(address) & mask).into()
+            }
+            IpAddr::V6(address) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(bits)).unwrap_or(0);
+                Ipv6Addr::from(u128::from(address) & mask).into()
+            }
         };
         Ok(Cidr { address, bits })
     }

@@ -35,6 +35,23 @@ fn a_role_is_taken_from_all_of_one_name() {
 }
 
 #[test]
+fn a_network_rule_is_removed_however_its_range_is_written() {
+    let vault = Vault::new(&[]);
+    let _server = vault.serve();
+    let rule = |verb, range| vault.cli(&["network-rule", verb, "--ip-address", range]);
+    for (added, removed) in
+        [("192.0.2.7/24", "192.0.2.0/24"), ("2001:db8::1/32", "2001:db8::/32"), ("::1/0", "::/0")]
+    {
+        assert!(rule("add", added).status.success());
+        assert!(rule("remove", removed).status.success());
+        let left = vault.cli_json(&["network-rule", "list"]);
+        assert_eq!(left["networkAcls"]["ipRules"], json!([]), "{added}");
+    }
+    // What did not take anything away does not say that it did.
+    assert_eq!(rule("remove", "192.0.2.0/24").status.code(), Some(7));
+}
+
+#[test]
 fn roles_allow_what_the_real_ones_do_and_policies_count_for_nothing() {
     let vault = Vault::new(&["--rbac", "--no-purge-protection"]);
     let server = vault.serve();

@@ -7,7 +7,7 @@ use ureq::http::Method;
 use super::client::Client;
 use super::{Target, unexpected};
 use crate::cli::output;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::vault::{Cidr, VaultDir};
 
 #[derive(Debug, Args)]
@@ -121,15 +121,14 @@ fn change(args: ChangeArgs, add: bool) -> Result<()> {
     let client = connect(&args.target)?;
     let vault = client.administer(Method::GET, "/vault", None)?;
     let wanted = args.ip_address.to_string();
-    let mut rules: Vec<Value> = vault["networkAcls"]["ipRules"]
-        .as_array()
-        .ok_or_else(|| unexpected("networkAcls"))?
-        .iter()
-        .filter(|rule| rule["value"] != wanted.as_str())
-        .cloned()
-        .collect();
+    let there = vault["networkAcls"]["ipRules"].as_array();
+    let there = there.ok_or_else(|| unexpected("networkAcls"))?;
+    let mut rules: Vec<Value> =
+        there.iter().filter(|rule| rule["value"] != wanted.as_str()).cloned().collect();
     if add {
         rules.push(json!({ "value": wanted }));
+    } else if rules.len() == there.len() {
+        return Err(Error::new(Kind::Denied, format!("there is no network rule {wanted}")));
     }
     let body = json!({ "networkAcls": { "ipRules": rules } });
     let vault = client.administer(Method::PATCH, "/vault", Some(&body))?;
