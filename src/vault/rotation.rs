@@ -105,7 +105,8 @@ impl RotationPolicy {
             if time.days() < MIN_TRIGGER_DAYS {
                 return Err(bad(format!("A trigger's time is at least {MIN_TRIGGER_DAYS} days.")));
             }
-            if expiry.is_some_and(|expiry| time.days() >= expiry.days()) {
+            // Else a version made before a short month would be due at once, and so the next one.
+            if expiry.is_some_and(|expiry| time.days() >= expiry.fewest_days()) {
                 return Err(bad("A trigger's time must be shorter than 'expiryTime'."));
             }
         }
@@ -147,6 +148,12 @@ impl Duration {
     /// About as many days.
     fn days(self) -> u32 {
         self.months.saturating_mul(DAYS_PER_MONTH).saturating_add(self.days)
+    }
+
+    /// No more than there are, whatever day it begins at: February is two days short of a month of
+    /// 30, and a longer time makes up for that.
+    fn fewest_days(self) -> u32 {
+        self.days() - if self.months > 0 { 2 } else { 0 }
     }
 
     /// By the calendar; a day that the month lacks becomes its last.
@@ -238,6 +245,25 @@ mod tests {
         assert!(!before.is_due(START, Some(START + 90 * DAY), START + 60 * DAY - 1));
         assert!(before.is_due(START, Some(START + 90 * DAY), START + 60 * DAY));
         assert!(!RotationPolicy::default_policy().is_due(START, Some(START), i64::MAX));
+    }
+
+    #[test]
+    fn no_new_version_is_due_at_once() {
+        for (before, expiry) in
+            [("P29D", "P1M"), ("P28D", "P1M"), ("P27D", "P1M"), ("P59D", "P2M"), ("P1M", "P2M")]
+        {
+            let policy = policy(&format!(
+                r#"{{"lifetimeActions":[{{"trigger":{{"timeBeforeExpiry":"{before}"}},
+                    "action":{{"type":"Rotate"}}}}],"attributes":{{"expiryTime":"{expiry}"}}}}"#
+            ));
+            if policy.check().is_err() {
+                continue;
+            }
+            for made in (0..4 * 366).map(|day| START + day * DAY) {
+                let due = policy.is_due(made, policy.expiry(made), made);
+                assert!(!due, "{before} before {expiry}: made at {made}");
+            }
+        }
     }
 
     #[test]
