@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +26,14 @@ const OBJECT_ID_CLAIM: &str = "http://schemas.microsoft.com/identity/claims/obje
 pub(crate) struct AuditLog {
     path: PathBuf,
     resource_id: String,
-    file: Mutex<File>,
+    log: Mutex<Log>,
+}
+
+#[derive(Debug)]
+struct Log {
+    file: File,
+    /// It ends within a line, as a full disk or a power cut leaves it.
+    cut_off: bool,
 }
 
 /// One call, filled in as it is understood.
@@ -62,34 +69,50 @@ pub(crate) struct Outcome<'a> {
     pub(crate) duration: Duration,
 }
 
-fn open(path: &Path) -> Result<File> {
+fn open(path: &Path) -> Result<Log> {
     OpenOptions::new()
         .create(true)
+        .read(true)
         .append(true)
         .mode(0o600)
         .open(path)
+        .and_then(|file| Ok(Log { cut_off: is_cut_off(&file)?, file }))
         .context(|| format!("cannot open the audit log {}", path.display()))
+}
+
+fn is_cut_off(file: &File) -> std::io::Result<bool> {
+    let mut last = [b'\n'];
+    if let Some(at) = file.metadata()?.len().checked_sub(1) {
+        file.read_exact_at(&mut last, at)?;
+    }
+    Ok(last != [b'\n'])
 }
 
 impl AuditLog {
     pub(crate) fn open(path: &Path, resource_id: String) -> Result<AuditLog> {
-        Ok(AuditLog { path: path.to_owned(), resource_id, file: Mutex::new(open(path)?) })
+        Ok(AuditLog { path: path.to_owned(), resource_id, log: Mutex::new(open(path)?) })
     }
 
     /// After the file was moved away.
     pub(crate) fn reopen(&self) -> Result<()> {
-        let file = open(&self.path)?;
-        *self.file.lock() = file;
+        let log = open(&self.path)?;
+        *self.log.lock() = log;
         Ok(())
     }
 
     /// A call that cannot be recorded is still answered; the failure goes to the server's log.
     pub(crate) fn record(&self, event: &Event, outcome: &Outcome<'_>, now: i64) {
+        let line = self.line(event, outcome, now);
+        let mut log = self.log.lock();
         // One write per line: lines of a killed server may be missing, never mixed.
-        let text = format!("{}\n", self.line(event, outcome, now));
-        if let Err(error) = self.file.lock().write_all(text.as_bytes()) {
-            log::error!("cannot write the vault's audit log: {error}");
-        }
+        let text = format!("{}{line}\n", if log.cut_off { "\n" } else { "" });
+        log.cut_off = match log.file.write_all(text.as_bytes()) {
+            Ok(()) => false,
+            Err(error) => {
+                log::error!("cannot write the vault's audit log: {error}");
+                is_cut_off(&log.file).unwrap_or(true)
+            }
+        };
     }
 
     fn line(&self, event: &Event, outcome: &Outcome<'_>, now: i64) -> Value {
@@ -163,6 +186,19 @@ fn signature(status: u16) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_that_was_cut_off_takes_no_other_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.jsonl");
+        std::fs::write(&path, "{\"time\":").unwrap();
+        let log = AuditLog::open(&path, String::new()).unwrap();
+        log.record(&Event::default(), &Outcome::default(), 0);
+        log.record(&Event::default(), &Outcome::default(), 0);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let whole = text.lines().filter(|line| serde_json::from_str::<Value>(line).is_ok());
+        assert_eq!(whole.count(), 2, "{text}");
+    }
 
     #[test]
     fn each_call_is_one_line_in_the_shape_of_the_service() {
