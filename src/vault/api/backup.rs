@@ -8,7 +8,7 @@ use serde_json::json;
 use std::collections::BTreeMap;
 
 use super::keys::live_key;
-use super::{Call, Reply, Vault};
+use super::{Call, MAX_BODY, Reply, Vault};
 use crate::vault::audit::Event;
 use crate::vault::codec;
 use crate::vault::material::PublicNumbers;
@@ -17,8 +17,10 @@ use crate::vault::store::keys::{self, Attributes, VersionRecord};
 use crate::vault::wire::{KeyType, ValueRequest, is_key_name, is_version, key_operations};
 
 const PLACE: [&str; 1] = ["key backup"];
-/// Versions in one backup, as many as fit a request.
+/// Versions in one backup, as many as fit a request unless their tags are long.
 const MAX_VERSIONS: usize = 500;
+/// What a request to restore has beside the value.
+const AROUND_VALUE: usize = 1024;
 
 #[derive(Serialize, Deserialize)]
 struct Backup {
@@ -67,8 +69,14 @@ impl Vault {
             log::error!("cannot write a backup: {error}");
             Refusal::internal()
         })?;
-        let sealed = self.sealer.seal(&PLACE, &text)?;
-        Ok(Reply::ok(&json!({ "value": codec::to_base64url(&sealed) })))
+        let value = codec::to_base64url(&self.sealer.seal(&PLACE, &text)?);
+        // A backup that no request can bring back is none.
+        if value.len() > MAX_BODY - AROUND_VALUE {
+            return Err(Refusal::bad_parameter(
+                "A key with so many versions and tags cannot be backed up.",
+            ));
+        }
+        Ok(Reply::ok(&json!({ "value": value })))
     }
 
     pub(super) fn restore_key(&self, call: &Call<'_>, event: &mut Event) -> Result<Reply, Refusal> {

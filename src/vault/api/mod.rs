@@ -44,6 +44,9 @@ use super::{Clock, codec};
 use crate::error::Result;
 use crate::sync::Mutex;
 
+/// Of a request; only a restored key with very many versions comes near it.
+pub(crate) const MAX_BODY: usize = 4 * 1024 * 1024;
+
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) method: String,

@@ -188,3 +188,34 @@ fn an_identity_whose_tokens_were_kept_is_forgotten_when_they_have_ended() {
     bench.pass(DAY);
     assert!(bench.vault.access.current().identity(object_id).is_none());
 }
+
+#[test]
+fn what_is_backed_up_can_be_restored() {
+    let bench = Bench::new();
+    bench.call("POST", "/keys/kek/create", json!({ "kty": "RSA" }));
+    let tags = (0..15).map(|number| (format!("{number:0256}"), "v".repeat(256))).collect();
+    let backup = |versions: usize| {
+        bench
+            .vault
+            .store
+            .write(|tx| {
+                let Some(key) = key_store::find(tx, "kek")? else { panic!("no key") };
+                let Some(mut version) = key_store::find_version(tx, &key, None)? else {
+                    panic!("no version")
+                };
+                version.tags = std::collections::BTreeMap::clone(&tags);
+                for _ in 0..versions {
+                    version.version = codec::new_version()?;
+                    let private = bench.vault.sealer.seal_private("kek", &version.version, &[1])?;
+                    key_store::insert_version(tx, &key, &mut version, &private)?;
+                }
+                Ok::<_, crate::Error>(())
+            })
+            .unwrap();
+        bench.call("POST", "/keys/kek/backup", json!({}))
+    };
+    let (status, value) = backup(100);
+    assert_eq!(status, 200);
+    assert!(value.to_string().len() <= MAX_BODY);
+    assert_eq!(backup(390).0, 400);
+}

@@ -14,13 +14,11 @@ use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use tokio::time::Sleep;
 
-use crate::vault::api::{Authorization, Reply, Request, Vault};
+use crate::vault::api::{Authorization, MAX_BODY, Reply, Request, Vault};
 use crate::vault::drill::Delivery;
 use crate::vault::identity::{HeaderSecret, TokenRequest};
 use crate::vault::refusal::Refusal;
 
-/// No request of the protocol comes near it.
-const MAX_BODY: usize = 4 * 1024 * 1024;
 const BODY_TIMEOUT: Duration = Duration::from_secs(20);
 /// What is sent before a connection is cut must have left by then.
 const BEFORE_CUT: Duration = Duration::from_millis(100);
