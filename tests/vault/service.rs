@@ -202,8 +202,15 @@ fn a_whole_vault_comes_back_from_its_backup_and_root_key() {
     assert!(!restored.exists());
     assert_eq!(restore(&other.dir, &file, &root).0, 9);
 
-    let (code, said) = restore(&restored, &file, &root);
+    // A root key that is in its place already stays: it may be the only one.
+    std::fs::create_dir(&restored).unwrap();
+    let in_place = restored.join("root.key");
+    std::fs::rename(&root, &in_place).unwrap();
+    std::fs::hard_link(&in_place, elsewhere.path().join("link")).unwrap();
+    let (code, said) = restore(&restored, &file, &in_place);
     assert_eq!(code, 0, "{said}");
+    let links = std::os::unix::fs::MetadataExt::nlink(&in_place.metadata().unwrap());
+    assert_eq!(links, 2, "it was replaced");
     // The same keys under the same ids, trusted by the same file, for the same tokens.
     let vault = Vault::at(elsewhere, restored);
     let server = vault.serve();
