@@ -216,6 +216,16 @@ fn a_key_wrapped_to_an_exchange_key_comes_in_and_nothing_else_does() {
         assert_eq!(server.call(&admin, "POST", "/keys/x/create", body).status, 400);
     }
 
+    let patch = |name: &str, operations: Value| {
+        let path = format!("/keys/{name}");
+        server.call(&admin, "PATCH", &path, json!({ "key_ops": operations })).status
+    };
+    assert_eq!(patch("exchange", json!(["decrypt"])), 400);
+    assert_eq!(patch("exchange", json!([])), 400);
+    assert_eq!(patch("exchange", json!(["import"])), 200);
+    assert_eq!(patch("kek", json!(["import"])), 400);
+    assert_eq!(patch("kek", json!(["wrapKey"])), 200);
+
     let put = |blob: &Value| {
         let blob = b64(blob.to_string().as_bytes());
         let body = json!({ "key": { "kty": "RSA-HSM", "key_hsm": blob } });

@@ -212,6 +212,7 @@ impl Vault {
             let (key, mut record) = live_version(tx, name, version)?;
             update.attributes.apply(&mut record.attributes)?;
             if let Some(operations) = operations {
+                refuse_other_exchange(&record.operations, &operations)?;
                 record.operations = operations;
             }
             if let Some(tags) = update.tags {
@@ -391,6 +392,18 @@ fn complete(
     let tags = tags.unwrap_or_default();
     check_tags(&tags)?;
     Ok(Blueprint { kty, operations, attributes, tags })
+}
+
+/// The operations of a key exchange key are fixed, as at the real service: what was wrapped to it
+/// must never be opened for a caller.
+fn refuse_other_exchange(before: &[KeyOperation], after: &[KeyOperation]) -> Result<(), Refusal> {
+    let is_exchange = |operations: &[KeyOperation]| operations.contains(&KeyOperation::Import);
+    if is_exchange(before) != is_exchange(after) || (is_exchange(after) && after.len() > 1) {
+        return Err(Refusal::bad_parameter(
+            "The key operation 'import' is neither given to a key nor taken from it.",
+        ));
+    }
+    Ok(())
 }
 
 fn refuse_release_policy(given: bool) -> Result<(), Refusal> {
