@@ -202,12 +202,16 @@ fn a_deleted_key_is_gone_until_it_is_recovered() {
     assert_eq!(unwrap(&server, &admin, "/keys/kek", &value), gone);
     for (method, path, status) in [
         ("GET", "/keys/kek", 404),
-        ("GET", "/keys/kek/versions", 404),
+        ("GET", "/keys/kek/versions", 200),
         ("PATCH", "/keys/kek", 404),
         ("DELETE", "/keys/kek", 404),
         ("GET", "/deletedkeys/kek", 200),
     ] {
         assert_eq!(server.call(&admin, method, path, json!({})).status, status, "{method} {path}");
+    }
+    for none in ["kek", "never"] {
+        let versions = server.call(&admin, "GET", &format!("/keys/{none}/versions"), json!({}));
+        assert_eq!(versions.ok(), json!({ "value": [], "nextLink": null }), "{none}");
     }
     let answer = server.call(&admin, "POST", "/keys/kek/create", json!({ "kty": "RSA" }));
     assert_eq!(
