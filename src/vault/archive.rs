@@ -40,13 +40,7 @@ pub fn backup(dir: &VaultDir, to: &Path) -> Result<()> {
     let store = Store::open(&dir.database())?;
     let settings = Settings::load(&store)?;
     let sealer = Sealer::new(dir.read_root_key()?, &settings.vault_id);
-    let copy = dir.path().join(format!("backup.{}.db", std::process::id()));
-    remove_if_there(&copy)?;
-    let bytes = store
-        .copy_to(&copy)
-        .and_then(|()| std::fs::read(&copy).context(|| format!("cannot read {}", copy.display())));
-    remove_if_there(&copy)?;
-    let sealed = sealer.seal(&PLACE, &bytes?)?;
+    let sealed = sealer.seal(&PLACE, &store.copy()?)?;
     let id = settings.vault_id.as_bytes();
     let id_len =
         u8::try_from(id.len()).map_err(|_| Error::corrupt("the vault's id is too long"))?;

@@ -148,13 +148,17 @@ impl Store {
         Ok(Store { connection: Mutex::new(connection) })
     }
 
-    /// A copy of one consistent state in a new file, whether a server works on this one or not.
-    pub(crate) fn copy_to(&self, path: &Path) -> Result<()> {
-        let path = path
-            .to_str()
-            .ok_or_else(|| Error::usage(format!("{} is not UTF-8", path.display())))?;
-        self.connection.lock().execute("VACUUM INTO ?1", [path])?;
-        Ok(())
+    /// One consistent state as the bytes of a database, whether a server works on it or not. It is
+    /// never in a file: there it would outlive what is purged.
+    pub(crate) fn copy(&self) -> Result<Vec<u8>> {
+        let mut connection = self.connection.lock();
+        // Waits for a writer, which `serialize` does not.
+        let begun = connection.execute_batch("BEGIN; SELECT value FROM setting LIMIT 1;");
+        let copy = begun.and_then(|()| Ok(connection.serialize("main")?.to_vec()));
+        if !connection.is_autocommit() {
+            connection.execute_batch("ROLLBACK")?;
+        }
+        Ok(copy?)
     }
 
     /// `Corrupt` unless every page and index is sound.
