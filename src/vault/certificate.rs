@@ -62,7 +62,7 @@ impl CertificateIssuer {
     }
 
     pub(crate) fn is_renewal_due(&self) -> bool {
-        OffsetDateTime::now_utc() - *self.issued.lock() > RENEWED_AFTER
+        is_due(*self.issued.lock(), OffsetDateTime::now_utc())
     }
 
     /// With a certificate that nobody trusts, for a drill.
@@ -70,6 +70,12 @@ impl CertificateIssuer {
         let (ca_pem, key) = new_authority("nobody")?;
         server_config("nobody", &ca_pem, &key, self.names.clone())
     }
+}
+
+/// Also when it was issued in what is the future now: a clock that was ahead has been set back, and
+/// clients find the certificate not yet valid.
+fn is_due(issued: OffsetDateTime, now: OffsetDateTime) -> bool {
+    !(-ISSUED_IN_ADVANCE / 2..=RENEWED_AFTER).contains(&(now - issued))
 }
 
 /// The TLS configuration of a server with a fresh certificate for `names`.
@@ -180,5 +186,14 @@ mod tests {
         *issuer.issued.lock() -= RENEWED_AFTER + Duration::seconds(1);
         assert!(issuer.is_renewal_due());
         issuer.foreign_config().unwrap();
+    }
+
+    #[test]
+    fn a_certificate_of_a_clock_that_was_ahead_is_renewed() {
+        let (pem, key) = new_authority("kv1").unwrap();
+        let issuer = CertificateIssuer::new("kv1", &pem, key, vec!["localhost".into()]);
+        issuer.server_config().unwrap();
+        *issuer.issued.lock() += ISSUED_IN_ADVANCE;
+        assert!(issuer.is_renewal_due());
     }
 }
