@@ -229,8 +229,9 @@ impl AttributesPatch {
 }
 
 pub(crate) fn check_tags(tags: &BTreeMap<String, String>) -> Result<(), Refusal> {
+    let is_short = |text: &String| text.chars().count() <= MAX_TAG_LEN;
     let fits = tags.len() <= MAX_TAGS
-        && tags.iter().all(|(name, value)| name.len() <= MAX_TAG_LEN && value.len() <= MAX_TAG_LEN);
+        && tags.iter().all(|(name, value)| is_short(name) && is_short(value));
     if fits {
         Ok(())
     } else {
@@ -393,6 +394,13 @@ mod tests {
         }
         assert!(is_version("0123456789abcdef0123456789abcdef"));
         assert!(!is_version("0123456789ABCDEF0123456789abcdef"));
+    }
+
+    #[test]
+    fn the_length_of_a_tag_is_counted_in_characters() {
+        let tags = |len| BTreeMap::from([("é".repeat(len), "é".repeat(len))]);
+        check_tags(&tags(MAX_TAG_LEN)).unwrap();
+        assert_eq!(check_tags(&tags(MAX_TAG_LEN + 1)).unwrap_err().status, 400);
     }
 
     #[test]
