@@ -144,9 +144,18 @@ fn a_fault_keeps_to_its_key_operation_and_count() {
     stage.vault.cli_json(&["fault", "clear", &first]);
     assert_eq!(stage.get().status, 503);
     assert_eq!(stage.vault.cli(&["fault", "clear", &first]).status.code(), Some(7));
-    // What happened is in the audit log, and named a drill.
+    // What happened is in the audit log, and named a drill; so is who asked for it.
     let log = std::fs::read_to_string(stage.vault.dir.join("audit.jsonl")).unwrap();
-    assert!(log.lines().any(|line| line.contains("\"drill\":[\"throttled\"]")));
+    let asked = log
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .find(|line| line["operationName"] == "FaultSet")
+        .expect("nobody set a fault");
+    assert_eq!(asked["byokfs"]["caller"], "admin");
+    assert_eq!(asked["byokfs"]["drill"].as_array().map(Vec::len), Some(1));
+    let is_hit =
+        |line: &str| line.contains("\"drill\":[\"throttled\"]") && line.contains("KeyUnwrap");
+    assert!(log.lines().any(is_hit));
 }
 
 #[test]
