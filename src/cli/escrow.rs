@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use crate::backing::Backing;
 use crate::backing::linux::LinuxBacking;
 use crate::config::Config;
-use crate::daemon::{check, escrow, mountinfo, pins, settings};
+use crate::daemon::pins::{self, Standing};
+use crate::daemon::rotation::unconfirmed;
+use crate::daemon::volume::expect_own_envelope;
+use crate::daemon::{check, escrow, mountinfo, settings};
 use crate::error::Result;
 use crate::key::envelope::Envelope;
 use crate::store::Store;
@@ -17,10 +20,15 @@ pub(super) fn run(args: EscrowArgs) -> Result<()> {
     let config = Config::load(args.target.config.config.as_deref(), &[])?;
     let back = backing_directory(&args.target.target)?;
     let backing = LinuxBacking::open(&back)?;
-    let uuid = Store::inspect(&*backing)?.uuid;
-    let kid = Envelope::load(&backing.root())?.kid;
-    // Without a pin here it is not this host's volume.
-    pins::read(&config.dir.0, &uuid)?;
+    let info = Store::inspect(&*backing)?;
+    let envelope = Envelope::load(&backing.root())?;
+    expect_own_envelope(&envelope, &info)?;
+    // Of a planted envelope it would be another key that is said to be safe.
+    match pins::read(&config.dir.0, &info.uuid)?.standing(&back, &envelope.kid) {
+        Standing::Confirmed => {}
+        standing => return Err(unconfirmed(&standing, &envelope)),
+    }
+    let kid = envelope.kid;
     let file = args.file.as_deref();
     let written = match file {
         Some(file) => {
@@ -29,7 +37,7 @@ pub(super) fn run(args: EscrowArgs) -> Result<()> {
         }
         None => None,
     };
-    pins::note_escrow(&config.dir.0, &uuid, escrow::note(&kid, file)?)?;
+    pins::note_escrow(&config.dir.0, &info.uuid, escrow::note(&kid, file)?)?;
     if let Some(written) = written {
         written.keep();
     }

@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use serde_json::Value;
 
 use crate::support::can_mount;
+use crate::support::process::run;
 use crate::support::sandbox::{IDENTITY, KEY, Sandbox, path};
 
 fn backup_row(sandbox: &Sandbox, target: &str) -> (String, String) {
@@ -82,4 +84,42 @@ fn a_missing_backup_is_told_until_it_is_made_or_noted() {
     // What is there is not written over.
     escrow(&["--file", path(&file)]).fails(1);
     assert!(file.exists());
+}
+
+/// Somebody who can write to the disk has another key noted as the one that is backed up.
+#[test]
+fn a_backup_of_a_key_that_is_not_this_volume_s_is_not_noted() {
+    if !can_mount() {
+        return;
+    }
+    let sandbox = Sandbox::bare();
+    sandbox.init().ok();
+    let (back, other, file) =
+        (sandbox.back(), sandbox.path("other"), sandbox.path("config/kek.backup"));
+    let envelope = back.join("envelope.json");
+    let old = fs::read(&envelope).unwrap();
+    sandbox.create_key("second", &["--kty", "RSA", "--size", "2048"]);
+    let to = sandbox.key_url("second");
+    sandbox.byokfs(&["rotate", "kek", path(&back), "--to", &to]).ok();
+    sandbox.byokfs(&["init", path(&other), "--kek", &to]).ok();
+    sandbox.vault(&["grant", "--identity", IDENTITY, "--key-permissions", "backup"]);
+    let current = fs::read(&envelope).unwrap();
+    let refused = |volume: &Path, code, why: &str| {
+        for more in [&["--made-elsewhere"][..], &["--file", path(&file)]] {
+            let message = sandbox.byokfs(&[&["escrow", path(volume)], more].concat()).fails(code);
+            assert!(message.contains(why), "{message}");
+        }
+        assert!(!file.exists());
+    };
+    fs::write(&envelope, &old).unwrap();
+    refused(&back, 7, "replaced the envelope");
+    fs::copy(other.join("envelope.json"), &envelope).unwrap();
+    refused(&back, 6, "the envelope belongs to volume");
+    fs::write(&envelope, &current).unwrap();
+    let copy = sandbox.path("copy");
+    run("cp", &["-a", path(&back), path(&copy)]);
+    refused(&copy, 7, "never opened here");
+    assert_eq!(backup_row(&sandbox, path(&back)), ("Warn".into(), "none known".into()));
+    sandbox.byokfs(&["escrow", path(&back), "--file", path(&file)]).ok();
+    assert_eq!(backup_row(&sandbox, path(&back)).0, "Ok");
 }
