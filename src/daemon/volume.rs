@@ -224,8 +224,9 @@ impl Volume {
         let dir = self.store.envelope_dir();
         let before = watcher.status().kid;
         let config = if order.followed { self.config() } else { self.config_of_today()? };
+        let found = Envelope::load(&dir)?;
         let rotated = rotation::rotate(&self.site(&dir, &config), order)
-            .inspect_err(|_| self.watch_what_is_saved(&dir, &config, watcher))?;
+            .inspect_err(|_| self.watch_what_is_saved(&dir, &found, &config, watcher))?;
         if let Some(rotated) = &rotated {
             *self.config.lock() = config;
             watcher.rotated(&rotated.rewrapped, Arc::clone(&rotated.provider));
@@ -235,9 +236,23 @@ impl Volume {
     }
 
     /// A rotation can fail when its envelope is there already: it is that one's key that is watched.
-    fn watch_what_is_saved(&self, dir: &NodeRef, config: &Config, watcher: &Watcher) {
+    /// Never what the rotation has `found` there, nor what no rotation has put there: the key of an
+    /// envelope that somebody has planted must not stand in for the one that the customer revokes.
+    fn watch_what_is_saved(
+        &self,
+        dir: &NodeRef,
+        found: &Envelope,
+        config: &Config,
+        watcher: &Watcher,
+    ) {
         let watched = Envelope::load(dir).and_then(|envelope| {
-            if envelope.kid != watcher.status().kid {
+            if envelope != *found && envelope.kid != watcher.status().kid {
+                expect_own_envelope(&envelope, &self.info)?;
+                let pin = pins::read(&self.plan.config_dir, &self.info.uuid)?;
+                let standing = pin.standing(&self.plan.back, &envelope.kid);
+                if standing != Standing::Confirmed {
+                    return Err(rotation::unconfirmed(&standing, &envelope));
+                }
                 let provider = settings::provider(config, &envelope.kid)?;
                 watcher.replace_envelope(envelope, provider);
             }

@@ -272,3 +272,24 @@ fn an_old_envelope_does_not_get_around_a_revocation() {
     assert_eq!(sandbox.status()["reason"], "NotConfirmed");
     assert!(fs::read_dir(sandbox.mnt()).is_err());
 }
+
+/// Nor does it take the place of the one that is watched while the volume is Available.
+#[test]
+fn an_old_envelope_is_not_watched_when_a_rotation_fails() {
+    if !can_mount() {
+        return;
+    }
+    let sandbox = Sandbox::mounted_with("follow_versions = false\n");
+    let envelope = sandbox.back().join("envelope.json");
+    let old = fs::read(&envelope).unwrap();
+    sandbox.create_key("other", &["--kty", "RSA", "--size", "2048"]);
+    let to = sandbox.key_url("other");
+    sandbox.byokfs(&["rotate", "kek", path(&sandbox.mnt()), "--to", &to]).ok();
+    let watched = sandbox.status()["kek"].clone();
+    fs::write(&envelope, &old).unwrap();
+    let message = sandbox.byokfs(&["rotate", "kek", path(&sandbox.mnt())]).fails(7);
+    assert!(message.contains("replaced the envelope"), "{message}");
+    assert_eq!(sandbox.status()["kek"], watched);
+    sandbox.vault(&["key", "set-attributes", "--name", "other", "--enabled", "false"]);
+    sandbox.until_inaccessible();
+}
