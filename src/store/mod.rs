@@ -58,6 +58,7 @@ use self::keys::{KeySource, Keys, hex};
 use self::layout::HEADERS_LEN;
 use self::newborn::Newborn;
 use self::registry::Registry;
+use self::rotation::Retired;
 use self::session::{Salt, SessionEntry, SessionTable};
 use self::times::SettledTimes;
 use self::volume::VolumeHeader;
@@ -148,6 +149,7 @@ struct Shared {
     newborn: Newborn,
     unborn: OnceLock<HashSet<NodeId>>,
     registry: Registry,
+    retired: Retired,
     cache_ids: AtomicU64,
 }
 
@@ -361,6 +363,7 @@ impl Store {
             newborn: Newborn::default(),
             unborn: OnceLock::new(),
             registry: Registry::default(),
+            retired: Retired::default(),
             cache_ids: AtomicU64::new(0),
         });
         let wipe: Arc<dyn Wipe> = shared.clone();

@@ -6,6 +6,7 @@
 //!
 //! What this does not do: it finds no files, keeps no list and chooses no speed; `maintenance` does.
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use super::file::File;
 use super::layout::GROUP_PLAIN;
 use super::{Store, seconds_since_epoch};
 use crate::error::{FsError, FsResult};
+use crate::sync::Mutex;
 
 /// Asked before each group of blocks with the bytes of plaintext done since the last time: it may
 /// take its time, and may end the rotation, which then can be gone on with later.
@@ -28,6 +30,29 @@ pub struct Rotated {
     pub damaged: u64,
     /// Keys that are gone for good.
     pub destroyed: u64,
+}
+
+type FileId = [u8; 16];
+
+/// How many DEKs of each file the header has forgotten, and nobody has been told of: the disk may
+/// still have them. Outlives the open file, which goes when the checkpointer has brought it home.
+#[derive(Debug, Default)]
+pub(super) struct Retired(Mutex<HashMap<FileId, u64>>);
+
+impl Retired {
+    pub(super) fn add(&self, file: &FileId, deks: u64) {
+        if deks > 0 {
+            *self.0.lock().entry(*file).or_default() += deks;
+        }
+    }
+
+    pub(super) fn has(&self, file: &FileId) -> bool {
+        self.0.lock().contains_key(file)
+    }
+
+    fn take(&self, file: &FileId) -> u64 {
+        self.0.lock().remove(file).unwrap_or(0)
+    }
 }
 
 /// A checkpoint leaves room in the log for the next; what is in its way goes with one more.
@@ -49,12 +74,30 @@ impl Store {
         pace: &mut Pace<'_>,
     ) -> FsResult<Option<Vec<Rotated>>> {
         let mut done = vec![Rotated::default(); files.len()];
+        let ended = self.rotate_in_steps(files, before, &mut done, pace);
+        if let Ok(ControlFlow::Continue(())) = ended {
+            return Ok(Some(done));
+        }
+        // Nobody hears of them now: the next try owes that too.
+        for (file, done) in files.iter().zip(&done) {
+            self.shared.retired.add(&file.file_id(), done.destroyed);
+        }
+        ended.map(|_| None)
+    }
+
+    fn rotate_in_steps(
+        &self,
+        files: &[Arc<File>],
+        before: u64,
+        done: &mut [Rotated],
+        pace: &mut Pace<'_>,
+    ) -> FsResult<ControlFlow<()>> {
         // One whose slots are all taken by rotations that came to no end is finished first.
         let full: Vec<usize> = (0..files.len())
             .filter(|&i| files[i].dek_is_older(before) && !files[i].has_free_slot())
             .collect();
-        if !full.is_empty() && self.finish(files, &full, &mut done, pace)?.is_break() {
-            return Ok(None);
+        if !full.is_empty() && self.finish(files, &full, done, pace)?.is_break() {
+            return Ok(ControlFlow::Break(()));
         }
         let made = seconds_since_epoch().max(before.saturating_add(1));
         for file in files.iter().filter(|file| file.dek_is_older(before) && file.has_free_slot()) {
@@ -66,10 +109,7 @@ impl Store {
             files.iter().for_each(|file| file.use_newest_dek());
         }
         let all: Vec<usize> = (0..files.len()).collect();
-        match self.finish(files, &all, &mut done, pace)? {
-            ControlFlow::Continue(()) => Ok(Some(done)),
-            ControlFlow::Break(()) => Ok(None),
-        }
+        self.finish(files, &all, done, pace)
     }
 
     /// Brings the chosen files to the one DEK that each seals with now.
@@ -106,7 +146,7 @@ impl Store {
         // Where it fails, the files are not done: the disk has the keys, and the next try owes this.
         self.checkpoint()?;
         for &i in &whole {
-            done[i].destroyed += files[i].destroyed_deks();
+            done[i].destroyed += self.shared.retired.take(&files[i].file_id());
         }
         Ok(ControlFlow::Continue(()))
     }

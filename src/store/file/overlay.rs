@@ -60,8 +60,6 @@ pub(super) struct State {
     pub asked: Range<u64>,
     /// It has no name, and nobody can reach it.
     pub forsaken: bool,
-    /// DEKs that the header has forgotten, and that the disk may still have.
-    pub retired: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +81,6 @@ impl State {
             ahead: 0..0,
             asked: 0..0,
             forsaken: false,
-            retired: 0,
         }
     }
 

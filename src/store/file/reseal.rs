@@ -39,10 +39,9 @@ impl File {
         header.deks.iter().any(|slot| slot.id == header.active_dek && slot.made <= than)
     }
 
-    /// More than one DEK is in use, or not known to be gone from the disk.
+    /// More than one DEK is in use, or nobody was told that it is gone.
     pub(in crate::store) fn is_between_deks(&self) -> bool {
-        let state = self.state.lock();
-        state.header.deks.len() > 1 || state.retired > 0
+        self.state.lock().header.deks.len() > 1 || self.shared.retired.has(&self.file_id)
     }
 
     pub(in crate::store) fn has_free_slot(&self) -> bool {
@@ -100,16 +99,10 @@ impl File {
             gone = header.deks.iter().map(|slot| slot.id).filter(|&id| id != active).collect();
             header.deks.retain(|slot| slot.id == active);
         })?;
-        self.state.lock().retired += gone.len() as u64;
+        self.shared.retired.add(&self.file_id, gone.len() as u64);
         self.use_newest_dek();
         self.shared.keys.forget_slots(&self.file_id, &gone);
         Ok(())
-    }
-
-    /// How many DEKs are gone for good, now that a checkpoint has come after
-    /// [`File::retire_deks`].
-    pub(in crate::store) fn destroyed_deks(&self) -> u64 {
-        std::mem::take(&mut self.state.lock().retired)
     }
 
     fn change_header(

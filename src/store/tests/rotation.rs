@@ -235,6 +235,53 @@ fn a_key_that_is_still_on_the_disk_is_not_said_to_be_gone() {
     }
 }
 
+/// The same; the checkpointer then does what is left, and nobody has the file open any more.
+#[test]
+fn a_key_that_has_gone_since_a_failure_is_said_to_be() {
+    for after in 0.. {
+        let volume = Volume::new();
+        let file = volume.create("f");
+        file.write_at(&pattern(9000, 1), 0, WriteMode::default()).unwrap();
+        volume.store.checkpoint().unwrap();
+        let errno = Errno::NOSPC;
+        volume.faults.arm(Rule { call: Call::Write, after, lasting: false, errno, partial: None });
+        let rotate = |file: Arc<File>| {
+            let files = [file];
+            let done = volume.store.rotate_deks(&files, LATER, &mut |_| ControlFlow::Continue(()));
+            done.map(|done| done.unwrap()[0].destroyed)
+        };
+        let first = rotate(file);
+        if !volume.faults.disarm() {
+            assert_eq!(first.unwrap(), 1);
+            break;
+        }
+        if volume.store.log_status().unwrap().poisoned.is_some() {
+            continue;
+        }
+        first.unwrap_err();
+        volume.store.checkpoint().unwrap();
+        let file = volume.open("f");
+        assert!(volume.store.needs_rotation(&file, LATER), "{after}: it is not told");
+        assert_eq!(rotate(file).unwrap(), 1, "{after}");
+        assert!(!volume.store.needs_rotation(&volume.open("f"), LATER), "{after}");
+    }
+}
+
+/// Its slots are all taken, so some keys go before the rest is done.
+#[test]
+fn keys_that_went_before_a_rotation_was_ended_are_said_to_be_gone() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    file.write_at(&pattern(GROUP_PLAIN as usize, 6), 0, WriteMode::default()).unwrap();
+    for round in 0..3 {
+        assert_eq!(rotate(&volume.store, &file, LATER + round * 9, 0), None);
+    }
+    // Of a file of one group: the first asking is for the slots, the second one for the rest.
+    assert_eq!(rotate(&volume.store, &file, LATER + 99, 1), None);
+    let rotated = rotate(&volume.store, &file, LATER + 99, ALL).unwrap();
+    assert_eq!(rotated.destroyed, 4);
+}
+
 /// It is removed, and nobody else has it open.
 #[test]
 fn a_file_that_goes_meanwhile_is_not_damaged() {
