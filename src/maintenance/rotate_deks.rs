@@ -360,8 +360,8 @@ fn there<T>(found: std::io::Result<T>) -> FsResult<Option<T>> {
 /// Spreads work over time.
 #[derive(Debug, Default)]
 struct Throttle {
-    /// When the next piece may begin.
-    next: Option<Instant>,
+    /// When the last piece began, and how long it is in bytes: at which rate, may change meanwhile.
+    last: Option<(Instant, u64)>,
 }
 
 impl Throttle {
@@ -372,14 +372,15 @@ impl Throttle {
                 return ControlFlow::Break(());
             }
             let rate = control.rate.load(Ordering::Relaxed);
-            let now = Instant::now();
-            let next = self.next.unwrap_or(now).max(now);
-            if rate == 0 || next == now {
-                let pause = (bytes * 1_000_000).checked_div(rate).unwrap_or(0);
-                self.next = Some(now + Duration::from_micros(pause));
+            let left = self.last.map_or(Duration::ZERO, |(begun, bytes)| {
+                let pause = bytes.saturating_mul(1_000_000).checked_div(rate).unwrap_or(0);
+                Duration::from_micros(pause).saturating_sub(begun.elapsed())
+            });
+            if left.is_zero() {
+                self.last = Some((Instant::now(), bytes));
                 return ControlFlow::Continue(());
             }
-            std::thread::sleep(STEP.min(next - now));
+            std::thread::sleep(STEP.min(left));
         }
     }
 }
@@ -535,6 +536,24 @@ mod tests {
         let end =
             run(&volume.store, &job(LATER), &Progress::default(), &Control::default(), &|_, _| {});
         assert_eq!((end.unwrap(), volume.left(LATER)), (End::Done, 0));
+    }
+
+    #[test]
+    fn another_rate_holds_at_once() {
+        let (mut throttle, control) = (Throttle::default(), Control::default());
+        // A piece is due in 31 years, and then in 31 milliseconds.
+        control.rate.store(1, Ordering::Relaxed);
+        assert!(throttle.wait(1_000_000_000, &control).is_continue());
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| throttle.wait(1, &control));
+            control.rate.store(32_000_000_000, Ordering::Relaxed);
+            let limit = Instant::now() + Duration::from_secs(60);
+            while !next.is_finished() && Instant::now() < limit {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            control.stop.store(true, Ordering::Release);
+            assert!(next.join().unwrap().is_continue());
+        });
     }
 
     #[test]
