@@ -22,6 +22,7 @@ use crate::store::layout::{
     BLOCK_LEN, BLOCKS_PER_GROUP, BLOCKS_PER_SECTOR, SECTORS_PER_PAGE, blocks_for, group_of,
 };
 use crate::store::page::FLAG_SEALED;
+use crate::store::seconds_since_epoch;
 
 /// What [`File::reseal`] did in one group.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,11 +33,14 @@ pub(in crate::store) struct Resealed {
 }
 
 impl File {
-    /// The DEK for new blocks is one that was made by then.
+    /// The DEK for new blocks is one that was made by then, or bears a time that has not come yet.
     pub(in crate::store) fn dek_is_older(&self, than: u64) -> bool {
         let state = self.state.lock();
         let header = &state.header;
-        header.deks.iter().any(|slot| slot.id == header.active_dek && slot.made <= than)
+        // Made by a clock that was fast, perhaps long ago: no later rotation would ever get to it.
+        let future = seconds_since_epoch().max(than).saturating_add(1);
+        let old = |made: u64| made <= than || made > future;
+        header.deks.iter().any(|slot| slot.id == header.active_dek && old(slot.made))
     }
 
     /// More than one DEK is in use, or nobody was told that it is gone.

@@ -282,6 +282,21 @@ fn keys_that_went_before_a_rotation_was_ended_are_said_to_be_gone() {
     assert_eq!(rotated.destroyed, 4);
 }
 
+/// A clock that was fast when the key was made, or a list of what to rotate that somebody has planted.
+#[test]
+fn a_key_from_the_future_is_old() {
+    let volume = Volume::new();
+    let file = volume.create("f");
+    file.write_at(&pattern(9000, 1), 0, WriteMode::default()).unwrap();
+    let now = crate::store::seconds_since_epoch();
+    for before in [LATER, u64::MAX - 1, u64::MAX] {
+        assert_eq!(rotate(&volume.store, &file, before, ALL).unwrap().destroyed, 1);
+        assert!(volume.store.needs_rotation(&file, now), "{before}");
+        assert_eq!(rotate(&volume.store, &file, now, ALL).unwrap().destroyed, 1);
+        assert!(!volume.store.needs_rotation(&file, now), "{before}");
+    }
+}
+
 /// It is removed, and nobody else has it open.
 #[test]
 fn a_file_that_goes_meanwhile_is_not_damaged() {
