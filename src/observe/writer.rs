@@ -88,8 +88,9 @@ impl Lines {
 
 impl Shared {
     fn run(&self, mut target: impl Write, complaint: &Complaint) {
+        let mut torn = false;
         loop {
-            let (line, lost) = {
+            let (mut line, lost) = {
                 let mut state = self.state.lock();
                 while state.queue.is_empty() && !state.ended {
                     self.changed.wait(&mut state);
@@ -101,9 +102,16 @@ impl Shared {
                 complaint(&format!("{lost} lines were lost while it took none"));
             }
             // One write, so that lines of several processes never mix; a short one is a failure.
+            if torn {
+                // What is there of an earlier line must not spoil this one.
+                line.insert(0, b'\n');
+            }
             match target.write(&line) {
-                Ok(written) if written == line.len() => {}
-                Ok(_) => complaint("it took only part of a line"),
+                Ok(written) if written == line.len() => torn = false,
+                Ok(written) => {
+                    torn |= written > 0;
+                    complaint("it took only part of a line");
+                }
                 Err(error) => complaint(&error.to_string()),
             }
             let mut state = self.state.lock();
@@ -175,6 +183,48 @@ mod tests {
             assert_eq!(target.written.lock().last(), Some(&number.to_string()));
         }
         assert!(complaints.lock().is_empty());
+    }
+
+    /// A disk that was full when half a line was there.
+    #[derive(Clone, Default)]
+    struct Full {
+        taken: Arc<Mutex<Vec<u8>>>,
+        room: Arc<Mutex<usize>>,
+    }
+
+    impl Write for Full {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            let mut room = self.room.lock();
+            if *room == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            let length = buf.len().min(*room);
+            *room -= length;
+            self.taken.lock().extend_from_slice(&buf[..length]);
+            Ok(length)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_line_does_not_spoil_the_next() {
+        let target = Full::default();
+        *target.room.lock() = 15;
+        let patience = Duration::from_secs(600);
+        let lines =
+            Lines::start_with(patience, "test-lines", target.clone(), Box::new(|_| ())).unwrap();
+        for line in ["first...\n", "second...\n", "third...\n"] {
+            lines.put(line.into());
+        }
+        *target.room.lock() = 1000;
+        for line in ["fourth...\n", "fifth...\n"] {
+            lines.put(line.into());
+        }
+        let text = String::from_utf8(target.taken.lock().clone()).unwrap();
+        assert_eq!(text, "first...\nsecond\nfourth...\nfifth...\n");
     }
 
     #[test]
