@@ -146,7 +146,15 @@ impl DekRotation {
     pub fn status(&self) -> Result<Value> {
         let mut state = self.state.lock();
         state.reap();
-        let Some(job) = Job::load(&self.root())? else {
+        let job = match Job::load(&self.root()) {
+            Ok(job) => job,
+            // What else there is to say of the volume must not be lost with it.
+            Err(error) => {
+                let stage = if state.running.is_some() { "running" } else { "failed" };
+                return Ok(json!({"state": stage, "failure": error.to_string()}));
+            }
+        };
+        let Some(job) = job else {
             // One whose work is done may not have ended yet.
             let (stage, progress) = match (&state.running, &state.done) {
                 (Some(running), _) => ("running", &running.progress),
@@ -310,6 +318,7 @@ fn cannot_rotate(error: FsError) -> Error {
 mod tests {
     use super::*;
     use crate::backing::memory::MemoryBacking;
+    use crate::backing::small_file;
     use crate::crypto::secret::Secret;
     use crate::key::gate::{BootTime, Keyring};
     use crate::store::FormatOptions;
@@ -332,6 +341,16 @@ mod tests {
         rotation.close();
         assert_eq!(rotation.begin(None, None).unwrap_err().kind, Kind::Busy);
         assert!(rotation.state.lock().running.is_none());
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_read_is_a_rotation_that_fails_and_no_more() {
+        let rotation = rotation();
+        let root = rotation.root();
+        small_file::replace(&root, b"new", b"rotation.json", b"nonsense").unwrap();
+        let status = rotation.status().unwrap();
+        assert_eq!(status["state"], "failed");
+        assert!(status["failure"].as_str().unwrap().contains("rotation.json"), "{status}");
     }
 
     #[test]
