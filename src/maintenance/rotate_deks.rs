@@ -539,6 +539,22 @@ mod tests {
     }
 
     #[test]
+    fn small_files_count_for_what_they_hold() {
+        let volume = Volume::new();
+        let tree = volume.store.tree();
+        for i in 0..20 {
+            volume.file(&tree, &format!("f{i}"), 3);
+        }
+        volume.file(&tree, "empty", 0);
+        volume.file(&tree, "large", 1000);
+        let (progress, control) = (Progress::default(), Control::default());
+        run(&volume.store, &job(LATER), &progress, &control, &|_, _| {}).unwrap();
+        let bytes = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        assert_eq!(bytes(&progress.bytes), 1060 * 4096);
+        assert_eq!(bytes(&progress.bytes_done), 1060 * 4096);
+    }
+
+    #[test]
     fn another_rate_holds_at_once() {
         let (mut throttle, control) = (Throttle::default(), Control::default());
         // A piece is due in 31 years, and then in 31 milliseconds.

@@ -16,7 +16,7 @@ use super::{Store, seconds_since_epoch};
 use crate::error::{FsError, FsResult};
 use crate::sync::Mutex;
 
-/// Asked before each group of blocks with the bytes of plaintext done since the last time: it may
+/// Asked before each group of blocks with the bytes of plaintext that it holds: it may
 /// take its time, and may end the rotation, which then can be gone on with later.
 pub type Pace<'a> = dyn FnMut(u64) -> ControlFlow<()> + 'a;
 
@@ -125,7 +125,8 @@ impl Store {
             let mut group = 0;
             // What is appended meanwhile is sealed with the right key.
             while group < files[i].groups() {
-                if pace(GROUP_PLAIN).is_break() {
+                let held = files[i].size().saturating_sub(group * GROUP_PLAIN).min(GROUP_PLAIN);
+                if pace(held).is_break() {
                     return Ok(ControlFlow::Break(()));
                 }
                 let resealed = files[i].reseal(group)?;
