@@ -28,6 +28,9 @@ pub struct DekRotation {
     store: Arc<Store>,
     gate: Arc<Gate>,
     state: Mutex<State>,
+    /// Held by who changes what he has read of the list, or removes it: one that is done must not
+    /// come back.
+    list: Arc<Mutex<()>>,
 }
 
 #[derive(Debug, Default)]
@@ -49,7 +52,7 @@ struct Running {
 
 impl DekRotation {
     pub fn new(store: Arc<Store>, gate: Arc<Gate>) -> DekRotation {
-        DekRotation { store, gate, state: Mutex::default() }
+        DekRotation { store, gate, state: Mutex::default(), list: Arc::default() }
     }
 
     /// Begins a rotation of the files that have these inodes, or lie below those that do; of all
@@ -67,6 +70,7 @@ impl DekRotation {
             return Err(Error::new(Kind::Busy, "the volume is being unmounted"));
         }
         state.reap();
+        let list = self.list.lock();
         let unfinished = Job::load(&self.root())?;
         if unfinished.is_some() && inodes.is_some() {
             let message = "a rotation is unfinished: `byokfs rotate dek` without paths goes on \
@@ -86,6 +90,7 @@ impl DekRotation {
             job.save(&self.root())?;
             self.start(&mut state, job)?;
         }
+        drop(list);
         drop(state);
         self.status()
     }
@@ -195,6 +200,7 @@ impl DekRotation {
             gate: Arc::clone(&self.gate),
             progress: Arc::clone(&progress),
             control: Arc::clone(&control),
+            list: Arc::clone(&self.list),
             job,
         };
         let thread = std::thread::Builder::new()
@@ -251,6 +257,7 @@ struct Worker {
     gate: Arc<Gate>,
     progress: Arc<Progress>,
     control: Arc<Control>,
+    list: Arc<Mutex<()>>,
     job: Job,
 }
 
@@ -287,6 +294,7 @@ impl Worker {
             let Worker { store, job, progress, control, .. } = self;
             match rotate::run(store, job, progress, control, &destroyed) {
                 Ok(End::Done) => {
+                    let _list = self.list.lock();
                     Job::remove(&store.envelope_dir())?;
                     return Ok(End::Done);
                 }
@@ -351,6 +359,22 @@ mod tests {
         let status = rotation.status().unwrap();
         assert_eq!(status["state"], "failed");
         assert!(status["failure"].as_str().unwrap().contains("rotation.json"), "{status}");
+    }
+
+    #[test]
+    fn another_rate_for_one_that_is_just_done_brings_nothing_back() {
+        let rotation = rotation();
+        for _ in 0..40 {
+            rotation.begin(None, None).unwrap();
+            for rate in 1..20 {
+                rotation.begin(None, Some(rate << 30)).unwrap();
+            }
+            let state = || rotation.status().unwrap()["state"].clone();
+            while state() == "running" {
+                std::thread::yield_now();
+            }
+            assert_eq!(state(), "done");
+        }
     }
 
     #[test]
