@@ -239,6 +239,10 @@ impl Work<'_> {
             }
             Ok(ControlFlow::Continue(()))
         })?;
+        // Where it goes on after a cut-off, some is done.
+        let Progress { files_done, bytes_done, .. } = self.progress;
+        files += files_done.load(Ordering::Relaxed);
+        bytes += bytes_done.load(Ordering::Relaxed);
         self.progress.files.store(files, Ordering::Relaxed);
         self.progress.bytes.store(bytes, Ordering::Relaxed);
         Ok(())
@@ -552,6 +556,25 @@ mod tests {
         let bytes = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         assert_eq!(bytes(&progress.bytes), 1060 * 4096);
         assert_eq!(bytes(&progress.bytes_done), 1060 * 4096);
+    }
+
+    /// As after a cut-off.
+    #[test]
+    fn one_that_goes_on_counts_on() {
+        let volume = Volume::new();
+        let tree = volume.store.tree();
+        let first = volume.file(&tree, "first", 5);
+        for i in 0..3 {
+            volume.file(&tree, &format!("f{i}"), 1);
+        }
+        let (progress, control) = (Progress::default(), Control::default());
+        let one = Job { files: Some(vec![first.file_id()]), ..job(LATER) };
+        for job in [one, job(LATER)] {
+            run(&volume.store, &job, &progress, &control, &|_, _| {}).unwrap();
+        }
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        assert_eq!((get(&progress.files), get(&progress.files_done)), (4, 4));
+        assert_eq!(get(&progress.bytes), get(&progress.bytes_done));
     }
 
     #[test]
