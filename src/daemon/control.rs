@@ -23,7 +23,7 @@ use super::report::Failure;
 use crate::error::{Context, Error, Kind, Result};
 use crate::sys;
 
-/// A request is one short line.
+/// A request is one line.
 const MAX_REQUEST: u64 = 64 * 1024;
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_CLIENTS: usize = 32;
@@ -297,6 +297,12 @@ impl Client {
         let mut line = serde_json::to_string(&verb)
             .map_err(|error| Error::new(Kind::Io, failed()).with_source(error))?;
         line.push('\n');
+        // The daemon would take a part of it for the whole.
+        if line.len() as u64 > MAX_REQUEST {
+            let message = "that is too much for one request: name directories in the place of \
+                           their files";
+            return Err(Error::usage(message));
+        }
         self.stream.write_all(line.as_bytes()).context(failed)?;
         let mut answer = String::new();
         BufReader::new(&self.stream).read_line(&mut answer).context(failed)?;
@@ -374,6 +380,11 @@ mod tests {
         let mut client = Client::connect(&run, &mnt).unwrap().unwrap();
         let limit = Duration::from_secs(5);
         assert_eq!(client.call(Verb::Status, limit).unwrap()["state"], "Available");
+        let many =
+            Verb::RotateDek { inodes: Some((1 << 20..(1 << 20) + 9000).collect()), rate: None };
+        let error = client.call(many, limit).unwrap_err();
+        assert_eq!(error.kind, Kind::Usage);
+        assert!(error.to_string().contains("directories"), "{error}");
         let error = client.call(Verb::Sync, limit).unwrap_err();
         assert_eq!((error.kind, error.to_string()), (Kind::Busy, "no".to_owned()));
 
