@@ -14,6 +14,19 @@ impl Errno {
     /// ask again, and takes an fsync that was answered so for done.
     pub(super) const NOSYS: Errno = Errno(libc::ENOSYS);
 
+    /// The kernel takes nothing beyond as a reply: it has errnos of its own there (ERESTARTSYS), of
+    /// which some file systems let one out. Whoever waits for the reply would wait for ever.
+    const MOST: i32 = 511;
+
+    fn from_disk(errno: i32) -> Errno {
+        match errno {
+            // It must not switch an operation off for good.
+            libc::ENOSYS => Errno(libc::EOPNOTSUPP),
+            1..=Errno::MOST => Errno(errno),
+            _ => Errno::IO,
+        }
+    }
+
     pub(super) fn raw(self) -> i32 {
         self.0
     }
@@ -32,11 +45,7 @@ pub enum CutOffErrno {
 impl CutOffErrno {
     pub(super) fn pick(self, error: &FsError) -> Errno {
         match (error, self) {
-            // From the disk, it must not switch an operation off for good.
-            (FsError::Os(errno), _) if errno.raw_os_error() == libc::ENOSYS => {
-                Errno(libc::EOPNOTSUPP)
-            }
-            (FsError::Os(errno), _) => Errno(errno.raw_os_error()),
+            (FsError::Os(errno), _) => Errno::from_disk(errno.raw_os_error()),
             (FsError::Integrity(_), _) => Errno::IO,
             (FsError::CutOff(_), CutOffErrno::Eio) => Errno::IO,
             (FsError::CutOff(CutOff::Revoked), CutOffErrno::Key) => Errno(libc::EKEYREVOKED),
@@ -69,5 +78,17 @@ mod tests {
     fn damage_is_eio() {
         let error = FsError::integrity("block", "", Some(1), "");
         assert_eq!(CutOffErrno::Key.pick(&error), Errno::IO);
+    }
+
+    #[test]
+    fn an_errno_that_the_kernel_takes_no_reply_with_is_eio() {
+        let reply = |errno| {
+            let error = FsError::Os(rustix::io::Errno::from_raw_os_error(errno));
+            CutOffErrno::Eio.pick(&error).raw()
+        };
+        assert_eq!(reply(511), 511);
+        for errno in [512, 524, 4095] {
+            assert_eq!(reply(errno), libc::EIO);
+        }
     }
 }
