@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, Thread};
+use std::time::Duration;
 
 use rustix::io::Errno as OsErrno;
 
@@ -25,6 +26,9 @@ use crate::sys;
 
 /// Room for headers and fixed arguments beside the largest payload.
 const HEADROOM: usize = 4096;
+
+/// How long a worker waits that had no memory for a request.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Workers that wait for a request at most.
 const MAX_IDLE: usize = 6;
@@ -177,6 +181,11 @@ impl<'a> Channel<'a> {
                 // NOENT: the request was given up before it was read.
                 Err(OsErrno::INTR | OsErrno::NOENT | OsErrno::AGAIN) => {}
                 Err(OsErrno::NODEV) => break,
+                // The kernel has ended that request with EIO. Later ones find memory, and need somebody.
+                Err(OsErrno::NOMEM) => {
+                    log::error!("no memory to read a request from /dev/fuse: it has failed");
+                    thread::sleep(PAUSE);
+                }
                 Err(error) => {
                     log::error!("cannot read from /dev/fuse: {error}; a worker ends");
                     break;
