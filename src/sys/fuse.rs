@@ -76,6 +76,8 @@ impl Waiter {
                 libc::sigaction(signal(), &raw const action, ptr::null_mut());
             }
         });
+        // Whoever has started this process may have left it blocked.
+        mask(libc::SIG_UNBLOCK);
         // SAFETY: has no preconditions.
         Waiter(unsafe { libc::gettid() })
     }
@@ -93,6 +95,17 @@ extern "C" fn nothing(_: libc::c_int) {}
 /// Not used by any library in the process, and ignored by nobody's default.
 fn signal() -> libc::c_int {
     libc::SIGRTMIN() + 5
+}
+
+/// Puts [`signal`] into the calling thread's mask, or takes it out; whether it was in it.
+fn mask(how: libc::c_int) -> bool {
+    // SAFETY: all-zero sets are valid ones, and they live through the calls.
+    unsafe {
+        let (mut set, mut before): (libc::sigset_t, libc::sigset_t) = std::mem::zeroed();
+        libc::sigaddset(&raw mut set, signal());
+        libc::pthread_sigmask(how, &raw const set, &raw mut before);
+        libc::sigismember(&raw const before, signal()) == 1
+    }
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
@@ -121,5 +134,15 @@ mod tests {
             thread::sleep(Duration::from_millis(1));
         }
         assert_eq!(thread.join().unwrap(), Err(rustix::io::Errno::INTR));
+    }
+
+    #[test]
+    fn a_signal_that_was_inherited_blocked_comes_through() {
+        let blocked = thread::spawn(|| {
+            mask(libc::SIG_BLOCK);
+            Waiter::current();
+            mask(libc::SIG_UNBLOCK)
+        });
+        assert!(!blocked.join().unwrap());
     }
 }
