@@ -209,7 +209,9 @@ impl Entry {
                 self.state = State::Request;
                 Ok(Waited::Request)
             }
-            // A reply that meets the end of the mount may fail in other ways than by ENOTCONN.
+            // The kernel says so as soon as a connection begins to end, when the device does not yet.
+            libc::ENOTCONN => Ok(Waited::Gone),
+            // A reply that meets the end of the mount may fail in other ways too.
             _ if self.is_unmounted() => Ok(Waited::Gone),
             errno => Err(io::Error::from_raw_os_error(errno)),
         }
