@@ -183,6 +183,8 @@ impl<'a> Channel<'a> {
                 Err(OsErrno::NODEV) => break,
                 // The kernel has ended that request with EIO. Later ones find memory, and need somebody.
                 Err(OsErrno::NOMEM) => {
+                    // Part of it may have come.
+                    self.request.has_used(usize::MAX);
                     log::error!("no memory to read a request from /dev/fuse: it has failed");
                     thread::sleep(PAUSE);
                 }
