@@ -531,6 +531,7 @@ impl Store {
             // Whatever an earlier daemon left in the kernel's hands: names above all.
             let shown = || format!("cannot flush {}", self.backing.display_path());
             self.backing.sync_fs().context(shown)?;
+            found.make_durable()?;
         }
         self.replay(found)
     }

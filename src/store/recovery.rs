@@ -208,6 +208,8 @@ impl Store {
         let later = Later::of(&found.records[from..]);
         // By file: records with a block that is not at home, and the first that replaces it.
         let mut lacking: HashMap<FileId, Vec<(u64, u64)>> = HashMap::new();
+        // Blocks that are there, by the record that brought them.
+        let mut there_by: HashMap<FileId, Vec<(u64, u64)>> = HashMap::new();
         for record in found.records[from..].iter().filter(|record| open_to_doubt(record)) {
             let id = record.draft.file_id;
             let Some(file) = files.get(&id) else { continue };
@@ -216,8 +218,10 @@ impl Store {
                     Some(entry) => file.is_home(listed.block, &entry),
                     None => Ok(false),
                 };
-                if !there.map_err(|error| cannot_replay(&id, &error))? {
-                    let order = record.place.order;
+                let order = record.place.order;
+                if there.map_err(|error| cannot_replay(&id, &error))? {
+                    there_by.entry(id).or_default().push((order, listed.block));
+                } else {
                     let replaced = later.replaces(&id, listed.block, order);
                     lacking.entry(id).or_default().push((order, replaced.unwrap_or(u64::MAX)));
                 }
@@ -231,6 +235,14 @@ impl Store {
             lacking.retain(|(order, _)| *order > brought);
             if let Some(cut) = first_cut(lacking) {
                 missing.insert(id, cut);
+            }
+        }
+        if !self.shared.read_only {
+            for (id, mut blocks) in there_by {
+                let Some(file) = files.get(&id) else { continue };
+                blocks.retain(|(order, _)| missing.get(&id).is_none_or(|cut| order < cut));
+                let done = file.write_again(blocks.iter().map(|(_, block)| *block));
+                done.map_err(|error| cannot_replay(&id, &error))?;
             }
         }
         Ok(missing)
@@ -322,6 +334,17 @@ impl File {
             Err(FsError::Integrity(_)) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// Has blocks on stable storage that are home. The kernel shows from its memory also what it could
+    /// not write, and has told of that once.
+    fn write_again(&self, blocks: impl Iterator<Item = u64>) -> FsResult<()> {
+        let mut bytes = vec![0; BLOCK_LEN];
+        for block in blocks {
+            let count = self.backing().read_at(&mut bytes, block_at(block))?;
+            self.backing().write_at(&bytes[..count], block_at(block))?;
+        }
+        Ok(self.backing().sync_data()?)
     }
 }
 

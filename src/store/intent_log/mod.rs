@@ -482,6 +482,24 @@ impl Drop for Room {
 }
 
 impl Found {
+    /// Everything that was read is on stable storage afterwards. What may not have been is written
+    /// again: of what could not be written the kernel tells once, to whoever had the log before, and
+    /// shows it from its memory all the same.
+    pub(super) fn make_durable(&self) -> Result<()> {
+        for (stream, file) in self.files.iter().enumerate() {
+            let path = &self.paths[stream];
+            let open = |(spot, _): &&(Spot, u64)| spot.seq > self.durable[stream];
+            for &(spot, len) in self.live[stream].iter().filter(open) {
+                let mut bytes = vec![0; len as usize];
+                file.read_at(&mut bytes, spot.at)
+                    .and_then(|_| file.write_at(&bytes, spot.at))
+                    .context(|| format!("cannot write record {} of {path} again", spot.seq))?;
+            }
+            file.sync_data().context(|| format!("cannot flush {path}"))?;
+        }
+        Ok(())
+    }
+
     /// Opens the log with its records in it. Before the first append the caller owes: all of
     /// [`Found::records`] durable at home, and a [`Log::trim`] of everything, twice, so that both
     /// copies of the anchor know the numbers from here on.

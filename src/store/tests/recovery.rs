@@ -5,7 +5,7 @@ use rustix::io::Errno;
 use super::support::{Mounted, in_memory, mount, pattern, revalidate, unrecovered};
 use crate::backing::Access;
 use crate::backing::fault::{Call, FaultBacking, Rule};
-use crate::backing::memory::Trace;
+use crate::backing::memory::{Options, Trace};
 use crate::error::{FsError, Kind};
 use crate::store::intent_log::FILES;
 use crate::store::layout::{BLOCK, BLOCK_LEN, block_at, tag_page_at};
@@ -50,6 +50,50 @@ fn a_missing_block_that_was_replaced_counts_only_if_what_replaced_it_does() {
     let mounted = mount(lost.at(lost.len())).unwrap();
     let content = mounted.content("f").unwrap().unwrap();
     assert_eq!(content, b"first", "nothing of what was not flushed is there, nor in the way");
+}
+
+/// The kernel could not write back some of what it was handed, has told the daemon before this one, and
+/// shows it still. What recovery does with that must not last on the disk without it.
+#[test]
+fn what_the_kernel_shows_and_the_disk_does_not_have_is_written_again() {
+    let old = pattern(100 * BLOCK_LEN, 1);
+    let over = (50 * BLOCK, pattern(20 * BLOCK_LEN, 2));
+    let past = (100 * BLOCK, pattern(LARGE, 3));
+    for (offset, data) in [over, past] {
+        let (backing, mounted) = in_memory();
+        let file = mounted.create("f");
+        write(&file, 0, &old);
+        file.sync(true).unwrap();
+        mounted.store.checkpoint().unwrap();
+        mounted.store.sync_all().unwrap();
+        let start = backing.position();
+        write(&file, offset, &data);
+        let end = backing.position();
+        drop((file, mounted));
+        let mut new = old.clone();
+        new.resize(new.len().max(offset as usize + data.len()), 0);
+        new[offset as usize..offset as usize + data.len()].copy_from_slice(&data);
+        let mounted = mount(backing.clone()).unwrap();
+        assert!(mounted.content("f") == Some(Ok(new.clone())));
+        let trace = backing.trace();
+        let writes = trace.find(|line| line.contains("write inode"));
+        for lost in writes.into_iter().filter(|at| (start..end).contains(at)) {
+            let line = trace.describe(lost + 1);
+            let line = line.lines().last().unwrap_or_default();
+            let trace = trace.without(lost);
+            for cut in end..=trace.len() {
+                for crash in trace.crashes(cut, &Options { budget: 3, ..Options::default() }) {
+                    let case = || format!("without {line}, {}{crash:?}", trace.describe(cut));
+                    let mounted = mount(trace.materialise(&crash))
+                        .unwrap_or_else(|error| panic!("{}: {error}", case()));
+                    let content = mounted.content("f").unwrap();
+                    let content = content.unwrap_or_else(|error| panic!("{}: {error}", case()));
+                    let settled = cut == trace.len();
+                    assert!(content == new || !settled && content == old, "{}", case());
+                }
+            }
+        }
+    }
 }
 
 #[test]
