@@ -22,6 +22,8 @@ const DOMAIN: &[u8; 16] = b"byokfs sessions1";
 const HEAD_LEN: usize = 64;
 const ENTRY_LEN: usize = 40;
 pub(super) const SALT_LEN: usize = 32;
+/// Space is kept for so much more than there is: a volume on a full disk must be mounted to make room.
+const AHEAD: u64 = 32 << 10;
 /// What is read of a table at most: more than a million sessions.
 const MAX_LEN: usize = 48 << 20;
 
@@ -173,6 +175,10 @@ impl SessionTable {
         shown: &str,
     ) -> Result<()> {
         let bytes = self.encode(volume, keys);
+        let keep_ahead = |file: &FileRef| {
+            // Without it the next ones may do.
+            drop(file.allocate(0, bytes.len() as u64 + AHEAD, true));
+        };
         let order = if behind[1] && !behind[0] { [FILES[1], FILES[0]] } else { FILES };
         for name in order {
             let write = || -> std::io::Result<()> {
@@ -180,6 +186,7 @@ impl SessionTable {
                     Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                         let file = root.create_unnamed()?;
                         file.write_at(&bytes, 0)?;
+                        keep_ahead(&file);
                         file.sync_all()?;
                         root.link_file(&*file, name)?;
                         return root.sync();
@@ -188,6 +195,7 @@ impl SessionTable {
                 };
                 let file = node.open(Access::ReadWrite)?;
                 file.write_at(&bytes, 0)?;
+                keep_ahead(&file);
                 file.sync_all()
             };
             write().context(|| cannot("write", name, shown))?;
@@ -256,5 +264,23 @@ mod tests {
         assert_eq!(load().unwrap(), (table.clone(), [false, true]));
         flip("sessions.a", 28);
         assert_eq!(load().unwrap_err().kind, Kind::Corrupt);
+    }
+
+    #[test]
+    fn the_next_sessions_have_their_space_before_a_disk_is_full() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = LinuxBacking::open(dir.path()).unwrap().root();
+        let key = MacKey::new(&Secret::new_with(|key| key.fill(8)).unwrap()).unwrap();
+        let key = MacKeys::of_one(5, key);
+        let mut table = SessionTable::default();
+        for _ in 0..2 {
+            table.add(SessionEntry { salt: [1; SALT_LEN], volume_key_id: 5 }).unwrap();
+            table.store(&root, &[1; 16], &key, [true, true], "v").unwrap();
+            for name in FILES {
+                let metadata = root.lookup(name).unwrap().metadata().unwrap();
+                assert!(metadata.blocks * 512 >= AHEAD, "{metadata:?}");
+                assert!(metadata.size < 200, "{metadata:?}");
+            }
+        }
     }
 }
