@@ -49,6 +49,7 @@ pub(super) enum Op {
     Allocate {
         offset: u64,
         len: u64,
+        keep_size: bool,
     },
     Sync,
     Checkpoint,
@@ -221,9 +222,11 @@ impl Driver {
                 }
                 self.kept[which] = self.kept[which].min(offset as usize);
             }
-            Op::Allocate { offset, len } => {
-                file.allocate(offset, len, false).unwrap();
-                grow(&mut content, offset + len);
+            Op::Allocate { offset, len, keep_size } => {
+                file.allocate(offset, len, keep_size).unwrap();
+                if !keep_size {
+                    grow(&mut content, offset + len);
+                }
             }
             Op::Sync => {
                 let owed = file.owes_name();

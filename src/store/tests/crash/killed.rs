@@ -29,11 +29,15 @@ impl Run {
 fn shaping(random: &mut Random) -> Op {
     const BLOCKS: u64 = 400;
     let offset = random.below(BLOCKS) * BLOCK + random.below(2) * 700;
-    match random.below(8) {
+    match random.below(9) {
         0 | 1 => Op::Truncate(offset),
         2 => Op::Punch { offset, len: 1 + random.below(60 * BLOCK) },
         3 => Op::Zero { offset, len: 1 + random.below(60 * BLOCK) },
         4 => Op::Checkpoint,
+        5 => {
+            let keep_size = random.chance(4);
+            Op::Allocate { offset, len: 1 + random.below(60 * BLOCK), keep_size }
+        }
         _ => {
             let len = [600, 9000, 100_000][random.below(3) as usize];
             super::write(offset, len, random.below(256) as u8)

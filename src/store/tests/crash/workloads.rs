@@ -122,7 +122,7 @@ fn what_is_cut_off_does_not_return() {
         Op::Sync,
         Op::Checkpoint,
         Op::Truncate(0),
-        Op::Allocate { offset: 0, len: 300_000 },
+        Op::Allocate { offset: 0, len: 300_000, keep_size: false },
         write(0, 140_000, 3),
         Op::Sync,
         Op::Truncate(600_000),
@@ -210,7 +210,10 @@ fn random_op(random: &mut Random, size: u64) -> Op {
         5 => Op::Truncate(random.below(900_000)),
         6 => Op::Punch { offset, len: len * 2 },
         7 => Op::Zero { offset, len },
-        8 => Op::Allocate { offset: offset.min(800_000), len },
+        8 => {
+            let keep_size = random.chance(2);
+            Op::Allocate { offset: offset.min(800_000), len, keep_size }
+        }
         9 => Op::Checkpoint,
         10 if random.chance(1) => Op::Revalidate,
         11 if random.chance(1) => Op::Rotate { before: 1 << 40, groups: 1 },
@@ -226,7 +229,7 @@ pub(super) fn random_workload(seed: u64) -> Vec<Op> {
         let op = random_op(&mut random, sizes[which]);
         sizes[which] = match op {
             Op::Write { offset, len, .. } => sizes[which].max(offset + len as u64),
-            Op::Allocate { offset, len } => sizes[which].max(offset + len),
+            Op::Allocate { offset, len, keep_size: false } => sizes[which].max(offset + len),
             Op::Truncate(len) => len,
             _ => sizes[which],
         };
