@@ -396,7 +396,7 @@ mod tests {
     use crate::backing::linux::LinuxBacking;
     use crate::crypto::secret::Secret;
     use crate::key::gate::{BootTime, Gate, Keyring};
-    use crate::store::{FormatOptions, WriteMode};
+    use crate::store::{Durability, FormatOptions};
     use std::cell::RefCell;
 
     struct Volume {
@@ -437,7 +437,7 @@ mod tests {
             let backing = directory.create_unnamed().unwrap();
             let file = self.store.create_file(Arc::clone(&backing)).unwrap();
             directory.link_file(&*backing, name.as_bytes()).unwrap();
-            file.write_at(&vec![3; blocks * 4096], 0, WriteMode::default()).unwrap();
+            file.write_at(&vec![3; blocks * 4096], 0, Durability::default()).unwrap();
             file
         }
 

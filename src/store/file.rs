@@ -54,13 +54,6 @@ pub enum Durability {
     Flushed,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct WriteMode {
-    /// At the end of the file, wherever that is; the offset given is ignored.
-    pub append: bool,
-    pub durability: Durability,
-}
-
 /// A file of an opened volume; every handle on the same inode shares one.
 #[derive(Debug)]
 pub struct File {

@@ -42,7 +42,7 @@ use std::time::SystemTime;
 use parking_lot::RwLock;
 use rustix::io::Errno;
 
-pub use file::{Durability, File, Times, WriteMode};
+pub use file::{Durability, File, Times};
 pub use intent_log::PendingFlush;
 use intent_log::Usage;
 pub use layout::{BLOCK_LEN, MAX_SIZE};

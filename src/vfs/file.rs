@@ -12,7 +12,7 @@ use super::inode::Inode;
 use super::types::WriteRequest;
 use crate::backing::{Access, FileKind};
 use crate::error::{FsError, FsResult};
-use crate::store::{Durability, PendingFlush, WriteMode};
+use crate::store::{Durability, PendingFlush};
 
 /// `O_*` as the kernel sends them.
 const ACCESS_MODE: u32 = libc::O_ACCMODE as u32;
@@ -65,9 +65,9 @@ impl Filesystem {
         if request.drop_set_id {
             self.drop_set_id(&open.inode)?;
         }
-        let mode = write_mode(request);
-        let write = || open.file.write_at(request.data, request.offset, mode);
-        let done = match mode.durability {
+        let durability = durability(request);
+        let write = || open.file.write_at(request.data, request.offset, durability);
+        let done = match durability {
             Durability::Flushed => self.in_order(&open, write),
             Durability::Handed | Durability::OnDevice => write(),
         };
@@ -176,41 +176,38 @@ impl Filesystem {
     }
 }
 
-fn write_mode(request: &WriteRequest<'_>) -> WriteMode {
+fn durability(request: &WriteRequest<'_>) -> Durability {
     if request.from_cache {
-        return WriteMode::default();
+        return Durability::Handed;
     }
-    let durability = if request.flags & DSYNC != 0 {
+    if request.flags & DSYNC != 0 {
         Durability::Flushed
     } else if request.flags & DIRECT != 0 {
         Durability::OnDevice
     } else {
         Durability::Handed
-    };
-    WriteMode { append: false, durability }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn mode(flags: i32, from_cache: bool) -> WriteMode {
+    fn of(flags: i32, from_cache: bool) -> Durability {
         let flags = flags.cast_unsigned();
-        write_mode(&WriteRequest { offset: 0, data: &[], flags, from_cache, drop_set_id: false })
+        durability(&WriteRequest { offset: 0, data: &[], flags, from_cache, drop_set_id: false })
     }
 
     #[test]
     fn each_write_says_how_durable_it_is() {
-        assert_eq!(mode(0, false).durability, Durability::Handed);
-        assert_eq!(mode(libc::O_DIRECT, false).durability, Durability::OnDevice);
-        assert_eq!(mode(libc::O_DSYNC, false).durability, Durability::Flushed);
-        assert_eq!(mode(libc::O_SYNC | libc::O_DIRECT, false).durability, Durability::Flushed);
-        assert!(!mode(libc::O_APPEND, false).append);
+        assert_eq!(of(0, false), Durability::Handed);
+        assert_eq!(of(libc::O_DIRECT, false), Durability::OnDevice);
+        assert_eq!(of(libc::O_DSYNC, false), Durability::Flushed);
+        assert_eq!(of(libc::O_SYNC | libc::O_DIRECT, false), Durability::Flushed);
     }
 
     #[test]
-    fn a_page_of_a_mapping_goes_where_it_belongs() {
-        let mode = mode(libc::O_APPEND | libc::O_DSYNC, true);
-        assert_eq!(mode, WriteMode { append: false, durability: Durability::Handed });
+    fn nobody_waits_for_a_page_of_a_mapping() {
+        assert_eq!(of(libc::O_APPEND | libc::O_DSYNC, true), Durability::Handed);
     }
 }

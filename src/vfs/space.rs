@@ -6,7 +6,7 @@ use zeroize::Zeroizing;
 use super::filesystem::Filesystem;
 use super::types::Caller;
 use crate::error::{FsError, FsResult};
-use crate::store::WriteMode;
+use crate::store::Durability;
 
 const KEEP_SIZE: u32 = libc::FALLOC_FL_KEEP_SIZE as u32;
 const PUNCH_HOLE: u32 = libc::FALLOC_FL_PUNCH_HOLE as u32;
@@ -90,7 +90,7 @@ impl Filesystem {
                 Err(error) => return Err(error),
             };
             let at = to_offset + copied;
-            let written = to.file.write_at(&piece[..read], at, WriteMode::default());
+            let written = to.file.write_at(&piece[..read], at, Durability::default());
             match self.audited(&to.inode, written) {
                 Ok(_) => copied += read as u64,
                 Err(_) if copied > 0 => break,

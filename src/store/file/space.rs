@@ -21,7 +21,7 @@ impl File {
             return Err(Errno::INVAL.into());
         }
         let room = self.shared.reserve(Stream::Hot, room_for(0))?;
-        let (_guard, offset) = self.lock_for_write(offset, len, false)?;
+        let _guard = self.lock_for_write(offset, len)?;
         let end = offset + len;
         self.reserve(offset, end)?;
         let blocks = block_of(offset)..block_of(end - 1) + 1;

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use rustix::io::Errno;
 
 use super::change::{Change, room_for};
-use super::{Durability, File, WriteMode};
+use super::{Durability, File};
 use crate::error::FsResult;
 use crate::store::intent_log::{Kind, Scope, Stream};
 use crate::store::layout::{
@@ -23,38 +23,25 @@ const WRITES_PER_SYNC: u64 = 4;
 const MAX_REQUEST: usize = 1 << 20;
 
 impl File {
-    /// Writes all of `data` and returns the offset it went to. Up to 1 MiB are written whole or not
-    /// at all, whatever happens.
+    /// Writes all of `data`. Up to 1 MiB are written whole or not at all, whatever happens.
     ///
     /// After an error the file is as it was, or, past 1 MiB, holds the first part of `data`.
-    pub fn write_at(&self, data: &[u8], offset: u64, mode: WriteMode) -> FsResult<u64> {
+    pub fn write_at(&self, data: &[u8], offset: u64, durability: Durability) -> FsResult<()> {
         self.check_writable()?;
-        if data.is_empty() {
-            return Ok(if mode.append { self.size() } else { offset });
-        }
-        let mut start = None;
-        let mut done = 0;
+        let mut at = offset;
         for part in data.chunks(MAX_REQUEST) {
-            let (at, append) = start.map_or((offset, mode.append), |start| (start + done, false));
-            let at = self.write_request(part, at, append, mode.durability)?;
-            start.get_or_insert(at);
-            done += part.len() as u64;
+            self.write_request(part, at, durability)?;
+            at += part.len() as u64;
         }
-        Ok(start.unwrap_or(offset))
+        Ok(())
     }
 
-    fn write_request(
-        &self,
-        data: &[u8],
-        offset: u64,
-        append: bool,
-        durability: Durability,
-    ) -> FsResult<u64> {
+    fn write_request(&self, data: &[u8], offset: u64, durability: Durability) -> FsResult<()> {
         let len = data.len() as u64;
         let room =
             self.shared.reserve(self.stream_for(len, durability), room_for(len / BLOCK + 2))?;
-        let (offset, direct, overwrites, position) = {
-            let (_guard, offset) = self.lock_for_write(offset, len, append)?;
+        let (direct, overwrites, position) = {
+            let _guard = self.lock_for_write(offset, len)?;
             let mut change = Change::new(self, Kind::Write);
             change.expect(data.len());
             change.write(offset, data, room.stream() == Stream::Bulk)?;
@@ -62,7 +49,7 @@ impl File {
                 change.set_size(offset + len);
             }
             let position = change.commit(room)?;
-            (offset, change.direct_ranges(), change.overwrites(), position)
+            (change.direct_ranges(), change.overwrites(), position)
         };
         let log = self.shared.log()?;
         match durability {
@@ -71,7 +58,7 @@ impl File {
             Durability::OnDevice => self.wait_on_device(&direct, overwrites)?,
             Durability::Flushed => self.sync(false)?,
         }
-        Ok(offset)
+        Ok(())
     }
 
     /// What was there already and is overwritten lasts on a device that keeps what it is handed, as
@@ -111,34 +98,23 @@ impl File {
         }
     }
 
-    /// Locks what a write of `len` bytes at `offset` needs, and returns where it goes. A write
-    /// that extends the file keeps every other one out that would.
-    pub(super) fn lock_for_write(
-        &self,
-        offset: u64,
-        len: u64,
-        append: bool,
-    ) -> FsResult<(RangeGuard<'_>, u64)> {
+    /// Locks what a write of `len` bytes at `offset` needs. A write that extends the file keeps every
+    /// other one out that would.
+    pub(super) fn lock_for_write(&self, offset: u64, len: u64) -> FsResult<RangeGuard<'_>> {
+        let end = offset.checked_add(len).filter(|&end| end <= MAX_SIZE).ok_or(Errno::FBIG)?;
         loop {
             let size = self.size();
-            let offset = if append { size } else { offset };
-            let end = offset.checked_add(len).filter(|&end| end <= MAX_SIZE).ok_or(Errno::FBIG)?;
             if end <= size {
                 let guard = self.locks.exclusive(group_of(offset)..=group_of(end - 1));
                 if end <= self.size() {
-                    return Ok((guard, offset));
+                    return Ok(guard);
                 }
                 continue;
             }
             let first = group_of(offset.min(size));
             let guard = self.locks.exclusive(first..=u64::MAX);
-            let size = self.size();
-            let offset = if append { size } else { offset };
-            if offset.checked_add(len).is_none_or(|end| end > MAX_SIZE) {
-                return Err(Errno::FBIG.into());
-            }
-            if group_of(offset.min(size)) >= first {
-                return Ok((guard, offset));
+            if group_of(offset.min(self.size())) >= first {
+                return Ok(guard);
             }
         }
     }

@@ -9,10 +9,10 @@ use super::support::{Volume, pattern, read_all};
 use crate::backing::fault::{Call, Rule};
 use crate::error::FsError;
 use crate::store::layout::{BLOCK, BLOCK_LEN, GROUP_PLAIN};
-use crate::store::{File, WriteMode};
+use crate::store::{Durability, File};
 
 fn write(file: &File, offset: u64, data: &[u8]) {
-    file.write_at(data, offset, WriteMode::default()).unwrap();
+    file.write_at(data, offset, Durability::default()).unwrap();
 }
 
 #[test]
@@ -69,7 +69,7 @@ fn a_flush_that_fails_in_a_checkpoint_is_not_forgotten_by_the_next_fsync() {
 }
 
 fn write_fails(file: &File) {
-    let done = file.write_at(b"x", 0, WriteMode::default());
+    let done = file.write_at(b"x", 0, Durability::default());
     assert!(matches!(done, Err(FsError::Os(Errno::IO))), "{done:?}");
 }
 
@@ -113,7 +113,7 @@ fn blocks_are_not_acknowledged_whose_write_back_failed_before_their_record_was_m
         faults.arm(once);
         other.sync_home().unwrap_err();
     });
-    let done = file.write_at(&pattern(256 << 10, 1), 16 * BLOCK, WriteMode::default());
+    let done = file.write_at(&pattern(256 << 10, 1), 16 * BLOCK, Durability::default());
     assert!(matches!(done, Err(FsError::Os(Errno::IO))), "{done:?}");
     file.abandon_checkpoint();
     assert_eq!(file.size(), 23);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::support::{Volume, pattern, read_all};
-use crate::store::file::WriteMode;
+use crate::store::file::Durability;
 use crate::store::layout::{BLOCK_LEN, GROUP_PLAIN};
 
 /// Spans two groups, unaligned at both ends.
@@ -15,7 +15,7 @@ const LEN: usize = 50_001;
 fn every_read_sees_some_whole_write() {
     let volume = Volume::new();
     let file = volume.create("f");
-    file.write_at(&vec![0; LEN], AT, WriteMode::default()).unwrap();
+    file.write_at(&vec![0; LEN], AT, Durability::default()).unwrap();
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let readers: Vec<_> = (0..3)
@@ -38,14 +38,14 @@ fn every_read_sees_some_whole_write() {
                 scope.spawn(move || {
                     for round in 0..150 {
                         let byte = writer * 64 + round % 60;
-                        file.write_at(&vec![byte; LEN], AT, WriteMode::default()).unwrap();
+                        file.write_at(&vec![byte; LEN], AT, Durability::default()).unwrap();
                     }
                 })
             })
             .collect();
         // This one stays out of their way, and comes and goes.
         for round in 0..100 {
-            file.write_at(&[7; 5000], 2 * GROUP_PLAIN + round * 5000, WriteMode::default())
+            file.write_at(&[7; 5000], 2 * GROUP_PLAIN + round * 5000, Durability::default())
                 .unwrap();
             if round % 10 == 0 {
                 file.truncate(AT + LEN as u64).unwrap();
@@ -59,7 +59,7 @@ fn every_read_sees_some_whole_write() {
 }
 
 #[test]
-fn appends_lose_nothing() {
+fn writes_that_extend_a_file_side_by_side_lose_nothing() {
     let volume = Volume::new();
     let file = volume.create("f");
     let total = AtomicU64::new(0);
@@ -70,12 +70,11 @@ fn appends_lose_nothing() {
                 for round in 0..200_usize {
                     let len = 1 + (round * 37 + usize::from(thread) * 1000) % 5000;
                     let data = vec![thread + 1; len];
-                    let mode = WriteMode { append: true, ..WriteMode::default() };
-                    let at = file.write_at(&data, 0, mode).unwrap();
+                    let at = total.fetch_add(len as u64, Ordering::Relaxed);
+                    file.write_at(&data, at, Durability::default()).unwrap();
                     let mut back = vec![0; len];
                     assert_eq!(file.read_at(&mut back, at).unwrap(), len);
                     assert_eq!(back, data);
-                    total.fetch_add(len as u64, Ordering::Relaxed);
                 }
             });
         }
@@ -94,7 +93,7 @@ fn one_inode_is_one_file() {
                 for round in 0..200 {
                     let (a, b) = (volume.open("f"), volume.open("f"));
                     assert!(Arc::ptr_eq(&a, &b));
-                    a.write_at(&pattern(BLOCK_LEN, 1), round % 3, WriteMode::default()).unwrap();
+                    a.write_at(&pattern(BLOCK_LEN, 1), round % 3, Durability::default()).unwrap();
                 }
             });
         }

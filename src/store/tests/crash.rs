@@ -23,7 +23,7 @@ use crate::backing::memory::{Crash, MemoryBacking, Options, Random, Trace};
 use crate::maintenance::check::tests::support::check_backing;
 use crate::maintenance::check::{Finding, Repair};
 use crate::store::intent_log::FILES as LOGS;
-use crate::store::{Durability, File, Rotated, Store, WriteMode};
+use crate::store::{Durability, File, Rotated, Store};
 
 /// The files of a workload.
 const NAMES: [&str; 2] = ["f", "g"];
@@ -201,7 +201,7 @@ impl Driver {
                 // A plain file system promises no more than that either.
                 let inside = offset as usize + len <= self.kept[which];
                 on_device = durability == Durability::OnDevice && inside;
-                file.write_at(&data, offset, WriteMode { append: false, durability }).unwrap();
+                file.write_at(&data, offset, durability).unwrap();
                 grow(&mut content, offset + len as u64);
                 content[offset as usize..offset as usize + len].copy_from_slice(&data);
             }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::support::{Volume, keyring, pattern, read_all};
 use crate::error::{FsError, FsResult};
 use crate::key::gate::{BootTime, Reason};
-use crate::store::file::WriteMode;
+use crate::store::file::Durability;
 
 fn is_cut_off<T>(result: FsResult<T>) -> bool {
     matches!(result, Err(FsError::CutOff(_)))
@@ -27,15 +27,15 @@ fn open_files_answer_the_cut_off_and_work_again_afterwards() {
     let volume = Volume::new();
     let file = volume.create("f");
     let old = pattern(50_000, 1);
-    file.write_at(&old, 0, WriteMode::default()).unwrap();
+    file.write_at(&old, 0, Durability::default()).unwrap();
     let counter = volume.store.shared.session().unwrap().counter.session();
 
     cut_off(&volume);
     let mut buf = vec![0xee; 50_000];
     assert!(is_cut_off(file.read_at(&mut buf, 0)));
     assert!(buf.iter().all(|&byte| byte == 0));
-    assert!(is_cut_off(file.write_at(b"new", 0, WriteMode::default())));
-    assert!(is_cut_off(file.write_at(b"new", 70_000, WriteMode::default())));
+    assert!(is_cut_off(file.write_at(b"new", 0, Durability::default())));
+    assert!(is_cut_off(file.write_at(b"new", 70_000, Durability::default())));
     assert!(is_cut_off(file.truncate(1000)));
     assert!(is_cut_off(file.punch_hole(0, 4096)));
     let backing = volume.store.tree().create_unnamed().unwrap();
@@ -47,7 +47,7 @@ fn open_files_answer_the_cut_off_and_work_again_afterwards() {
     revalidate(&volume);
     assert_eq!(volume.store.shared.session().unwrap().counter.session(), counter + 1);
     assert!(read_all(&file) == old);
-    file.write_at(b"new", 20_000, WriteMode::default()).unwrap();
+    file.write_at(b"new", 20_000, Durability::default()).unwrap();
     drop(file);
     let volume = volume.reopen();
     let mut new = old;
@@ -60,10 +60,10 @@ fn a_cut_off_at_any_moment_leaves_the_file_whole() {
     let volume = Volume::new();
     let file = volume.create("f");
     let len = 700_000;
-    file.write_at(&vec![1; len], 0, WriteMode::default()).unwrap();
+    file.write_at(&vec![1; len], 0, Durability::default()).unwrap();
     for round in 2..20_u8 {
         std::thread::scope(|scope| {
-            let writer = scope.spawn(|| file.write_at(&vec![round; len], 0, WriteMode::default()));
+            let writer = scope.spawn(|| file.write_at(&vec![round; len], 0, Durability::default()));
             std::thread::sleep(Duration::from_micros(u64::from(round) * 150));
             cut_off(&volume);
             let done = writer.join().unwrap();

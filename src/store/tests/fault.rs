@@ -6,7 +6,7 @@ use super::support::{Mounted, Volume, in_memory, mount, pattern, read_all};
 use crate::backing::fault::{Call, FaultBacking, Rule};
 use crate::backing::memory::Options;
 use crate::error::{FsError, FsResult};
-use crate::store::file::{Durability, File, WriteMode};
+use crate::store::file::{Durability, File};
 use crate::store::layout::{BLOCK_LEN, GROUP_PLAIN};
 
 const LEN: usize = 40 * BLOCK_LEN + 77;
@@ -68,7 +68,7 @@ fn each_write_fails(
 }
 
 fn write(file: &File, offset: u64, data: &[u8]) -> FsResult<()> {
-    file.write_at(data, offset, WriteMode::default()).map(|_| ())
+    file.write_at(data, offset, Durability::default()).map(|_| ())
 }
 
 #[test]
@@ -286,7 +286,7 @@ fn a_failed_flush_is_final() {
     let file = volume.open("f");
     write(&file, 0, b"CONTENT").unwrap();
     volume.faults.arm(rule);
-    let flushed = WriteMode { durability: Durability::Flushed, ..WriteMode::default() };
+    let flushed = Durability::Flushed;
     assert_eq!(os_error(file.write_at(b"x", 0, flushed)), Some(Errno::IO));
     assert_eq!(os_error(write(&file, 0, b"y")), Some(Errno::IO), "until the next mount");
     assert!(volume.store.log_status().unwrap().poisoned.is_some());
@@ -357,8 +357,7 @@ fn a_life(mounted: &Mounted, file: &File, possible: &mut Possible) {
     let start = possible.now[0].len();
     let write = |possible: &mut Possible, at: usize, len: usize, durability, seed| {
         let data = pattern(len, seed);
-        let mode = WriteMode { append: false, durability };
-        let done = file.write_at(&data, at as u64, mode).is_ok();
+        let done = file.write_at(&data, at as u64, durability).is_ok();
         possible.after(done, |content| put(content, at, &data));
         if done && durability == Durability::Flushed {
             possible.flushed();

@@ -7,7 +7,7 @@ use super::support::{Volume, keyring, pattern};
 use crate::crypto::mac::MacKey;
 use crate::crypto::secret::Secret;
 use crate::crypto::{kdf, wrap};
-use crate::store::file::WriteMode;
+use crate::store::file::Durability;
 
 fn le(bytes: &[u8], at: usize, len: usize) -> u64 {
     bytes[at..at + len].iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte))
@@ -27,7 +27,7 @@ fn a_volume_is_what_the_format_says() {
     let volume = Volume::new();
     let data = pattern(125 * 4096 + 10, 3);
     let file = volume.create("f");
-    file.write_at(&data, 0, WriteMode::default()).unwrap();
+    file.write_at(&data, 0, Durability::default()).unwrap();
     file.punch_hole(4096, 4096).unwrap();
     drop(file);
     volume.store.checkpoint().unwrap();

@@ -10,7 +10,7 @@ use crate::backing::memory::{MemoryBacking, Options};
 use crate::backing::{Access, Backing};
 use crate::error::{Kind, Result};
 use crate::key::gate::{BootTime, Gate};
-use crate::store::{Store, WriteMode};
+use crate::store::{Durability, Store};
 
 fn open(backing: Arc<dyn Backing>) -> Result<Arc<Store>> {
     let gate = Gate::new();
@@ -33,7 +33,7 @@ fn write(store: &Store, seed: u8) {
             file
         }
     };
-    file.write_at(&pattern(100_000, seed), 0, WriteMode::default()).unwrap();
+    file.write_at(&pattern(100_000, seed), 0, Durability::default()).unwrap();
     file.sync(true).unwrap();
 }
 

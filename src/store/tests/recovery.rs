@@ -9,13 +9,13 @@ use crate::backing::memory::{Options, Trace};
 use crate::error::{FsError, Kind};
 use crate::store::intent_log::FILES;
 use crate::store::layout::{BLOCK, BLOCK_LEN, block_at, tag_page_at};
-use crate::store::{File, WriteMode};
+use crate::store::{Durability, File};
 
 /// Enough to go home directly.
 const LARGE: usize = 256 << 10;
 
 fn write(file: &File, offset: u64, data: &[u8]) {
-    file.write_at(data, offset, WriteMode::default()).unwrap();
+    file.write_at(data, offset, Durability::default()).unwrap();
 }
 
 /// Where the file's own bytes between two positions were written.

@@ -15,7 +15,7 @@ use crate::backing::fault::{Call, Rule};
 use crate::backing::memory::Options;
 use crate::store::file::File;
 use crate::store::layout::GROUP_PLAIN;
-use crate::store::{FsError, WriteMode};
+use crate::store::{Durability, FsError};
 
 /// Later than any key of these tests was made.
 const LATER: u64 = 1 << 40;
@@ -42,7 +42,7 @@ fn everything_is_sealed_again_and_the_old_key_is_gone() {
     let volume = Volume::new();
     let data = pattern(3 * GROUP_PLAIN as usize + 777, 5);
     let file = volume.create("f");
-    file.write_at(&data, 0, WriteMode::default()).unwrap();
+    file.write_at(&data, 0, Durability::default()).unwrap();
     volume.store.checkpoint().unwrap();
     assert_eq!(slots_on_disk(&volume, "f"), (vec![0], vec![0]));
     let before = std::fs::metadata(volume.path("f")).unwrap();
@@ -70,7 +70,7 @@ fn everything_is_sealed_again_and_the_old_key_is_gone() {
 fn a_rotation_that_was_ended_is_gone_on_with() {
     let mut volume = Volume::new();
     let data = pattern(4 * GROUP_PLAIN as usize, 6);
-    volume.create("f").write_at(&data, 0, WriteMode::default()).unwrap();
+    volume.create("f").write_at(&data, 0, Durability::default()).unwrap();
     for (i, groups) in [0, 1, 3, 2].into_iter().enumerate() {
         // Each time everything is older: another key is begun with, as long as there are slots.
         let file = volume.open("f");
@@ -96,7 +96,7 @@ fn a_damaged_block_keeps_the_key_that_it_may_need() {
     let volume = Volume::new();
     let data = pattern(200 * 4096, 6);
     let file = volume.create("f");
-    file.write_at(&data, 0, WriteMode::default()).unwrap();
+    file.write_at(&data, 0, Durability::default()).unwrap();
     volume.store.checkpoint().unwrap();
     let mut disk = std::fs::read(volume.path("f")).unwrap();
     disk[16_384 + 7 * 4096 + 9] ^= 1;
@@ -110,7 +110,7 @@ fn a_damaged_block_keeps_the_key_that_it_may_need() {
     file.read_at(&mut block, 8 * 4096).unwrap();
     assert_eq!(block, data[8 * 4096..9 * 4096]);
     // Written anew, it needs no old key.
-    file.write_at(&data[7 * 4096..8 * 4096], 7 * 4096, WriteMode::default()).unwrap();
+    file.write_at(&data[7 * 4096..8 * 4096], 7 * 4096, Durability::default()).unwrap();
     let rotated = rotate(&volume.store, &file, LATER, ALL).unwrap();
     assert_eq!((rotated.damaged, rotated.destroyed), (0, 1));
     assert_eq!(slots_on_disk(&volume, "f"), (vec![1], vec![1]));
@@ -122,7 +122,7 @@ fn writers_and_readers_go_on_meanwhile() {
     let volume = Volume::new();
     let len = 6 * GROUP_PLAIN as usize;
     let file = volume.create("f");
-    file.write_at(&pattern(len, 0), 0, WriteMode::default()).unwrap();
+    file.write_at(&pattern(len, 0), 0, Durability::default()).unwrap();
     let stop = AtomicBool::new(false);
     // Each writer has blocks of its own, every fourth, and writes its round into them.
     let write = |file: &Arc<File>, writer: usize| {
@@ -131,7 +131,7 @@ fn writers_and_readers_go_on_meanwhile() {
             round = round.wrapping_add(1).max(1);
             for block in (writer..len / 4096).step_by(4 * 37) {
                 let at = block as u64 * 4096;
-                file.write_at(&[round; 4096], at, WriteMode::default()).unwrap();
+                file.write_at(&[round; 4096], at, Durability::default()).unwrap();
                 let mut back = [0; 4096];
                 file.read_at(&mut back, at).unwrap();
                 assert_eq!(back, [round; 4096]);
@@ -184,7 +184,7 @@ fn a_block_that_was_being_written_when_the_key_changed_can_be_read() {
         let _ = is_changed.recv_timeout(Duration::from_millis(300));
     });
     std::thread::scope(|scope| {
-        let writer = scope.spawn(|| file.write_at(&[7; 4096], 0, WriteMode::default()).unwrap());
+        let writer = scope.spawn(|| file.write_at(&[7; 4096], 0, Durability::default()).unwrap());
         is_sealed.recv().unwrap();
         file.use_newest_dek();
         for group in 0..file.groups() {
@@ -209,7 +209,7 @@ fn a_key_that_is_still_on_the_disk_is_not_said_to_be_gone() {
     for after in 0.. {
         let volume = Volume::new();
         let file = volume.create("f");
-        file.write_at(&pattern(9000, 1), 0, WriteMode::default()).unwrap();
+        file.write_at(&pattern(9000, 1), 0, Durability::default()).unwrap();
         volume.store.checkpoint().unwrap();
         let errno = Errno::NOSPC;
         let rule = Rule { call: Call::Write, after, lasting: false, errno, partial: None };
@@ -241,7 +241,7 @@ fn a_key_that_has_gone_since_a_failure_is_said_to_be() {
     for after in 0.. {
         let volume = Volume::new();
         let file = volume.create("f");
-        file.write_at(&pattern(9000, 1), 0, WriteMode::default()).unwrap();
+        file.write_at(&pattern(9000, 1), 0, Durability::default()).unwrap();
         volume.store.checkpoint().unwrap();
         let errno = Errno::NOSPC;
         volume.faults.arm(Rule { call: Call::Write, after, lasting: false, errno, partial: None });
@@ -272,7 +272,7 @@ fn a_key_that_has_gone_since_a_failure_is_said_to_be() {
 fn keys_that_went_before_a_rotation_was_ended_are_said_to_be_gone() {
     let volume = Volume::new();
     let file = volume.create("f");
-    file.write_at(&pattern(GROUP_PLAIN as usize, 6), 0, WriteMode::default()).unwrap();
+    file.write_at(&pattern(GROUP_PLAIN as usize, 6), 0, Durability::default()).unwrap();
     for round in 0..3 {
         assert_eq!(rotate(&volume.store, &file, LATER + round * 9, 0), None);
     }
@@ -287,7 +287,7 @@ fn keys_that_went_before_a_rotation_was_ended_are_said_to_be_gone() {
 fn a_key_from_the_future_is_old() {
     let volume = Volume::new();
     let file = volume.create("f");
-    file.write_at(&pattern(9000, 1), 0, WriteMode::default()).unwrap();
+    file.write_at(&pattern(9000, 1), 0, Durability::default()).unwrap();
     let now = crate::store::seconds_since_epoch();
     for before in [LATER, u64::MAX - 1, u64::MAX] {
         assert_eq!(rotate(&volume.store, &file, before, ALL).unwrap().destroyed, 1);
@@ -303,17 +303,17 @@ fn a_file_that_goes_meanwhile_is_not_damaged() {
     let volume = Volume::new();
     let data = pattern(200 * 4096, 6);
     let file = volume.create("f");
-    file.write_at(&data, 0, WriteMode::default()).unwrap();
+    file.write_at(&data, 0, Durability::default()).unwrap();
     volume.store.checkpoint().unwrap();
     // Not straight home, this time.
-    file.write_at(&data, 0, WriteMode::default()).unwrap();
+    file.write_at(&data, 0, Durability::default()).unwrap();
     let id = file.backing().metadata().unwrap().id;
     std::fs::remove_file(volume.path("f")).unwrap();
     volume.store.forsaken(id);
     // More than once around the log.
     let other = volume.create("g");
     for round in 0..12 {
-        other.write_at(&pattern(1 << 20, round), 0, WriteMode::default()).unwrap();
+        other.write_at(&pattern(1 << 20, round), 0, Durability::default()).unwrap();
         volume.store.checkpoint().unwrap();
     }
     assert!(read_all(&file) == data);

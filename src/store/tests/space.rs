@@ -11,10 +11,10 @@ use crate::error::FsError;
 use crate::store::layout::{
     BLOCK, BLOCK_LEN, BLOCKS_PER_GROUP, GROUP_PLAIN, backing_len, block_at, tag_page_at,
 };
-use crate::store::{File, WriteMode};
+use crate::store::{Durability, File};
 
 fn write(file: &File, offset: u64, data: &[u8]) {
-    file.write_at(data, offset, WriteMode::default()).unwrap();
+    file.write_at(data, offset, Durability::default()).unwrap();
 }
 
 /// Whether the file has space of its own for the page at `position`.
@@ -67,7 +67,7 @@ fn space_that_may_be_needed_later_is_not_insisted_on() {
     write(&file, end, &pattern(256 << 10, 2));
     volume.faults.arm(no_space(true));
     let data = pattern(256 << 10, 3);
-    let refused = file.write_at(&data, 2 * end, WriteMode::default());
+    let refused = file.write_at(&data, 2 * end, Durability::default());
     assert!(matches!(refused, Err(FsError::Os(Errno::NOSPC))), "{refused:?}");
     volume.faults.disarm();
     assert_eq!(file.size(), end + (256 << 10));

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::support::{Volume, pattern, read_all};
 use crate::error::{FsError, FsResult};
-use crate::store::file::{File, WriteMode};
+use crate::store::file::{Durability, File};
 use crate::store::layout::{
     BLOCK, BLOCK_LEN, BLOCKS_PER_SECTOR, GROUP_PLAIN, SECTOR_LEN, backing_len, block_at,
     generation_page_at, tag_page_at,
@@ -26,7 +26,7 @@ impl Sample {
     fn new() -> Sample {
         let volume = Volume::new();
         let data = pattern(SIZE, 1);
-        volume.create("f").write_at(&data, 0, WriteMode::default()).unwrap();
+        volume.create("f").write_at(&data, 0, Durability::default()).unwrap();
         Sample { volume, data }
     }
 
@@ -173,7 +173,7 @@ fn swapping_within_a_file_is_found() {
 fn swapping_between_files_is_found() {
     let sample = Sample::new();
     let other = pattern(SIZE, 9);
-    sample.volume.create("g").write_at(&other, 0, WriteMode::default()).unwrap();
+    sample.volume.create("g").write_at(&other, 0, Durability::default()).unwrap();
     sample.volume.store.checkpoint().unwrap();
     let foreign = std::fs::read(sample.volume.path("g")).unwrap();
     let own = std::fs::read(sample.volume.path("f")).unwrap();
@@ -244,8 +244,8 @@ fn one_damaged_header_serves_two_do_not() {
     sample.expect_bad(&[], "healed");
 }
 
-fn write(file: &File, offset: u64, data: &[u8]) -> FsResult<u64> {
-    file.write_at(data, offset, WriteMode::default())
+fn write(file: &File, offset: u64, data: &[u8]) -> FsResult<()> {
+    file.write_at(data, offset, Durability::default())
 }
 
 #[test]

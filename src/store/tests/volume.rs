@@ -8,7 +8,7 @@ use crate::crypto::secret::Secret;
 use crate::error::{FsError, Kind};
 use crate::key::gate::{Gate, Keyring};
 use crate::store::Store;
-use crate::store::file::WriteMode;
+use crate::store::file::Durability;
 use rustix::io::Errno;
 
 fn open(volume: &Volume) -> crate::Result<Arc<Store>> {
@@ -44,7 +44,7 @@ fn one_writer_at_a_time() {
 fn another_volume_key_opens_nothing_and_changes_nothing() {
     let mut volume = Volume::new();
     let file = volume.create("f");
-    file.write_at(b"content", 0, WriteMode::default()).unwrap();
+    file.write_at(b"content", 0, Durability::default()).unwrap();
     drop(file);
     let sessions = || std::fs::read(volume.root().join("sessions.a")).unwrap();
     let before = sessions();
@@ -60,7 +60,7 @@ fn one_damaged_copy_of_anything_serves() {
     let mut volume = Volume::new();
     let file = volume.create("f");
     let data = pattern(10_000, 5);
-    file.write_at(&data, 0, WriteMode::default()).unwrap();
+    file.write_at(&data, 0, Durability::default()).unwrap();
     drop(file);
     for (name, at) in
         [("volume", 70), ("volume", 4096 + 70), ("sessions.a", 70), ("sessions.b", 20)]
@@ -83,7 +83,7 @@ fn one_damaged_copy_of_anything_serves() {
 fn a_read_only_volume_is_not_written() {
     let volume = Volume::new();
     let file = volume.create("f");
-    file.write_at(&pattern(10_000, 5), 0, WriteMode::default()).unwrap();
+    file.write_at(&pattern(10_000, 5), 0, Durability::default()).unwrap();
     drop(file);
     let volume = volume.reopen_as(true);
     let listing = |name: &str| std::fs::read(volume.root().join(name)).unwrap();
@@ -91,7 +91,7 @@ fn a_read_only_volume_is_not_written() {
     let file = volume.open("f");
     assert!(read_all(&file) == pattern(10_000, 5));
     let refused = |done: Result<(), FsError>| matches!(done, Err(FsError::Os(Errno::ROFS)));
-    assert!(refused(file.write_at(b"x", 0, WriteMode::default()).map(|_| ())));
+    assert!(refused(file.write_at(b"x", 0, Durability::default()).map(|_| ())));
     assert!(refused(file.truncate(0)) && refused(file.allocate(0, 1, true)));
     assert!(refused(file.punch_hole(0, 1)) && refused(file.zero_range(0, 1, true)));
     assert_eq!(["sessions.a", "sessions.b", "log.hot", "log.bulk"].map(listing), before);
@@ -102,16 +102,16 @@ fn a_read_only_volume_is_not_written() {
 fn a_file_with_data_has_blocks() {
     let volume = Volume::new();
     let far = volume.create("far");
-    far.write_at(b"x", 1 << 40, WriteMode::default()).unwrap();
+    far.write_at(b"x", 1 << 40, Durability::default()).unwrap();
     assert!(far.blocks512().unwrap() > 0);
     let file = volume.create("again");
     assert_eq!(file.blocks512().unwrap(), 0);
     for len in [1 << 20, 8 << 10] {
-        file.write_at(&vec![1; len], 0, WriteMode::default()).unwrap();
+        file.write_at(&vec![1; len], 0, Durability::default()).unwrap();
         volume.store.checkpoint().unwrap();
         file.truncate(0).unwrap();
         assert_eq!(file.blocks512().unwrap(), 0);
-        file.write_at(&[2; 4096], 0, WriteMode::default()).unwrap();
+        file.write_at(&[2; 4096], 0, Durability::default()).unwrap();
         assert!(file.blocks512().unwrap() > 0);
         volume.store.checkpoint().unwrap();
         assert!(file.blocks512().unwrap() > 0);
@@ -126,7 +126,7 @@ fn pages_that_fill_a_gap_have_their_space_and_a_limit() {
     let mut most = 0;
     for step in 0..12_u64 {
         let before = blocks();
-        file.write_at(b"x", step << 40, WriteMode::default()).unwrap();
+        file.write_at(b"x", step << 40, Durability::default()).unwrap();
         most = most.max(blocks() - before);
     }
     // A TiB has some hundred regions.
@@ -135,7 +135,7 @@ fn pages_that_fill_a_gap_have_their_space_and_a_limit() {
     // Farther than ext4 goes.
     let (_, mounted) = in_memory();
     let file = mounted.create("far");
-    let write = |step: u64| file.write_at(b"x", step << 54, WriteMode::default());
+    let write = |step: u64| file.write_at(b"x", step << 54, Durability::default());
     (0..8).for_each(|step| assert!(write(step).is_ok(), "{step}"));
     assert!(matches!(write(8), Err(FsError::Os(Errno::FBIG))));
     write(0).unwrap();
@@ -150,7 +150,7 @@ fn sparse_files_take_the_space_of_their_data() {
     let volume = Volume::new();
     let file = volume.create("f");
     for tib in [0_u64, 1, 3, 9, 2, 14] {
-        file.write_at(b"here", tib << 40, WriteMode::default()).unwrap();
+        file.write_at(b"here", tib << 40, Durability::default()).unwrap();
     }
     file.truncate(15 << 40).unwrap();
     assert!(file.blocks512().unwrap() < 400, "{}", file.blocks512().unwrap());
@@ -171,7 +171,7 @@ fn sparse_files_take_the_space_of_their_data() {
     let too_large = file.truncate(u64::MAX);
     assert!(matches!(too_large, Err(FsError::Os(Errno::FBIG))));
     assert!(matches!(
-        file.write_at(b"x", u64::MAX, WriteMode::default()),
+        file.write_at(b"x", u64::MAX, Durability::default()),
         Err(FsError::Os(Errno::FBIG))
     ));
 }
@@ -184,7 +184,7 @@ fn allocated_and_punched_space_is_counted() {
     assert_eq!(file.size(), 1 << 20);
     let full = file.blocks512().unwrap();
     assert_eq!(full, 2048);
-    file.write_at(&pattern(1 << 20, 1), 0, WriteMode::default()).unwrap();
+    file.write_at(&pattern(1 << 20, 1), 0, Durability::default()).unwrap();
     assert_eq!(file.blocks512().unwrap(), full);
     file.punch_hole(0, 1 << 19).unwrap();
     assert!(file.blocks512().unwrap() <= full / 2 + 16);

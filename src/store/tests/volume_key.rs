@@ -9,7 +9,7 @@ use crate::backing::memory::{MemoryBacking, Options};
 use crate::crypto::secret::Secret;
 use crate::error::{Kind, Result};
 use crate::key::gate::{BootTime, Gate, Keyring};
-use crate::store::{Store, WriteMode};
+use crate::store::{Durability, Store};
 
 fn secret(byte: u8) -> Secret<32> {
     Secret::new_with(|key| key.fill(byte)).unwrap()
@@ -51,7 +51,7 @@ fn volume() -> Arc<MemoryBacking> {
         let unnamed = dir.create_unnamed().unwrap();
         let file = store.create_file(unnamed.clone()).unwrap();
         dir.link_file(&*unnamed, &name(i)).unwrap();
-        file.write_at(&pattern(20_000, i as u8), 0, WriteMode::default()).unwrap();
+        file.write_at(&pattern(20_000, i as u8), 0, Durability::default()).unwrap();
         file.sync(true).unwrap();
     }
     store.sync_all().unwrap();

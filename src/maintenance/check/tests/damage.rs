@@ -19,7 +19,7 @@ use crate::error::Kind;
 use crate::key::envelope::{Envelope, RetiringKey};
 use crate::key::gate::{BootTime, Gate, Keyring, Reason};
 use crate::maintenance::check::{Check, Finding, Options, Repair, Report};
-use crate::store::{Store, WriteMode};
+use crate::store::{Durability, Store};
 use crate::sys;
 
 #[test]
@@ -125,7 +125,7 @@ fn an_old_sector_that_was_put_back() {
     let name = volume.big.file_name().unwrap().to_str().unwrap().as_bytes().to_vec();
     let node = store.tree().lookup(&name).unwrap();
     let file = store.open_file(node.open(Access::ReadWrite).unwrap()).unwrap();
-    file.write_at(&[1; 100], 100, WriteMode::default()).unwrap();
+    file.write_at(&[1; 100], 100, Durability::default()).unwrap();
     drop(file);
     store.close().unwrap();
     drop(store);

@@ -11,7 +11,7 @@ use crate::backing::memory::{MemoryBacking, Options};
 use crate::crypto::aead::seals;
 use crate::crypto::nonce::Counter;
 use crate::store::tests::support::Mounted;
-use crate::store::{Session, WriteMode};
+use crate::store::{Durability, Session};
 
 /// Mounts a copy and writes to it, something else each time.
 fn write_to(backing: Arc<MemoryBacking>, seed: u8) -> Mounted {
@@ -24,7 +24,7 @@ fn write(mounted: &Mounted, seed: u8) {
     let file = mounted.try_open("f").map_or_else(|| mounted.create("f"), Result::unwrap);
     let before = seals::count();
     for (offset, len) in [(0, 9000), (0, 512), (20_000, 140_000)] {
-        file.write_at(&pattern(len, seed), offset, WriteMode::default()).unwrap();
+        file.write_at(&pattern(len, seed), offset, Durability::default()).unwrap();
     }
     assert!(seals::count() > before + 30);
 }
