@@ -193,6 +193,35 @@ fn revalidations_leave_the_log_whole() {
     checked("sessions", &ops, 6);
 }
 
+/// As much as the log holds, more than once.
+#[test]
+fn both_streams_go_round() {
+    const LAPS: u8 = 6;
+    let mut ops = vec![write(0, 1_000_000, 1), other(write(0, 900_000, 2)), Op::Sync, Op::SyncAll];
+    ops.push(Op::Checkpoint);
+    let mut last = 0;
+    for lap in 0..LAPS {
+        last = ops.len();
+        // Both streams have what follows from the other.
+        ops.extend((0..10).map(|i| flushed(i * 70_000, 65_536, lap * 16 + i as u8)));
+        ops.push(write(100_000, 800_000, lap * 16 + 11));
+        ops.extend([flushed(150_000, 700, lap * 16 + 12), other(write(50_000, 70_000, lap))]);
+        ops.push(if lap % 2 == 0 { Op::Checkpoint } else { Op::Truncate(950_000) });
+        ops.push(other(Op::Sync));
+        if lap % 2 == 1 {
+            ops.extend([write(900_000, 100_000, lap * 16 + 13), Op::Checkpoint]);
+        }
+    }
+    let run = run(&ops).after(last);
+    for log in ["log.hot", "log.bulk"] {
+        let begin = format!("write inode {} at 8192,", run.ino(log));
+        let laps = run.trace.find(|line| line.contains(&begin)).len();
+        assert!(laps > 1, "{log} was begun {laps} times");
+    }
+    let effort = Effort { deep: 1, checked: 20, ..Effort::of(1, 1) };
+    run.check(&effort).unwrap_or_else(|error| panic!("{error}"));
+}
+
 fn random_op(random: &mut Random, size: u64) -> Op {
     let offset = match random.below(4) {
         0 => size,
