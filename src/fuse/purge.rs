@@ -74,10 +74,12 @@ impl Purge {
             let len = writer.len();
             match self.send(NOTIFY_PRUNE, &body[..len]) {
                 Ok(()) | Err(Errno::NOENT | Errno::NODEV | Errno::NOTCONN) => {}
-                Err(error) => {
+                Err(error @ (Errno::INVAL | Errno::NOSYS)) => {
                     log::info!("the kernel cannot be asked to forget nodes: {error}");
                     return false;
                 }
+                // Asked again in a while.
+                Err(error) => log::warn!("the kernel was not asked to forget nodes: {error}"),
             }
         }
         true
