@@ -18,6 +18,7 @@ const MAGIC: &[u8; 8] = b"BYOKFILE";
 const DOMAIN: &[u8; 16] = b"byokfs header 1\0";
 pub(super) const DEK_SLOTS: usize = 4;
 const MAX_RUNS: usize = 8;
+const FIRST_GENERATION: u64 = 1;
 
 const RUNS_AT: usize = 80;
 const MAC_KEY_AT: usize = 144;
@@ -80,7 +81,7 @@ impl Header {
     ) -> Header {
         Header {
             file_id,
-            generation: 1,
+            generation: FIRST_GENERATION,
             volume_key_id,
             size: 0,
             active_dek: dek.id,
@@ -88,6 +89,11 @@ impl Header {
             wrapped_mac_key,
             runs: Vec::new(),
         }
+    }
+
+    /// It was written as the file was made, and not since.
+    pub(super) fn is_first(&self) -> bool {
+        self.generation == FIRST_GENERATION
     }
 
     /// Whether the region has a generation page; without one, all of it is holes.

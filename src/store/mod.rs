@@ -35,7 +35,7 @@ mod volume_key;
 
 use std::collections::HashSet;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
@@ -150,6 +150,10 @@ struct Shared {
     unborn: OnceLock<HashSet<NodeId>>,
     registry: Registry,
     retired: Retired,
+    /// The daemon before this one did not come to its end. Of a header that was written as its file was
+    /// made, and not since, it may know that the kernel could not write it, which shows it still: nothing
+    /// may rest on it before it is written again.
+    after_crash: AtomicBool,
     cache_ids: AtomicU64,
 }
 
@@ -364,6 +368,7 @@ impl Store {
             unborn: OnceLock::new(),
             registry: Registry::default(),
             retired: Retired::default(),
+            after_crash: AtomicBool::new(false),
             cache_ids: AtomicU64::new(0),
         });
         let wipe: Arc<dyn Wipe> = shared.clone();
@@ -532,6 +537,7 @@ impl Store {
             let shown = || format!("cannot flush {}", self.backing.display_path());
             self.backing.sync_fs().context(shown)?;
             found.make_durable()?;
+            self.shared.after_crash.store(!found.clean, Ordering::Release);
         }
         self.replay(found)
     }
@@ -773,7 +779,14 @@ impl Store {
         let node = file.metadata()?.id;
         self.shared.registry.get_or_insert(node, || {
             let header = self.shared.read_header(&file)?;
-            let newborn = self.shared.newborn.number(node);
+            let mut newborn = self.shared.newborn.number(node);
+            if newborn.is_none()
+                && header.is_first()
+                && self.shared.after_crash.load(Ordering::Acquire)
+            {
+                file::write_header(&self.shared, &file, &header)?;
+                newborn = Some(self.shared.newborn.add(node));
+            }
             Ok(File::new(self.shared.clone(), file.clone(), node, header, newborn))
         })
     }

@@ -96,6 +96,33 @@ fn what_the_kernel_shows_and_the_disk_does_not_have_is_written_again() {
     }
 }
 
+/// The same of a new file, of which the log has nothing: what is acknowledged of it rests on its header.
+#[test]
+fn a_header_that_the_disk_does_not_have_is_written_again() {
+    let (backing, mounted) = in_memory();
+    let start = backing.position();
+    let file = mounted.create("f");
+    let end = backing.position();
+    mounted.store.sync_all().unwrap();
+    drop((file, mounted));
+    let mounted = mount(backing.clone()).unwrap();
+    let file = mounted.open("f");
+    let data = pattern(3000, 1);
+    write(&file, 0, &data);
+    file.sync(true).unwrap();
+    let trace = backing.trace();
+    let writes = trace.find(|line| line.contains("write inode"));
+    let lost: Vec<_> = writes.into_iter().filter(|at| (start..end).contains(at)).collect();
+    assert!(!lost.is_empty());
+    for lost in lost {
+        let trace = trace.without(lost);
+        for crash in trace.crashes(trace.len(), &Options { budget: 3, ..Options::default() }) {
+            let mounted = mount(trace.materialise(&crash)).unwrap();
+            assert!(mounted.content("f") == Some(Ok(data.clone())), "{crash:?}");
+        }
+    }
+}
+
 #[test]
 fn what_could_not_be_brought_home_can_be_brought_again() {
     let (backing, mounted) = in_memory();
