@@ -209,7 +209,7 @@ impl Pool {
                 // Nobody can tell which copy is the good one.
                 finding.repair = None;
             }
-            if code.remedy() == Remedy::Quarantine {
+            if code.remedy() == Remedy::Quarantine && job.repair.does(Remedy::Quarantine) {
                 // Each name of it.
                 for (dir, place) in &work.names {
                     let of_name = Finding {
@@ -218,9 +218,7 @@ impl Pool {
                         also: Vec::new(),
                         ..finding.clone()
                     };
-                    if !job.judge(of_name, dir, place.name())? {
-                        break;
-                    }
+                    job.judge(of_name, dir, place.name())?;
                 }
             } else {
                 job.found.tell(finding, repaired)?;

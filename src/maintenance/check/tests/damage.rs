@@ -429,6 +429,14 @@ fn hard_links_are_one_file() {
     names.extend(checked.findings[0].also.clone());
     names.sort_unstable();
     assert_eq!(names, ["/big", "/second"]);
+    // And of one of which nothing can be read.
+    [30, PAGE + 30].iter().for_each(|&at| flip(&volume.big, at));
+    let checked = volume.check();
+    assert_eq!(checked.codes(), ["header"]);
+    let mut names = vec![checked.findings[0].path.clone().unwrap()];
+    names.extend(checked.findings[0].also.clone());
+    names.sort_unstable();
+    assert_eq!(names, ["/big", "/second"]);
 }
 
 #[test]
