@@ -8,7 +8,8 @@ use super::place::Place;
 use super::pool::{Pool, Work};
 use super::{Code, Finding, Job, unreadable};
 use crate::backing::{FileKind, Metadata, NodeId, NodeRef};
-use crate::error::{FsError, Result};
+use crate::error::{FsError, FsResult, Result};
+use crate::store::lost::DIRECTORY;
 use crate::store::verify::What;
 use crate::vfs::verify::{EntryName, Names};
 
@@ -221,7 +222,47 @@ impl Walk<'_, '_> {
         Ok(())
     }
 
-    fn targets_of_links(&self) -> Result<()> {
+    /// What links in `lost/` refer to: put back, they must find it.
+    fn targets_of_moved_links(&mut self) -> Result<()> {
+        let check = self.job.found.check;
+        let mut pending = vec![(check.backing.root(), DIRECTORY.to_vec())];
+        while let Some((above, name)) = pending.pop() {
+            let dir = match above.lookup(&name) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                dir => dir,
+            };
+            let looked = dir.map_err(FsError::from);
+            let looked = looked.and_then(|dir| self.moved_links(&dir, &mut pending));
+            if let Err(error) = looked {
+                self.complete = false;
+                let path = format!("{}/lost", check.backing.display_path());
+                self.job.found.tell(Finding::new(READ, path, unreadable(error)?), None)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn moved_links(
+        &mut self,
+        dir: &NodeRef,
+        pending: &mut Vec<(NodeRef, Vec<u8>)>,
+    ) -> FsResult<()> {
+        let mut entries = dir.read_dir()?;
+        while let Some(entry) = entries.next_entry()? {
+            let node = dir.lookup(&entry.name)?;
+            match node.metadata()?.kind {
+                FileKind::Directory => pending.push((dir.clone(), entry.name)),
+                FileKind::Symlink => {
+                    self.targets.extend(self.job.names.link(&node)?.target_file);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn targets_of_links(&mut self) -> Result<()> {
+        self.targets_of_moved_links()?;
         let path = format!("{}/links", self.job.found.check.backing.display_path());
         let listed = self.job.names.target_files();
         let (dir, mut entries) = match listed {

@@ -106,6 +106,14 @@ fn what_nobody_can_reach_is_moved_and_noted() {
     let whole = lost(&volume).iter().any(|path| path.join(inner).is_file());
     assert!(whole, "a directory goes with what is in it");
 
+    let with_link = |v: &Volume| {
+        let name = v.long_link.file_name().unwrap();
+        fs::rename(&v.long_link, v.directory.join(name)).unwrap();
+        foreign(v);
+    };
+    let volume = repairs(with_link, &["name"], &["lost"]);
+    assert!(volume.target.exists(), "put back, the link is as it was");
+
     repairs(|v| fs::remove_file(&v.side).unwrap(), &["long-name"], &["lost"]);
     let volume = repairs(|v| flip(&v.side, 3), &["long-name", "side-file"], &["lost"]);
     assert_eq!(lost(&volume).len(), 3);
