@@ -153,7 +153,13 @@ impl Volume {
                     restore = true;
                     sink(flaw(What::HeaderCopy, "is damaged"));
                 }
-                (Ok(this), Ok(other)) if this.generation < other.generation => {
+                // Which is the file's own, no generation tells, and it has the only keys.
+                (Ok(this), Ok(other)) if copy == 1 && this.file_id != other.file_id => {
+                    sink(flaw(What::HeaderCopy, "is of another file than copy A"));
+                }
+                (Ok(this), Ok(other))
+                    if this.file_id == other.file_id && this.generation < other.generation =>
+                {
                     restore = true;
                     sink(flaw(What::HeaderCopyOlder, "is older"));
                 }

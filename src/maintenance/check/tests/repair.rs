@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use serde_json::Value;
 
+use super::forge;
 use super::support::{
-    KEY, PAGE, SIZE, Volume, block, check_backing, flip, keyring, open, open_gate, pattern,
-    write_at,
+    KEY, PAGE, SIZE, Volume, block, check_backing, flip, get, keyring, open, open_gate, pattern,
+    put, write_at,
 };
 use crate::backing::fault::{Call, FaultBacking, Rule};
 use crate::maintenance::check::Repair;
@@ -64,6 +65,23 @@ fn copies_are_restored() {
     for name in ["sessions.a", "sessions.b"] {
         repairs(|v| flip(&v.path(name), 70), &["sessions-copy"], &[]);
         repairs(|v| fs::remove_file(v.path(name)).unwrap(), &["sessions-copy"], &[]);
+    }
+}
+
+/// The copy of another file may be the newer one; the file's own holds the only keys of its content.
+#[test]
+fn a_header_of_another_file_is_not_written_over_the_own_one() {
+    for copy in [0, PAGE] {
+        let volume = Volume::new();
+        let own = get(&volume.big, PAGE - copy, PAGE as usize);
+        let record = forge::header(&volume, &volume.small, |header| header[48] += 1);
+        put(&volume.big, copy, &record);
+        let before = volume.check();
+        let told = before.findings.iter().find(|one| one.code.name() == "header-copy").unwrap();
+        assert!(told.detail.contains("another file"), "{}", told.detail);
+        assert_eq!((told.path.as_deref(), told.repair), (Some("/big"), None));
+        volume.repair(Repair::All);
+        assert!(get(&volume.big, PAGE - copy, PAGE as usize) == own);
     }
 }
 
