@@ -16,8 +16,8 @@ use serde_json::{Map, Value};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::append_to;
 use super::writer::Lines;
+use super::{append_to, ends_within_a_line};
 use crate::error::{Context, IntegrityFailure, Result};
 use crate::sync::Mutex;
 
@@ -174,7 +174,7 @@ pub fn install(path: &Path, context: &[(&'static str, String)]) -> Result<()> {
         append_to(path).context(|| format!("cannot open the audit log {}", path.display()))?;
     let name = path.display().to_string();
     let complaint = move |what: &str| ::log::error!("cannot write the audit log {name}: {what}");
-    let lines = Lines::start("audit-log", file, Box::new(complaint))?;
+    let lines = Lines::start("audit-log", file, ends_within_a_line(path), Box::new(complaint))?;
     let context =
         context.iter().map(|(key, value)| ((*key).to_owned(), value.clone().into())).collect();
     *TRAIL.lock() = Some(Trail { lines, context });

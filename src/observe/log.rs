@@ -10,8 +10,8 @@ use std::path::Path;
 use env_logger::fmt::Formatter;
 use log::{Level, LevelFilter, Record};
 
-use super::append_to;
-use super::writer::Lines;
+use super::writer::{Lines, Torn};
+use super::{append_to, ends_within_a_line};
 use crate::error::{Context, Error, Kind, Result};
 
 /// Where the log goes.
@@ -29,21 +29,24 @@ pub fn install(target: Target<'_>, level: LevelFilter) -> Result<()> {
     builder.filter_level(level.min(LevelFilter::Warn));
     builder.filter_module("byokfs", level).filter_module("audit", level.min(LevelFilter::Info));
     // A log that cannot be written has nobody to tell.
-    let start = |target: Box<dyn Write + Send>| Lines::start("log", target, Box::new(|_| ()));
+    let start = |target: Box<dyn Write + Send>, found_torn: Torn| {
+        Lines::start("log", target, found_torn, Box::new(|_| ()))
+    };
+    let by_nobody = || Box::new(|| false);
     let lines = match target {
         Target::Stderr if journal_reads_stderr() => {
             builder.format(journal_line);
-            start(Box::new(io::stderr()))?
+            start(Box::new(io::stderr()), by_nobody())?
         }
         Target::Stderr => {
             builder.format(plain_line);
-            start(Box::new(io::stderr()))?
+            start(Box::new(io::stderr()), by_nobody())?
         }
         Target::File(path) => {
             let file =
                 append_to(path).context(|| format!("cannot open the log {}", path.display()))?;
             builder.format(plain_line);
-            start(Box::new(file))?
+            start(Box::new(file), ends_within_a_line(path))?
         }
     };
     builder

@@ -20,6 +20,9 @@ const QUEUE: usize = 4096;
 /// Told of what went wrong, by the thread that writes.
 type Complaint = Box<dyn Fn(&str) + Send>;
 
+/// Whether what is written to ends within a line by now, whoever has left that there.
+pub(super) type Torn = Box<dyn Fn() -> bool + Send>;
+
 /// Clones write to the same file, in the order of their calls.
 #[derive(Clone)]
 pub(super) struct Lines(Arc<Shared>);
@@ -47,15 +50,17 @@ impl Lines {
     pub(super) fn start(
         name: &str,
         target: impl Write + Send + 'static,
+        found_torn: Torn,
         complaint: Complaint,
     ) -> Result<Lines> {
-        Lines::start_with(PATIENCE, name, target, complaint)
+        Lines::start_with(PATIENCE, name, target, found_torn, complaint)
     }
 
     fn start_with(
         patience: Duration,
         name: &str,
         target: impl Write + Send + 'static,
+        found_torn: Torn,
         complaint: Complaint,
     ) -> Result<Lines> {
         let (state, changed) = (Mutex::default(), Condvar::new());
@@ -63,7 +68,7 @@ impl Lines {
         let lines = Lines(Arc::clone(&shared));
         std::thread::Builder::new()
             .name(name.into())
-            .spawn(move || shared.run(target, &complaint))
+            .spawn(move || shared.run(target, &found_torn, &complaint))
             .context(|| format!("cannot start the thread {name}"))?;
         Ok(lines)
     }
@@ -87,7 +92,7 @@ impl Lines {
 }
 
 impl Shared {
-    fn run(&self, mut target: impl Write, complaint: &Complaint) {
+    fn run(&self, mut target: impl Write, found_torn: &Torn, complaint: &Complaint) {
         let mut torn = false;
         loop {
             let (mut line, lost) = {
@@ -102,7 +107,7 @@ impl Shared {
                 complaint(&format!("{lost} lines were lost while it took none"));
             }
             // One write, so that lines of several processes never mix; a short one is a failure.
-            if torn {
+            if torn || found_torn() {
                 // What is there of an earlier line must not spoil this one.
                 line.insert(0, b'\n');
             }
@@ -167,11 +172,17 @@ mod tests {
         }
     }
 
+    fn by_nobody() -> Torn {
+        Box::new(|| false)
+    }
+
     fn started(patience: Duration) -> (Lines, Slow, Arc<Mutex<Vec<String>>>) {
         let (target, complaints) = (Slow::default(), Arc::new(Mutex::new(Vec::new())));
         let heard = Arc::clone(&complaints);
         let complaint = Box::new(move |what: &str| heard.lock().push(what.to_owned()));
-        let lines = Lines::start_with(patience, "test-lines", target.clone(), complaint).unwrap();
+        let lines =
+            Lines::start_with(patience, "test-lines", target.clone(), by_nobody(), complaint);
+        let lines = lines.unwrap();
         (lines, target, complaints)
     }
 
@@ -214,8 +225,14 @@ mod tests {
         let target = Full::default();
         *target.room.lock() = 15;
         let patience = Duration::from_secs(600);
-        let lines =
-            Lines::start_with(patience, "test-lines", target.clone(), Box::new(|_| ())).unwrap();
+        let lines = Lines::start_with(
+            patience,
+            "test-lines",
+            target.clone(),
+            by_nobody(),
+            Box::new(|_| ()),
+        )
+        .unwrap();
         for line in ["first...\n", "second...\n", "third...\n"] {
             lines.put(line.into());
         }
