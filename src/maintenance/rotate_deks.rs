@@ -75,7 +75,12 @@ impl Job {
     }
 
     fn from_json(json: &[u8]) -> Result<Job> {
-        let bad = |why: &str| Error::corrupt(format!("rotation.json: {why}"));
+        let bad = |why: &str| {
+            Error::corrupt(format!(
+                "rotation.json, the list of an unfinished rotation, is damaged ({why}): remove it \
+                 from the backing directory, and begin another one with `byokfs rotate dek`"
+            ))
+        };
         let document: Document =
             serde_json::from_slice(json).map_err(|error| bad(&error.to_string()))?;
         let Document { format, before, files, rate, paused } = document;
