@@ -298,6 +298,16 @@ impl Config {
         Ok(Config { key, service, ..self.clone() })
     }
 
+    /// For a mount. Other verbs do without: a mount option may have named the server.
+    pub fn expect_server_of_fence(&self) -> Result<()> {
+        let Fence { enabled, socket, pid_file, .. } = &self.fence;
+        if *enabled && socket.is_none() && pid_file.is_none() {
+            let message = "fence.enabled needs fence.socket or fence.pid_file to know the server";
+            return Err(Error::new(Kind::Config, message));
+        }
+        Ok(())
+    }
+
     /// Time that a cut-off may take until the gate is shut: the fence's, or what dirty mappings
     /// need where there is no fence, and a little for threads to be woken.
     pub fn cut_off_lead(&self) -> Duration {

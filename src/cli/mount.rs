@@ -17,6 +17,7 @@ pub(super) fn run(request: MountRequest) -> Result<()> {
     }
     let overrides: Vec<Override> = options.overrides.into_iter().map(Override::from).collect();
     let config = Config::load(options.config.as_deref(), &overrides)?;
+    config.expect_server_of_fence()?;
     let plan = Plan {
         back: resolve("the backing directory", &request.back)?,
         mnt: resolve("the mount point", &request.mnt)?,

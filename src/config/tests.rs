@@ -119,7 +119,6 @@ fn contradictions_are_refused() {
         ("[watcher]\ninterval = \"10m\"", "is too short"),
         ("[watcher]\ninterval = \"0s\"", "watcher.interval is 0s"),
         ("[watcher]\nconfirm_after = \"2m\"", "watcher.confirm_after"),
-        ("[fence]\nenabled = true", "needs fence.socket or fence.pid_file"),
         ("[fence]\ntimeout = \"10ms\"", "fence.timeout is 10ms"),
         ("[run]\ndir = \"run\"", "run.dir \"run\" is not an absolute path"),
         ("[key]\nidentity_endpoint = \"ftp://x/\"", "not an http(s) URL"),
@@ -147,6 +146,19 @@ fn a_fence_that_is_told_of_its_server_is_on() {
     assert!(enabled("pid_file = \"/p\""));
     assert!(!enabled("socket = \"/s\"\nenabled = false"));
     assert!(!enabled("socket = \"\"\noption_file = \"/o\""));
+}
+
+/// Who asks after a mount has the file, and not the mount's options.
+#[test]
+fn a_fence_whose_server_a_mount_option_names_is_refused_to_mounts_alone() {
+    let text = "[fence]\nenabled = true\n";
+    let server = |flags: &[Override]| {
+        Config::parse(text, Path::new("t.toml"), flags).unwrap().expect_server_of_fence()
+    };
+    let message = server(&[]).unwrap_err().to_string();
+    assert!(message.contains("needs fence.socket or fence.pid_file"), "{message}");
+    server(&[over("fence", "socket", "/run/m.sock")]).unwrap();
+    server(&[over("fence", "pid_file", "/run/m.pid")]).unwrap();
 }
 
 #[test]

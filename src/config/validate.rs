@@ -128,9 +128,6 @@ fn fence(config: &Config) -> Result<(), String> {
             text(MIN_FENCE)
         ));
     }
-    if fence.enabled && fence.socket.is_none() && fence.pid_file.is_none() {
-        return Err("fence.enabled needs fence.socket or fence.pid_file to know the server".into());
-    }
     Ok(())
 }
 

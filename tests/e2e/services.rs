@@ -232,3 +232,22 @@ fn a_revalidation_asks_as_whom_the_configuration_says_by_now() {
     probes(&sandbox, 5);
     assert_eq!((sandbox.state(), content(&sandbox)), ("Available".into(), "content".into()));
 }
+
+/// What is asked of a mount reads the configuration anew, without the options of the mount.
+#[test]
+fn a_fence_whose_server_a_mount_option_names_is_no_hindrance_afterwards() {
+    if !can_mount() {
+        return;
+    }
+    let mut sandbox = Sandbox::bare();
+    sandbox.init().ok();
+    sandbox.configure("[fence]\nenabled = true");
+    sandbox.try_mount().fails(CONFIG);
+    let socket = sandbox.path("mysqld.sock");
+    sandbox.try_mount_with(&["--fence-socket", path(&socket)]).ok();
+    assert_eq!(sandbox.state(), "Available");
+    sandbox.revoke();
+    sandbox.recover();
+    sandbox.byokfs(&["check-key", path(&sandbox.mnt())]).ok();
+    sandbox.umount();
+}

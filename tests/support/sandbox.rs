@@ -154,7 +154,13 @@ impl Sandbox {
     /// For a mount that may fail. It answers as the verb did.
     #[track_caller]
     pub fn try_mount(&mut self) -> Answer {
-        let answer = self.byokfs(&["mount", path(&self.back()), path(&self.mnt())]);
+        self.try_mount_with(&[])
+    }
+
+    #[track_caller]
+    pub fn try_mount_with(&mut self, more: &[&str]) -> Answer {
+        let (back, mnt) = (self.back(), self.mnt());
+        let answer = self.byokfs(&[&["mount", path(&back), path(&mnt)], more].concat());
         if answer.code == Some(0) {
             let daemon = self.daemon();
             self.daemons.push(daemon);
