@@ -260,21 +260,26 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
 
 /// The volume's pin; a volume without one is refused.
 pub fn read(config_dir: &Path, uuid: &[u8; 16]) -> Result<Pin> {
+    find(config_dir, uuid)?.ok_or_else(|| {
+        Error::new(
+            Kind::Denied,
+            format!(
+                "this host has no pin for volume {}: copy {} from the host that made the volume, \
+                 by a way you trust, to {}",
+                hex::uuid(uuid),
+                Path::new(DIR).join(format!("{}.toml", hex::uuid(uuid))).display(),
+                path(config_dir, uuid).display()
+            ),
+        )
+    })
+}
+
+/// The volume's pin, if this host has one.
+pub fn find(config_dir: &Path, uuid: &[u8; 16]) -> Result<Option<Pin>> {
     let path = path(config_dir, uuid);
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(Error::new(
-                Kind::Denied,
-                format!(
-                    "this host has no pin for volume {}: copy {} from the host that made the \
-                     volume, by a way you trust, to {}",
-                    hex::uuid(uuid),
-                    Path::new(DIR).join(format!("{}.toml", hex::uuid(uuid))).display(),
-                    path.display()
-                ),
-            ));
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io(format!("cannot read {}", path.display()), error)),
     };
     let wrong = || Error::new(Kind::Config, format!("{} is not a volume's pin", path.display()));
@@ -282,13 +287,13 @@ pub fn read(config_dir: &Path, uuid: &[u8; 16]) -> Result<Pin> {
     let digest = |text: &str| -> Result<[u8; 32]> {
         hex::decode(text).ok_or_else(wrong)?.try_into().map_err(|_| wrong())
     };
-    Ok(Pin {
+    Ok(Some(Pin {
         fingerprint: digest(&entry.fingerprint)?,
         fingerprint_next: entry.fingerprint_next.as_deref().map(digest).transpose()?,
         requirements: entry.requirements,
         places: entry.place,
         escrow: entry.escrow,
-    })
+    }))
 }
 
 /// Takes back a pin that was made for a volume that then failed to be made.

@@ -1,11 +1,15 @@
 //! `byokfs check-key`: the table for keys that meet the requirements and for keys that do not.
 
+use std::fs;
+
 use serde_json::Value;
 
+use crate::support::can_mount;
+use crate::support::process::{Answer, run};
 use crate::support::sandbox::{IDENTITY, KEY, Sandbox, path};
-use crate::support::{can_mount, process::Answer};
 
 const USAGE: i32 = 2;
+const CONFIG: i32 = 3;
 const DENIED: i32 = 7;
 const UNREACHABLE: i32 = 8;
 
@@ -132,6 +136,8 @@ fn a_volume_is_checked_by_its_name() {
         let json = table(&check(&sandbox, &[path(&name), "--json"]));
         assert_eq!(row(&json, "the volume's envelope").0, "Ok");
         assert_eq!(sandbox.needed_keys(&name).len(), 1);
+        let answer = sandbox.byokfs(&["info", "--keys", path(&name)]);
+        assert_eq!(answer.err, "", "nothing to warn of");
         sandbox.byokfs(&["info", path(&name)]).ok();
     }
     let (mnt, other) = (sandbox.mnt(), sandbox.kek());
@@ -143,6 +149,42 @@ fn a_volume_is_checked_by_its_name() {
     let answer = sandbox.byokfs(&["revalidate", path(&sandbox.mnt())]);
     assert!(answer.err.contains("warning: expiry: 2090-01-01T00:00:00Z"), "{answer}");
     answer.ok();
+}
+
+/// Each key here is as it should be; whether it is this volume's, the pin knows.
+#[test]
+fn a_volume_is_checked_for_what_this_host_knows_of_it() {
+    if !can_mount() {
+        return;
+    }
+    let sandbox = Sandbox::bare();
+    sandbox.init().ok();
+    let (back, copy) = (sandbox.back(), sandbox.path("copy"));
+    let old = fs::read(back.join("envelope.json")).unwrap();
+    let place = "the volume's place";
+    let answer = check(&sandbox, &[path(&back), "--json"]).ok();
+    assert!(!answer.contains(place), "{answer}");
+
+    run("cp", &["-a", path(&back), path(&copy)]);
+    let answer = check(&sandbox, &[path(&copy), "--json"]);
+    assert_eq!(row(&table(&answer), place), ("Warn".into(), Some("NotConfirmed".into())));
+    answer.ok();
+    check(&sandbox, &[path(&copy), "--strict"]).fails(DENIED);
+
+    sandbox.create_key("second", &["--kty", "RSA", "--size", "2048"]);
+    sandbox.byokfs(&["rotate", "kek", path(&back), "--to", &sandbox.key_url("second")]).ok();
+    check(&sandbox, &[path(&back)]).ok();
+    fs::write(back.join("envelope.json"), old).unwrap();
+    let answer = check(&sandbox, &[path(&back), "--json"]);
+    assert_eq!(row(&table(&answer), place), ("Fail".into(), Some("NotConfirmed".into())));
+    answer.fails(DENIED);
+
+    let pin = fs::read_dir(sandbox.path("config/volumes.d")).unwrap().next().unwrap().unwrap();
+    fs::write(pin.path(), "nonsense").unwrap();
+    let message = check(&sandbox, &[path(&back)]).fails(CONFIG);
+    assert!(message.contains("is not a volume's pin"), "{message}");
+    fs::remove_file(pin.path()).unwrap();
+    check(&sandbox, &[path(&back)]).ok();
 }
 
 #[test]
