@@ -311,12 +311,15 @@ pub struct InfoArgs {
     /// The backing directory, or the mount point
     #[arg(value_name = "BACK|MNT")]
     pub back: PathBuf,
-    /// The key versions that the volume and its copies need
+    /// The key versions that the volume and its copies need; warns where this host knows another
+    /// envelope of the volume, or none
     #[arg(long)]
     pub keys: bool,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub config: ConfigArg,
 }
 
 #[derive(Debug, Args)]

@@ -1,15 +1,19 @@
 //! `byokfs info`: what a volume says about itself, without its key and whether or not it is mounted.
 
+use std::path::Path;
+
 use serde_json::{Value, json};
 
 use crate::backing::Backing;
 use crate::backing::NodeRef;
 use crate::backing::linux::LinuxBacking;
-use crate::daemon::rotation::{self, Role};
+use crate::config::Config;
+use crate::daemon::rotation::{self, Role, Site};
+use crate::daemon::volume::expect_own_envelope;
 use crate::daemon::{hex, mountinfo};
 use crate::error::Result;
 use crate::key::envelope::Envelope;
-use crate::store::{FEATURE_PLAINTEXT_NAMES, Store};
+use crate::store::{FEATURE_PLAINTEXT_NAMES, Store, VolumeInfo};
 
 use super::args::InfoArgs;
 use super::escrow::backing_directory;
@@ -20,9 +24,12 @@ pub(super) fn run(args: InfoArgs) -> Result<()> {
     let backing = LinuxBacking::open(&back)?;
     let info = Store::inspect(&*backing)?;
     if args.keys {
-        return keys(&backing.root(), args.json);
+        return keys(&backing.root(), &info, &back, &args);
     }
     let envelope = Envelope::load(&backing.root())?;
+    if let Err(error) = expect_own_envelope(&envelope, &info) {
+        output::warning(&error.to_string());
+    }
     let mounted = mountinfo::find(&back)?.filter(|mount| mount.source == back);
     let value = json!({
         "volume": hex::uuid(&info.uuid),
@@ -49,9 +56,18 @@ pub(super) fn run(args: InfoArgs) -> Result<()> {
 }
 
 /// What a key officer must not destroy, and until when.
-fn keys(dir: &NodeRef, json: bool) -> Result<()> {
-    let keys = rotation::needed(dir)?;
-    if json {
+fn keys(dir: &NodeRef, info: &VolumeInfo, back: &Path, args: &InfoArgs) -> Result<()> {
+    let keys = rotation::needed(dir, info)?;
+    // The list is as good as the envelope that it is in.
+    let known = Config::load(args.config.config.as_deref(), &[]).and_then(|config| {
+        let config_dir = &config.dir.0;
+        let site = Site { dir, back, info, config: &config, config_dir };
+        rotation::expect_confirmed(&site, &Envelope::load(dir)?)
+    });
+    if let Err(error) = known {
+        output::warning(&format!("this list may be another's, or an older one: {error}"));
+    }
+    if args.json {
         return output::json(&keys.iter().map(rotation::NeededKey::json).collect::<Vec<_>>());
     }
     let line = |key: &rotation::NeededKey| {

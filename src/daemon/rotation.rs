@@ -192,6 +192,15 @@ pub fn unconfirmed(standing: &Standing, envelope: &Envelope) -> Error {
     Error::new(Kind::Denied, message)
 }
 
+/// Refuses an envelope that is not the one that this host knows at its place.
+pub fn expect_confirmed(site: &Site<'_>, envelope: &Envelope) -> Result<()> {
+    let pin = pins::read(site.config_dir, &site.info.uuid)?;
+    match pin.standing(site.back, &envelope.kid) {
+        Standing::Confirmed => Ok(()),
+        standing => Err(unconfirmed(&standing, envelope)),
+    }
+}
+
 /// One key version that this volume, or a copy of it, needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NeededKey {
@@ -230,9 +239,11 @@ impl NeededKey {
 }
 
 /// Every key version that is still needed, the current one first, then from new to old.
-pub fn needed(dir: &NodeRef) -> Result<Vec<NeededKey>> {
+pub fn needed(dir: &NodeRef, info: &VolumeInfo) -> Result<Vec<NeededKey>> {
     let envelope = Envelope::load(dir)?;
-    let previous = Envelope::load_previous(dir)?;
+    volume::expect_own_envelope(&envelope, info)?;
+    // What another volume is opened with this one does not need.
+    let previous = Envelope::load_previous(dir)?.filter(|previous| previous.volume == info.uuid);
     let mut keys = vec![NeededKey {
         kid: envelope.kid.clone(),
         role: Role::Current,
@@ -267,7 +278,10 @@ pub fn needed(dir: &NodeRef) -> Result<Vec<NeededKey>> {
 /// Takes a key version off the list; `no_copies` is the operator's word that no copy of the volume
 /// needs it. What the volume itself needs is never forgotten.
 pub fn forget(site: &Site<'_>, kid: &str, no_copies: bool) -> Result<()> {
-    let keys = needed(site.dir)?;
+    let keys = needed(site.dir, site.info)?;
+    let mut envelope = Envelope::load(site.dir)?;
+    // Of an envelope of old that was put back here it would be the key in use that is forgotten.
+    expect_confirmed(site, &envelope)?;
     let refused =
         |why: String| Err(Error::new(Kind::Busy, format!("{kid} is still needed: {why}")));
     let of_kid: Vec<&NeededKey> = keys.iter().filter(|key| key.kid == kid).collect();
@@ -302,7 +316,6 @@ pub fn forget(site: &Site<'_>, kid: &str, no_copies: bool) -> Result<()> {
             times.join(" and ")
         ));
     }
-    let mut envelope = Envelope::load(site.dir)?;
     envelope.earlier.retain(|earlier| earlier.kid != kid);
     envelope.save_in_place(site.dir)?;
     emit(Event::new(Name::KeyForgotten).with("kek", kid));
@@ -338,6 +351,21 @@ mod tests {
         }
     }
 
+    const INFO: VolumeInfo =
+        VolumeInfo { uuid: [1; 16], format: 0, features: 0, created: 0, damaged_copy: false };
+
+    fn pin(config_dir: &Path, back: &Path, kid: &str) {
+        let pin = Pin {
+            fingerprint: [1; 32],
+            fingerprint_next: None,
+            requirements: true,
+            places: Some(Vec::new()),
+            escrow: None,
+        };
+        pins::create(config_dir, &INFO.uuid, &pin).unwrap();
+        pins::confirm(config_dir, &INFO.uuid, back, kid, None).unwrap();
+    }
+
     #[test]
     fn only_what_copies_alone_need_can_be_forgotten() {
         let dir = tempfile::tempdir().unwrap();
@@ -346,18 +374,17 @@ mod tests {
         envelope("k/2", &["k/1"]).save(&root).unwrap();
         envelope("k/3", &["k/0", "k/1", "k/2"]).save(&root).unwrap();
         let roles = || -> Vec<_> {
-            needed(&root).unwrap().into_iter().map(|key| (key.kid, key.role)).collect()
+            needed(&root, &INFO).unwrap().into_iter().map(|key| (key.kid, key.role)).collect()
         };
         let of = |kid: &str, role| (kid.to_owned(), role);
         let (current, previous) = (of("k/3", Role::Current), of("k/2", Role::Previous));
         let copies = [of("k/1", Role::Copies), of("k/0", Role::Copies)];
         assert_eq!(roles(), [&[current.clone(), previous.clone()][..], &copies].concat());
 
-        let info =
-            VolumeInfo { uuid: [1; 16], format: 0, features: 0, created: 0, damaged_copy: false };
         let config = Config::default();
         let (dir, back) = (&root, dir.path());
-        let site = Site { dir, back, info: &info, config: &config, config_dir: back };
+        pin(back, back, "k/3");
+        let site = Site { dir, back, info: &INFO, config: &config, config_dir: back };
         for kid in ["k/3", "k/2"] {
             assert_eq!(forget(&site, kid, true).unwrap_err().kind, Kind::Busy, "{kid}");
         }
@@ -365,5 +392,34 @@ mod tests {
         assert_eq!(forget(&site, "k/9", true).unwrap_err().kind, Kind::Usage);
         forget(&site, "k/1", true).unwrap();
         assert_eq!(roles(), [current, previous, of("k/0", Role::Copies)]);
+    }
+
+    #[test]
+    fn nothing_is_forgotten_of_an_envelope_that_is_not_the_known_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = LinuxBacking::open(dir.path()).unwrap().root();
+        let config = Config::default();
+        let back = dir.path();
+        let site = Site { dir: &root, back, info: &INFO, config: &config, config_dir: back };
+        let refused = |kind, why: &str| {
+            let before = Envelope::load(&root).unwrap();
+            let error = forget(&site, "k/1", true).unwrap_err();
+            assert_eq!(error.kind, kind, "{error}");
+            assert!(error.to_string().contains(why), "{error}");
+            assert_eq!(Envelope::load(&root).unwrap(), before);
+        };
+        envelope("k/2", &["k/1"]).save(&root).unwrap();
+        refused(Kind::Denied, "no pin");
+        pin(back, back, "k/3");
+        refused(Kind::Denied, "replaced the envelope");
+        pins::confirm(back, &INFO.uuid, back, "k/2", None).unwrap();
+        Envelope { volume: [2; 16], ..envelope("k/2", &["k/1"]) }.save(&root).unwrap();
+        refused(Kind::Corrupt, "the envelope belongs to volume");
+        assert_eq!(needed(&root, &INFO).unwrap_err().kind, Kind::Corrupt);
+        // Nor is the predecessor of another volume's one that this one needs.
+        envelope("k/4", &[]).save(&root).unwrap();
+        assert_eq!(needed(&root, &INFO).unwrap().len(), 1);
+        envelope("k/2", &["k/1"]).save(&root).unwrap();
+        forget(&site, "k/1", true).unwrap();
     }
 }
