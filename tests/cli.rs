@@ -161,6 +161,17 @@ fn configuration_mistakes_are_named_with_their_line() {
 }
 
 #[test]
+fn a_log_that_takes_nothing_is_named_and_not_waited_for() {
+    let place = Place::new();
+    let (back, mnt, log) = (place.path("back"), place.path("mnt"), place.path("log"));
+    fs::create_dir(&log).unwrap();
+    let log = format!("{log}/byokfs.log");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &log, rustix::fs::Mode::from(0o600)).unwrap();
+    let message = place.fails(&["mount", &back, &mnt], IO);
+    assert!(message.contains("cannot open the log DIR/log/byokfs.log"), "{message}");
+}
+
+#[test]
 fn nothing_is_mounted() {
     let place = Place::new();
     for verb in ["status", "revalidate", "sync", "umount"] {

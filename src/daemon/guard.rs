@@ -11,7 +11,6 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -30,6 +29,7 @@ use super::plan::Plan;
 use super::report::{self, Report};
 use super::{check, control, harden, notify, start};
 use crate::error::{Context, Error, Kind, Result};
+use crate::observe::append_to;
 use crate::observe::audit::{self, Event, Name};
 use crate::sys;
 
@@ -77,8 +77,8 @@ pub fn start_in_background(plan: &Plan) -> Result<Option<String>> {
     let stderr = match &plan.config.log.file {
         Some(file) => {
             check::parent_dir(file)?;
-            let file = File::options().append(true).create(true).mode(0o600).open(file);
-            Stdio::from(file.context(|| "cannot open the log".to_owned())?)
+            let opened = append_to(file);
+            Stdio::from(opened.context(|| format!("cannot open the log {}", file.display()))?)
         }
         None => Stdio::null(),
     };

@@ -14,7 +14,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use writer::Torn;
 
 /// To append to, created with mode 0600. A pipe that nobody reads is an error, not a wait.
-fn append_to(path: &Path) -> io::Result<File> {
+pub fn append_to(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new()
         .append(true)
         .create(true)
