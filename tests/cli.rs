@@ -41,14 +41,18 @@ impl Place {
         fs::write(self.path("config/byokfs.toml"), config).unwrap();
     }
 
-    fn run(&self, args: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_byokfs"))
+    fn command(&self, program: &str, args: &[&str]) -> Command {
+        let mut command = Command::new(program);
+        command
             .args(args)
             .env_remove("IDENTITY_ENDPOINT")
             .env("IDENTITY_HEADER", "of nobody")
-            .env("BYOKFS_CONFIG", self.path("config/byokfs.toml"))
-            .output()
-            .unwrap()
+            .env("BYOKFS_CONFIG", self.path("config/byokfs.toml"));
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(env!("CARGO_BIN_EXE_byokfs"), args).output().unwrap()
     }
 
     /// Fails with the code, and one message that begins with the program's name.
@@ -158,6 +162,22 @@ fn configuration_mistakes_are_named_with_their_line() {
     }
     let message = place.fails(&["status", &mnt, "--config", "/nonexistent.toml"], CONFIG);
     assert!(message.contains("cannot read the configuration /nonexistent.toml"), "{message}");
+}
+
+#[test]
+fn an_empty_variable_names_no_configuration() {
+    let place = Place::new();
+    let mnt = place.path("mnt");
+    let link = place.path("mount.byokfs");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_byokfs"), &link).unwrap();
+    for args in [&["status", &mnt][..], &["umount", &mnt]] {
+        let output =
+            place.command(env!("CARGO_BIN_EXE_byokfs"), args).env("BYOKFS_CONFIG", "").output();
+        assert_eq!(output.unwrap().status.code(), Some(NOT_MOUNTED), "{args:?}");
+    }
+    let remount = [&place.path("back"), &mnt, "-o", "remount,ro"];
+    let output = place.command(&link, &remount).env("BYOKFS_CONFIG", "").output();
+    assert_eq!(output.unwrap().status.code(), Some(NOT_MOUNTED));
 }
 
 #[test]

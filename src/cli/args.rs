@@ -91,16 +91,11 @@ pub enum Verb {
 
 #[derive(Debug, Args)]
 pub struct ConfigArg {
-    /// Configuration file [default: /etc/byokfs/byokfs.toml, if it exists]
-    #[arg(long, env = crate::config::PATH_VARIABLE, value_name = "FILE")]
+    /// Configuration file [default: the one that BYOKFS_CONFIG names, or /etc/byokfs/byokfs.toml if
+    /// it exists]
+    // Not clap's `env`, to which an empty variable is a wrong argument.
+    #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-}
-
-impl ConfigArg {
-    /// For who is called with no such argument.
-    pub fn from_environment() -> ConfigArg {
-        ConfigArg { config: std::env::var_os(crate::config::PATH_VARIABLE).map(PathBuf::from) }
-    }
 }
 
 #[derive(Debug, Args)]

@@ -27,7 +27,7 @@ use crate::key::gate::Gate;
 use crate::maintenance::check::{Check, Finding, Options, Repair, Report, Severity, Summary};
 use crate::store::VolumeInfo;
 
-use super::args::{ConfigArg, FsckArgs};
+use super::args::FsckArgs;
 use super::output;
 use crate::sync::Mutex;
 
@@ -130,7 +130,7 @@ fn parse_helper(args: &[OsString]) -> Result<Request> {
         no_key: false,
         json: false,
         quiet: false,
-        config: ConfigArg::from_environment().config,
+        config: None,
     })
 }
 

@@ -20,10 +20,7 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(30);
 const SYNC_TIMEOUT: Duration = Duration::from_secs(600);
 
 pub(super) fn run(mnt: &Path, options: &MountOptions) -> Result<()> {
-    let mut config = ConfigArg::from_environment();
-    if options.config.is_some() {
-        config.config.clone_from(&options.config);
-    }
+    let config = ConfigArg { config: options.config.clone() };
     let mut target = Target::find(&TargetArgs { target: mnt.to_owned(), config })?;
     let shown = target.mnt.display().to_string();
     let Some(mount) = target.mount.clone() else {
