@@ -57,7 +57,7 @@ pub enum Verb {
     CheckKey(CheckKeyArgs),
     /// Check the key again, and bring an Inaccessible volume back
     Revalidate(RevalidateArgs),
-    /// Give a volume another version of its key, or another key; data is not touched
+    /// Give a volume another key or another version of it, another volume key, or its files other keys
     #[command(subcommand)]
     Rotate(RotateVerb),
     /// Give a copy of a volume a key of its own; data is not touched
