@@ -86,7 +86,9 @@ pub(super) fn describe_rotation(rotation: &Map<String, Value>) -> String {
         let _ = write!(text, ", {done} of {files} files");
     }
     if let (Some(bytes), Some(done)) = (number("bytes"), number("bytes_done")) {
-        let percent = (done * 100).checked_div(bytes).unwrap_or(100);
+        // One that has just begun has found nothing yet.
+        let of_none = if state == "done" { 100 } else { 0 };
+        let percent = (done * 100).checked_div(bytes).unwrap_or(of_none);
         let _ = write!(text, ", {percent}% of {} MiB", bytes >> 20);
     }
     if let Some(damaged) = number("damaged_files").filter(|&damaged| damaged > 0) {
@@ -109,6 +111,17 @@ fn describe_probe(probe: &Map<String, Value>) -> String {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn a_rotation_that_has_found_nothing_yet_is_not_done() {
+        let rotation = |state: &str| {
+            let rotation =
+                json!({"state": state, "files": 0, "files_done": 0, "bytes": 0, "bytes_done": 0});
+            describe_rotation(rotation.as_object().unwrap())
+        };
+        assert_eq!(rotation("running"), "running, 0 of 0 files, 0% of 0 MiB");
+        assert_eq!(rotation("done"), "done, 0 of 0 files, 100% of 0 MiB");
+    }
 
     #[test]
     fn absent_fields_have_no_line() {
