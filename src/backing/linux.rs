@@ -60,7 +60,7 @@ impl LinuxBacking {
         let shown = path.display();
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = fs::open(path, flags, Mode::empty())
-            .context(|| format!("cannot open the backing directory {shown}"))?;
+            .context(|| format!("cannot open the directory {shown}"))?;
         let kind = fs::fstatfs(&fd).context(|| format!("cannot examine {shown}"))?.f_type;
         if let Some(name) = refused(kind as u32) {
             return Err(Error::new(
@@ -74,7 +74,7 @@ impl LinuxBacking {
         let root = LinuxNode::new(fd, times).context(|| format!("cannot examine {shown}"))?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let whole = fs::openat(root.fd(), ".", flags, Mode::empty())
-            .context(|| format!("cannot open the backing directory {shown}"))?;
+            .context(|| format!("cannot open the directory {shown}"))?;
         // Messages outlive a change of the working directory.
         let path = std::path::absolute(path).context(|| format!("cannot resolve {shown}"))?;
         Ok(Arc::new(LinuxBacking { root: Arc::new(root), whole, path }))

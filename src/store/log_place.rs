@@ -52,7 +52,10 @@ impl Place {
     /// A directory elsewhere, locked unless nothing is to be written.
     fn elsewhere(backing: &dyn Backing, path: &Path, write: bool) -> Result<Place> {
         let shown = path.display().to_string();
-        let other = backing.elsewhere(path)?;
+        let other = backing.elsewhere(path).map_err(|error| {
+            let message = format!("the log's own directory cannot be used: {error}");
+            Error::new(error.kind, message)
+        })?;
         let lock = match write {
             false => None,
             true => Some(other.lock(LOCK).map_err(|error| match error.kind() {

@@ -236,6 +236,24 @@ fn a_log_elsewhere_is_found_again_by_the_next_session() {
     assert_has(&store, 1);
 }
 
+/// Its disk is not mounted yet, say.
+#[test]
+fn a_log_whose_directory_is_not_there_is_what_is_told_of() {
+    let (dir, fast) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let open_backing = || LinuxBacking::open(dir.path()).unwrap() as Arc<dyn Backing>;
+    Store::format(&*open_backing(), &keyring(), options()).unwrap();
+    let to = fast.path().join("log");
+    std::fs::create_dir(&to).unwrap();
+    change(open_backing(), Some(&to), None).unwrap();
+    let away = fast.path().join("away");
+    std::fs::rename(&to, &away).unwrap();
+    let message = open(open_backing()).unwrap_err().to_string();
+    assert!(message.contains("the log's own directory cannot be used"), "{message}");
+    assert!(message.contains(to.to_str().unwrap()), "{message}");
+    std::fs::rename(&away, &to).unwrap();
+    open(open_backing()).unwrap();
+}
+
 /// The new directory is full, say, and then goes away.
 #[test]
 fn a_move_that_was_given_up_is_in_nobodys_way() {
