@@ -290,6 +290,9 @@ fn mount_and_serve(volume: &Arc<Volume>, life: BufReader<File>, signals: OwnedFd
         .ok_or_else(|| Error::new(Kind::Io, "the new mount is not in the mount table"))?;
     Report::Mounted(device).send();
     let fence = Fence::new(plan.config.fence.clone(), device);
+    if let Some(why) = fence.complaint() {
+        log::warn!("{why} (a server that cannot be asked to stop is stopped by signals)");
+    }
     volume.cut_off.mounted(cutoff::Mounted { fence, cache: Box::new(session.purge()) });
     // Until here a cut-off could not purge; it had nothing to.
     if volume.gate.check().is_err() && volume.unconfirmed.is_none() {

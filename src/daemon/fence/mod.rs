@@ -90,6 +90,12 @@ impl Fence {
         self.config.enabled
     }
 
+    /// What would keep a cut-off from asking the server to stop.
+    pub fn complaint(&self) -> Option<String> {
+        let option_file = self.config.option_file.as_deref().filter(|_| self.is_on())?;
+        server::Account::complaint(option_file)
+    }
+
     /// Of the mount.
     pub fn device(&self) -> Device {
         self.device

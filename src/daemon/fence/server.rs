@@ -4,6 +4,7 @@
 //! not (a stopped server with a full backlog blocks it), so the caller runs this on a thread that
 //! it can leave behind.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -24,9 +25,28 @@ pub struct Account {
 impl Account {
     /// `user` and `password` of the groups `[client]` and `[byokfs]`, the latter winning.
     pub fn read(option_file: &Path) -> Result<Account> {
-        let text = std::fs::read_to_string(option_file)
-            .context(|| format!("cannot read fence.option_file {}", option_file.display()))?;
-        Account::parse(&text)
+        let cannot = || format!("cannot read fence.option_file {}", option_file.display());
+        // A pipe would hold the stop of the server up.
+        if !std::fs::metadata(option_file).context(cannot)?.is_file() {
+            return Err(Error::new(Kind::Config, format!("{}: it is not a file", cannot())));
+        }
+        Account::parse(&std::fs::read_to_string(option_file).context(cannot)?)
+    }
+
+    /// What is wrong with the file, while nobody waits for what is in it.
+    pub fn complaint(option_file: &Path) -> Option<String> {
+        if let Err(error) = Account::read(option_file) {
+            return Some(error.to_string());
+        }
+        let metadata = std::fs::metadata(option_file).ok()?;
+        let private = metadata.mode() & 0o077 == 0 && metadata.uid() == 0;
+        (!private).then(|| {
+            let shown = option_file.display();
+            format!(
+                "fence.option_file {shown} is not root's alone, and who reads it can stop the \
+                 server: chown it to root and chmod it to 0600"
+            )
+        })
     }
 
     fn parse(text: &str) -> Result<Account> {
@@ -125,6 +145,8 @@ fn end_sessions(conn: &mut Conn, own: u64) -> mysql::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn option_files() {
@@ -135,6 +157,27 @@ mod tests {
         assert_eq!(account.user.as_deref(), Some("b"));
         assert_eq!(account.password.unwrap().expose(), "s=e'c");
         assert!(Account::parse("[mysqld]\nuser=mysql\n").unwrap().user.is_none());
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_file_is_told_before_it_is_needed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fence.cnf");
+        let complaint = || Account::complaint(&path).unwrap_or_default();
+        assert!(complaint().contains("cannot read fence.option_file"), "{}", complaint());
+        std::fs::write(&path, "[client]\nuser=fence\n").unwrap();
+        let mode = |mode| std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        mode(0o640);
+        assert!(complaint().contains("not root's alone"), "{}", complaint());
+        mode(0o600);
+        if rustix::process::geteuid().is_root() {
+            assert_eq!(complaint(), "");
+        }
+        std::fs::write(&path, b"\xff").unwrap();
+        assert_ne!(complaint(), "");
+        std::fs::remove_file(&path).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::from(0o600)).unwrap();
+        assert!(complaint().contains("not a file"), "{}", complaint());
     }
 
     #[test]
