@@ -157,6 +157,11 @@ impl Shared {
             let result =
                 looked.unwrap_or_else(|_| Err(ProviderError::unreachable("the probe panicked")));
             let mut inner = self.inner.lock();
+            if inner.stopping {
+                // The gate is not this watcher's any more: shut by an unmount, it would be taken
+                // for one that time has shut, and a cut-off be reported.
+                return;
+            }
             self.land(&mut inner, flight, result);
             self.changed.notify_all();
         }

@@ -343,6 +343,25 @@ fn stopping_leaves_the_gate_to_its_time() {
 }
 
 #[test]
+fn a_probe_that_comes_back_after_the_end_means_nothing() {
+    let rig = serving_with(Settings { interval: Duration::from_secs(3600), ..quick() });
+    rig.watcher.probe_now(LIMIT);
+    let seen = |rig: &Rig| rig.watcher.status().last_probe.map(|probe| probe.at);
+    let before = seen(&rig);
+    rig.service.change(|key| key.delay = millis(300));
+    let calls = rig.service.calls();
+    thread::scope(|scope| {
+        scope.spawn(|| rig.watcher.probe_now(LIMIT));
+        until("a probe under way", || rig.service.calls() > calls);
+        rig.watcher.stop();
+        rig.gate.shut(Reason::Operator);
+    });
+    until("the end of its threads", || Arc::strong_count(&rig.watcher.shared) == 1);
+    assert_eq!(seen(&rig), before);
+    assert_eq!(rig.state(), (State::Inaccessible, Some(Reason::Operator)));
+}
+
+#[test]
 fn probe_now_tells_what_is_so_now() {
     let rig = started(Settings { interval: Duration::from_secs(3600), ..quick() });
     rig.recorder.admit().unwrap();
