@@ -92,11 +92,15 @@ fn serve(plan: Plan, life: BufReader<File>, signals: OwnedFd) -> Result<()> {
         take_away(&volume);
     }
     let closed = volume.close();
+    let gone = see_the_mount_gone(&volume);
+    if result.is_ok() && gone.is_ok() {
+        log::info!("{} is unmounted", volume.plan.mnt.display());
+        emit(Event::new(Name::VolumeUnmounted).with("reason", "Unmounted"));
+    }
     if let Some(alerts) = alerts {
         alerts.finish(ALERTS_LIMIT);
     }
-    result.and(closed)?;
-    see_the_mount_gone(&volume)
+    result.and(closed).and(gone)
 }
 
 /// While this process still keeps others from mounting the volume. A mount whose connection was ended
@@ -347,8 +351,6 @@ fn mount_and_serve(volume: &Arc<Volume>, life: BufReader<File>, signals: OwnedFd
     }
     volume.cut_off.unmounted();
     notify::stopping();
-    log::info!("{} is unmounted", plan.mnt.display());
-    emit(Event::new(Name::VolumeUnmounted).with("reason", "Unmounted"));
     drop(control);
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
@@ -336,6 +336,28 @@ fn the_guard_hands_down_that_it_shall_end() {
         sandbox.mount();
         assert_eq!(fs::read(sandbox.mnt().join("file")).unwrap(), b"still there");
     }
+}
+
+/// `umount -f` of a mount that is in use leaves it behind, without a connection.
+#[test]
+fn an_end_by_force_is_told_as_the_death_that_it_is_and_as_no_unmount() {
+    if !can_mount() {
+        return;
+    }
+    let mut sandbox = Sandbox::mounted();
+    let (daemon, guard) = (sandbox.daemon(), sandbox.guard().unwrap());
+    let open = File::create(sandbox.mnt().join("file")).unwrap();
+    assert!(!Command::new("umount").arg("-f").arg(sandbox.mnt()).status().unwrap().success());
+    until("the end", || !alive(daemon) && !alive(guard));
+    drop(open);
+    assert!(!sandbox.is_mounted());
+    assert_eq!(sandbox.audit("DaemonDied").len(), 1);
+    let ends = sandbox.audit("VolumeUnmounted");
+    let reasons: Vec<_> = ends.iter().map(|end| end["reason"].as_str().unwrap()).collect();
+    assert_eq!(reasons, ["DaemonDied"]);
+    sandbox.mount();
+    sandbox.umount();
+    assert_eq!(sandbox.audit("VolumeUnmounted")[1]["reason"], "Unmounted");
 }
 
 /// The kernel gives the number of a mount that is gone to the next one, of whatever type: that is no
