@@ -8,10 +8,14 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use writer::Torn;
+
+const LOOKS: u32 = 20;
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// To append to, created with mode 0600. A pipe that nobody reads is an error, not a wait.
 pub fn append_to(path: &Path) -> io::Result<File> {
@@ -30,7 +34,7 @@ pub fn append_to(path: &Path) -> io::Result<File> {
 fn ends_within_a_line(path: &Path) -> Torn {
     let regular = std::fs::metadata(path).is_ok_and(|meta| meta.is_file());
     let file = if regular { File::open(path).ok() } else { None };
-    Box::new(move || {
+    let within = move || {
         let last = file.as_ref().and_then(|file| {
             let end = file.metadata().ok()?.len().checked_sub(1)?;
             let mut byte = [0];
@@ -38,6 +42,16 @@ fn ends_within_a_line(path: &Path) -> Torn {
             Some(byte)
         });
         last.is_some_and(|byte| byte != *b"\n")
+    };
+    // The kernel shows the pages of a line that is being written one by one; such a line has its end
+    // in a moment, and an empty line after it would be none of the trail's.
+    Box::new(move || {
+        (0..LOOKS).all(|look| {
+            if look > 0 {
+                std::thread::sleep(LOOK_AGAIN);
+            }
+            within()
+        })
     })
 }
 
