@@ -119,6 +119,13 @@ need_fuse() {
     [[ -c /dev/fuse ]] || die "/dev/fuse is missing: load the fuse module, or give the container the device"
 }
 
+# False, and a word about it, where FUSE refuses MAP_SHARED of files that are open for direct I/O: before Linux 6.6.
+kernel_maps_shared() {
+    [[ $(printf '6.6\n%s\n' "$(uname -r)" | sort -V | head -n 1) == 6.6 ]] && return 0
+    note "this kernel maps no file of the mount shared: without what needs that"
+    return 1
+}
+
 # need_packages NAME...: installs what is missing, quietly; the output is shown only if it fails.
 need_packages() {
     local missing=() package log

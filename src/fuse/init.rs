@@ -42,9 +42,9 @@ const REQUIRED: u64 = ASYNC_READ
     | MAX_PAGES
     | HANDLE_KILLPRIV_V2
     | SETXATTR_EXT
-    | INIT_EXT
-    | DIRECT_IO_ALLOW_MMAP;
-const WANTED: u64 = REQUIRED | EXPORT_SUPPORT | DO_READDIRPLUS | READDIRPLUS_AUTO;
+    | INIT_EXT;
+const WANTED: u64 =
+    REQUIRED | EXPORT_SUPPORT | DO_READDIRPLUS | READDIRPLUS_AUTO | DIRECT_IO_ALLOW_MMAP;
 
 /// Asynchronous requests that the kernel lets run at a time; its own default of 12 would limit
 /// every native AIO.
@@ -101,7 +101,11 @@ impl Offer {
         rustix::io::write(device, &reply[..reply_len])
             .map_err(io::Error::from)
             .context(|| "cannot answer FUSE_INIT".into())?;
-        self.init.check()
+        self.init.check()?;
+        if self.init.flags & DIRECT_IO_ALLOW_MMAP == 0 {
+            log::warn!("this kernel maps no file of the mount shared: that takes Linux 6.6");
+        }
+        Ok(())
     }
 }
 
@@ -131,7 +135,7 @@ impl Init {
         if missing != 0 {
             let message = format!(
                 "this kernel's FUSE {}.{} lacks what byokfs needs (flags {missing:#x}); use Linux \
-                 6.6 or newer",
+                 6.1 or newer",
                 self.major, self.minor
             );
             return Err(Error::new(Kind::Unsupported, message));
@@ -181,8 +185,8 @@ mod tests {
     #[test]
     fn an_old_kernel_is_refused_with_the_reason() {
         assert!(init(REQUIRED).check().is_ok());
-        let error = init(REQUIRED & !DIRECT_IO_ALLOW_MMAP).check().unwrap_err();
+        let error = init(REQUIRED & !INIT_EXT).check().unwrap_err();
         assert_eq!(error.kind, Kind::Unsupported);
-        assert!(error.to_string().contains("6.6"));
+        assert!(error.to_string().contains("6.1"));
     }
 }

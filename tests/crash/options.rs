@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::machine::FileSystem;
+use crate::support::kernel;
 
 pub const HELP: &str = "\
 usage: cargo test --test crash -- [power|kill] [OPTION]...
@@ -194,6 +195,10 @@ impl Options {
     pub fn cells(&self) -> Vec<Cell> {
         let mut cells = Vec::new();
         for &workload in &self.loads {
+            // Its index is a file that its processes share by mapping it.
+            if workload == Workload::SqliteWal && !kernel::maps_shared() {
+                continue;
+            }
             let what = self.what;
             if what == What::Kill {
                 let file_system = FileSystem::Ext4;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::OFlags;
 use rustix::process::Signal;
 
+use crate::support::kernel;
 use crate::support::mapping::{Mapping, Reader, Touch};
 use crate::support::process::{alive, run, signal, state};
 use crate::support::sandbox::{IDENTITY, KEY, Sandbox, path};
@@ -34,7 +35,7 @@ fn direct(path: &Path) -> File {
 
 #[test]
 fn open_descriptors_and_mappings_answer_errors_and_work_again() {
-    if !can_mount() {
+    if !can_mount() || !kernel::maps_shared() {
         return;
     }
     let sandbox = Sandbox::mounted();

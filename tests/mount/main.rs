@@ -4,6 +4,8 @@
 //! process that waits for itself in a page fault waits for ever.
 
 mod harness;
+#[path = "../support/kernel.rs"]
+mod kernel;
 
 mod acl;
 mod by_handle;

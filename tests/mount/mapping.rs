@@ -1,9 +1,13 @@
 //! Shared mappings.
 
 use crate::harness::{mounted, shell};
+use crate::kernel;
 
 #[test]
 fn what_one_process_writes_into_a_mapping_another_reads() {
+    if !kernel::maps_shared() {
+        return;
+    }
     let mount = mounted!();
     let script = "import mmap,os\n\
         f=open('f','w+b'); f.truncate(100000); m=mmap.mmap(f.fileno(),100000)\n\
@@ -22,4 +26,18 @@ fn what_one_process_writes_into_a_mapping_another_reads() {
 fn a_private_mapping_runs_a_program() {
     let mount = mounted!();
     assert_eq!(shell(&mount.root(), "cp /bin/echo e; ./e from the mount"), "from the mount\n");
+}
+
+#[test]
+fn a_kernel_that_maps_nothing_shared_says_so() {
+    if kernel::maps_shared() {
+        return;
+    }
+    let mount = mounted!();
+    let script = "import mmap,errno\n\
+        f=open('f','w+b'); f.truncate(100000)\n\
+        try: mmap.mmap(f.fileno(),100000)\n\
+        except OSError as e: print(errno.errorcode[e.errno])\n";
+    std::fs::write(mount.path("map.py"), script).unwrap();
+    assert_eq!(shell(&mount.root(), "python3 map.py"), "ENODEV\n");
 }

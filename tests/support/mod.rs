@@ -1,6 +1,7 @@
 //! What the tests share. Nothing here asserts about byokfs, except that a step which a test needs
 //! to get anywhere has worked.
 
+pub mod kernel;
 pub mod mapping;
 pub mod ports;
 pub mod process;
