@@ -18,7 +18,6 @@ use super::Store;
 use super::block::Opener;
 use super::file::File;
 use super::intent_log::{Found, Record, STREAMS};
-use super::keys::hex;
 use super::layout::{BLOCK_LEN, HEADERS_LEN, block_at};
 use super::lost::Lost;
 use super::page::Entry;
@@ -42,6 +41,16 @@ pub struct Recovery {
     pub duration: Duration,
 }
 
+/// Files, and where they are on the disk.
+type Homes = HashMap<FileId, (FileRef, String)>;
+
+/// A file that the log has something of.
+struct Home {
+    file: Arc<File>,
+    /// On the disk.
+    path: String,
+}
+
 /// An interval after which a long recovery says how far it is.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 
@@ -62,21 +71,20 @@ impl Store {
         } else {
             self.put_aside(unborn)?;
         }
-        let mut files: HashMap<FileId, Arc<File>> = HashMap::new();
-        for (id, home) in homes {
-            let file = self.open_home(home).map_err(|error| cannot_replay(&id, &error))?;
-            files.insert(id, file);
+        let mut files: HashMap<FileId, Home> = HashMap::new();
+        for (id, (home, path)) in homes {
+            let file = self.open_home(home).map_err(|error| cannot_replay(&path, &error))?;
+            files.insert(id, Home { file, path });
         }
         report.files = files.len() as u64;
         for record in &found.cut_short {
             let id = record.draft.file_id;
-            let Some(file) = files.get(&id) else { continue };
+            let Some(Home { file, path }) = files.get(&id) else { continue };
             let brought = file.has_brought_home(&record.draft.entries);
-            if brought.map_err(|error| cannot_replay(&id, &error))? {
+            if brought.map_err(|error| cannot_replay(path, &error))? {
                 return Err(Error::corrupt(format!(
-                    "the log is damaged: records of file {} are missing that were on stable storage; \
-                     restore the volume from a backup",
-                    hex(&id)
+                    "the log is damaged: records of {path} are missing that were on stable storage; \
+                     restore the volume from a backup"
                 )));
             }
         }
@@ -88,7 +96,7 @@ impl Store {
                 log::info!("recovery: {i} of {} records", found.records.len());
             }
             let id = record.draft.file_id;
-            let Some(file) = files.get(&id) else {
+            let Some(Home { file, path }) = files.get(&id) else {
                 report.of_removed_files += 1;
                 continue;
             };
@@ -96,20 +104,20 @@ impl Store {
                 report.incomplete += 1;
                 continue;
             }
-            file.replay(record).map_err(|error| cannot_replay(&id, &error))?;
+            file.replay(record).map_err(|error| cannot_replay(path, &error))?;
             report.records += 1;
         }
-        files.into_values().for_each(|file| self.shared.dirty.add(file));
+        files.into_values().for_each(|home| self.shared.dirty.add(home.file));
         report.duration = start.elapsed();
         Ok(report)
     }
 
-    /// The backing files with these ids, and those that have nothing where their header should be.
+    /// The backing files with these ids and where they lie, and those that have nothing where their header should be.
     /// Two with the same id: nobody can tell which is meant.
     fn find_homes(
         &self,
         wanted: &HashSet<FileId>,
-    ) -> Result<(HashMap<FileId, FileRef>, Vec<Unborn>)> {
+    ) -> Result<(Homes, Vec<Unborn>)> {
         let mut unborn = Vec::new();
         let mut found: HashMap<FileId, (NodeId, FileRef, String)> = HashMap::new();
         let access = if self.shared.read_only { Access::Read } else { Access::ReadWrite };
@@ -156,7 +164,7 @@ impl Store {
                 }
             }
         }
-        let homes = found.into_iter().map(|(id, (_, file, _))| (id, file)).collect();
+        let homes = found.into_iter().map(|(id, (_, file, path))| (id, (file, path))).collect();
         Ok((homes, unborn))
     }
 
@@ -196,7 +204,7 @@ impl Store {
     fn incomplete(
         &self,
         found: &Found,
-        files: &HashMap<FileId, Arc<File>>,
+        files: &HashMap<FileId, Home>,
     ) -> Result<HashMap<FileId, u64>> {
         let open_to_doubt = |record: &Record| {
             let stream = usize::from(record.place.stream) % STREAMS;
@@ -212,14 +220,14 @@ impl Store {
         let mut there_by: HashMap<FileId, Vec<(u64, u64)>> = HashMap::new();
         for record in found.records[from..].iter().filter(|record| open_to_doubt(record)) {
             let id = record.draft.file_id;
-            let Some(file) = files.get(&id) else { continue };
+            let Some(Home { file, path }) = files.get(&id) else { continue };
             for listed in record.direct() {
                 let there = match Entry::decode(&listed.bytes) {
                     Some(entry) => file.is_home(listed.block, &entry),
                     None => Ok(false),
                 };
                 let order = record.place.order;
-                if there.map_err(|error| cannot_replay(&id, &error))? {
+                if there.map_err(|error| cannot_replay(path, &error))? {
                     there_by.entry(id).or_default().push((order, listed.block));
                 } else {
                     let replaced = later.replaces(&id, listed.block, order);
@@ -229,9 +237,9 @@ impl Store {
         }
         let mut missing = HashMap::new();
         for (id, mut lacking) in lacking {
-            let Some(file) = files.get(&id) else { continue };
+            let Some(Home { file, path }) = files.get(&id) else { continue };
             let brought = brought_home(found, &id, file);
-            let brought = brought.map_err(|error| cannot_replay(&id, &error))?;
+            let brought = brought.map_err(|error| cannot_replay(path, &error))?;
             lacking.retain(|(order, _)| *order > brought);
             if let Some(cut) = first_cut(lacking) {
                 missing.insert(id, cut);
@@ -239,10 +247,10 @@ impl Store {
         }
         if !self.shared.read_only {
             for (id, mut blocks) in there_by {
-                let Some(file) = files.get(&id) else { continue };
+                let Some(Home { file, path }) = files.get(&id) else { continue };
                 blocks.retain(|(order, _)| missing.get(&id).is_none_or(|cut| order < cut));
                 let done = file.write_again(blocks.iter().map(|(_, block)| *block));
-                done.map_err(|error| cannot_replay(&id, &error))?;
+                done.map_err(|error| cannot_replay(path, &error))?;
             }
         }
         Ok(missing)
@@ -348,8 +356,8 @@ impl File {
     }
 }
 
-fn cannot_replay(id: &FileId, error: &FsError) -> Error {
-    let message = format!("cannot replay the log into file {}: {error}", hex(id));
+fn cannot_replay(path: &str, error: &FsError) -> Error {
+    let message = format!("cannot replay the log into {path}: {error}");
     match error {
         FsError::CutOff(_) => Error::new(Kind::Inaccessible, message),
         FsError::Integrity(_) => Error::corrupt(message),

@@ -125,8 +125,9 @@ impl Code {
                     "log-replay",
                     Error,
                     None,
-                    "the volume cannot be mounted as it is. Files that the log names may look \
-                     damaged and not be",
+                    "the volume cannot be mounted as it is. Put the file that is named right again, or \
+                     move it out of tree/: the next mount gives up what the log has of it, and of \
+                     no other. Files that the log names may look damaged and not be",
                 ),
                 What::LogPending => Row(
                     "log-pending",

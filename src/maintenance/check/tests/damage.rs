@@ -334,6 +334,12 @@ fn records_of_the_log() {
     assert_eq!(checked.codes(), ["log"], "{:#?}", checked.findings);
     assert!(checked.findings[0].detail.contains("stable storage"));
     flip(&log, get_record(&log) + PAGE + 9);
+    // Its file is damaged where the log is to go: which one it is, is told.
+    flip(&volume.big, 2 * PAGE + 40);
+    let checked = volume.check();
+    let told = checked.findings.iter().find(|one| one.code.name() == "log-replay").unwrap();
+    assert!(told.detail.contains(volume.big.to_str().unwrap()), "{}", told.detail);
+    flip(&volume.big, 2 * PAGE + 40);
     // Its file was removed, below the mount.
     let aside = volume.path("aside");
     fs::rename(&volume.big, &aside).unwrap();
