@@ -114,10 +114,7 @@ impl Store {
 
     /// The backing files with these ids and where they lie, and those that have nothing where their header should be.
     /// Two with the same id: nobody can tell which is meant.
-    fn find_homes(
-        &self,
-        wanted: &HashSet<FileId>,
-    ) -> Result<(Homes, Vec<Unborn>)> {
+    fn find_homes(&self, wanted: &HashSet<FileId>) -> Result<(Homes, Vec<Unborn>)> {
         let mut unborn = Vec::new();
         let mut found: HashMap<FileId, (NodeId, FileRef, String)> = HashMap::new();
         let access = if self.shared.read_only { Access::Read } else { Access::ReadWrite };

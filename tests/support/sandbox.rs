@@ -201,7 +201,12 @@ impl Sandbox {
         let theirs = || -> Vec<i32> {
             let entries = fs::read_dir("/proc").unwrap().flatten();
             let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-            let byokfs = |pid: &i32| name(*pid).is_some_and(|name| name.starts_with("byokfs"));
+            // Not by its name: until it has become what it is to be, it has that of a thread of who made it.
+            let byokfs = |pid: &i32| {
+                let program = fs::read_link(format!("/proc/{pid}/exe")).ok();
+                let name = program.as_ref().and_then(|path| path.file_name()?.to_str());
+                name.is_some_and(|name| name.starts_with("byokfs"))
+            };
             pids.filter(|pid| Some(*pid) != vault && alive(*pid)).filter(byokfs).collect()
         };
         // Also what one of them has started since.
